@@ -10,44 +10,45 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from datasets import Dataset
+from .lab.model import encode, load_base, load_tokenizer, quiet
+from .lab.train import arguments, run_trainer, trainable
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
-from .lab.model import encode, load_base, load_tokenizer, quiet
-from .lab.train import arguments, run_trainer, trainable
 
-# %% ../nbs/02_sft.ipynb #33583fb5
+# %% ../nbs/02_sft.ipynb #a3d2049c
 def sft_rows(
     rows:list[dict], # {'prompt', 'completion'}, plain strings
     tokenizer, # of the base
-    template, # the profile's template
+    template, # the profile's [template]
     max_length:int, # tokens of a packed row
 )->Dataset: # columns input_ids, labels (-100 on the prompt)
     "Rows as tokens, the loss on the answer only; a row that does not fit is an error."
+    if not rows: raise ValueError("sft_rows: no rows; expected at least one. Look at [data.rows] in the profile.")
     coded = encode(tokenizer, template, [(r['prompt'], r['completion']) for r in rows])
-    longest = max(range(len(coded)), key=lambda i: sum(map(len, coded[i])), default=None)
-    if longest is None: raise ValueError("sft_rows: no rows; expected at least one. Look at [data.rows] in the profile.")
-    n_long = sum(len(p)+len(a)>max_length for p,a in coded)
+    length = [len(p)+len(a) for p,a in coded]
+    n_long = sum(n>max_length for n in length)
     if n_long:
-        raise ValueError(f"sft_rows: {n_long} of {len(rows)} rows are longer than max_length={max_length} tokens (row {longest} has "
-                         f"{sum(map(len, coded[longest]))}); expected all to fit, since a cut answer teaches to stop short. "
-                         "Raise max_length in [sft], or leave those rows out of the data.")
+        raise ValueError(f"sft_rows: {n_long} of {len(rows)} rows are longer than max_length={max_length} tokens (row "
+                         f"{length.index(max(length))} has {max(length)}); expected all to fit, since a cut answer teaches to stop "
+                         "short. Raise max_length in [sft], or leave those rows out of the data.")
     return Dataset.from_dict({'input_ids': [p+a for p,a in coded], 'labels': [[-100]*len(p)+a for p,a in coded]})
 
-# %% ../nbs/02_sft.ipynb #a3d2049c
+# %% ../nbs/02_sft.ipynb #e08cd664
 def packed_batch(
     rows:list[dict], # packed rows: input_ids, labels, seq_lengths (of the examples in it)
-)->dict[str,Tensor]: # input_ids, labels, position_ids, (batch, longest row)
-    "Packed rows as a batch; positions start again at every example, from which the model makes a block-diagonal mask."
+)->dict[str,Tensor]: # input_ids, labels, position_ids: each (batch, longest row)
+    "Packed rows as a batch; positions start again at every example, from which the model makes its mask."
     ids = [torch.tensor(r['input_ids']) for r in rows]
     labels = [torch.tensor(r['labels']) for r in rows]
     positions = [torch.cat([torch.arange(n) for n in r['seq_lengths']]) for r in rows]
-    ids, labels, positions = (pad_sequence(x, batch_first=True, padding_value=v) for x,v in ((ids, 0), (labels, -100), (positions, 0)))
+    ids, labels, positions = (pad_sequence(x, batch_first=True, padding_value=v)
+                              for x,v in ((ids, 0), (labels, -100), (positions, 0)))
     return dict(input_ids=ids, labels=labels.masked_fill(positions==0, -100), position_ids=positions)
 
-# %% ../nbs/02_sft.ipynb #e7665fce
+# %% ../nbs/02_sft.ipynb #db0025d7
 def train_sft(
     point_base:Path, # folder of the base checkpoint
     rows:list[dict], # {'prompt', 'completion'}, plain strings
@@ -64,10 +65,10 @@ def train_sft(
     set_seed(seed)
     lora = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
                       target_modules='all-linear', task_type='CAUSAL_LM')
-    with quiet(): model = get_peft_model(load_base(point_base, settings.nf4, settings.compute_dtype, device), lora)
-    saved = trainable(model)
-    config = SFTConfig(**arguments(settings, Path(out)/'scratch', seed, device), packing=True, packing_strategy='bfd')
     with quiet():
+        model = get_peft_model(load_base(point_base, settings.nf4, settings.compute_dtype, device), lora)
+        saved = trainable(model)
+        config = SFTConfig(**arguments(settings, Path(out)/'scratch', seed, device), packing=True, packing_strategy='bfd')
         trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
         trainer.data_collator = packed_batch
         run_trainer(trainer, saved, out, dict(loss='loss', learning_rate='learning_rate', grad_norm='grad_norm',
