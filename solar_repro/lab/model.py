@@ -8,6 +8,7 @@ __all__ = ['render', 'encode', 'quiet', 'load_tokenizer', 'load_base', 'Point', 
 
 # %% ../../nbs/lab/02_model.ipynb #4e21939d
 import json
+import logging
 import math
 import shutil
 import warnings
@@ -79,6 +80,9 @@ def load_tokenizer(
                          "Set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+# %% ../../nbs/lab/02_model.ipynb #b6608187
+logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(lambda record: 'gemm_4bit_forward' not in record.getMessage())
 
 # %% ../../nbs/lab/02_model.ipynb #f8ffcad9
 def load_base(
