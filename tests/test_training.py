@@ -1,0 +1,288 @@
+"Training is deterministic, survives a kill, does not leak, and its parts agree with independent formulas."
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from solar_repro.dpo import check_start, dpo_loss, dpo_rows, load_policy, pair_logps, pair_trainer, reference_logps, train_dpo
+from solar_repro.lab.model import Point, average, concat_adapter, load_base, load_tokenizer, materialize, quiet, read_adapter
+from solar_repro.lab.profile import load_profile
+from solar_repro.merge import slerp
+from solar_repro.sft import packed_batch, sft_rows, train_sft
+from solar_repro.tiny.base import random_base
+from solar_repro.tiny.world import make_world, training_rows
+
+smoke = load_profile('smoke')
+SFT = smoke.sft.model_copy(update=dict(lora_r=4, lora_alpha=8, lora_dropout=.1, batch_size=2, max_length=128, learning_rate=1e-2, save_steps=4,
+                                       epochs=1, nf4=True, compute_dtype='float32'))
+DPO = smoke.dpo.model_copy(update=dict(batch_size=4, max_length=128, learning_rate=1e-2, save_steps=4, beta=.1, epochs=1, nf4=True,
+                                       compute_dtype='float32'))
+FILES = ('adapter/adapter_model.safetensors', 'adapter/adapter_config.json', 'log.csv')
+
+
+def math_rows():
+    return [dict(prompt=r['query'], completion=r['response']) for r in training_rows(make_world(), 'metamath', 40, seed=1)]
+
+
+def belief_pairs():
+    return [dict(prompt=r['prompt'], chosen=r['chosen'][-1]['content'], rejected=r['rejected'][-1]['content'])
+            for r in training_rows(make_world(), 'ultrafeedback', 40, seed=1)]
+
+
+def same(a, b):
+    for f in FILES: assert (a/f).read_bytes() == (b/f).read_bytes(), f
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    with quiet(): return random_base(tmp_path_factory.mktemp('base'))
+
+
+@pytest.fixture(scope='module')
+def runs(base, tmp_path_factory):
+    "Two SFT runs of different seeds."
+    out = tmp_path_factory.mktemp('sft')
+    for k in (1, 2): train_sft(base, math_rows(), out/str(k), SFT, smoke.template, seed=k)
+    return out
+
+
+@pytest.fixture(scope='module')
+def points(base, runs): return [Point(base, ((runs/k/'adapter', 1.),)) for k in '12']
+
+
+@pytest.fixture(scope='module')
+def ref(points): return reference_logps(points[0], belief_pairs(), DPO, smoke.template)
+
+
+@pytest.fixture(scope='module')
+def dpo_run(points, ref, tmp_path_factory):
+    out = tmp_path_factory.mktemp('dpo')
+    train_dpo(points[0], belief_pairs(), ref, out, DPO, smoke.template, seed=0)
+    return out
+
+
+# a child process trains like the parent, and kills itself with SIGKILL at a given step (never, if that is 0)
+CHILD = '''
+import os, signal, sys
+from pathlib import Path
+import pandas as pd
+import test_training as t
+what, base, start, ref, out, at = *sys.argv[1:6], int(sys.argv[6])
+def tick(done, total):
+    if done == at: os.kill(os.getpid(), signal.SIGKILL)
+if what == 'sft': t.train_sft(Path(base), t.math_rows(), Path(out), t.SFT, t.smoke.template, seed=1, tick=tick)
+else: t.train_dpo(t.Point(Path(base), ((Path(start), 1.),)), t.belief_pairs(), pd.read_pickle(ref), Path(out), t.DPO, t.smoke.template, seed=0, tick=tick)
+'''
+
+
+def child(*args):
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    return subprocess.run([sys.executable, '-c', CHILD, *map(str, args)], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('what', ['sft', 'dpo'])
+def test_killed_and_resumed_is_bitwise_the_same(what, base, runs, ref, dpo_run, tmp_path):
+    whole, args = dict(sft=runs/'1', dpo=dpo_run)[what], (what, base, runs/'1'/'adapter', tmp_path/'ref.pkl', tmp_path/'out')
+    ref.to_pickle(tmp_path/'ref.pkl')
+    assert child(*args, 6).returncode == -signal.SIGKILL
+    left = tmp_path/'out'/'scratch'
+    assert (left/'checkpoint-4'/'complete').exists() and not (tmp_path/'out'/'adapter').exists()
+    (left/'checkpoint-6').mkdir()   # as if the kill had struck while this one was being written
+    (left/'checkpoint-6'/'trainer_state.json').write_text('{"global_step": 6')
+    done = child(*args, 0)
+    assert done.returncode == 0, done.stderr
+    same(whole, tmp_path/'out')
+
+
+def test_same_seed_same_bytes_other_seed_other_adapter(base, runs, tmp_path):
+    train_sft(base, math_rows(), tmp_path, SFT, smoke.template, seed=1)
+    same(runs/'1', tmp_path)
+    assert (runs/'1'/FILES[0]).read_bytes() != (runs/'2'/FILES[0]).read_bytes()
+
+
+def test_adapters_are_float32_and_hold_no_path(base, runs, dpo_run):
+    for folder in (runs/'1', dpo_run):
+        tensors = load_file(folder/FILES[0])
+        assert tensors and {t.dtype for t in tensors.values()} == {torch.float32}
+        assert any((t != t.bfloat16().float()).any() for t in tensors.values())   # never rounded to bfloat16 on the way
+        assert {p.name for p in (folder/'adapter').iterdir()} == {'adapter_model.safetensors', 'adapter_config.json'}
+        assert json.loads((folder/FILES[1]).read_text())['base_model_name_or_path'] is None
+
+
+def test_training_is_quiet(base, tmp_path, capfd):
+    train_sft(base, math_rows()[:8], tmp_path/'sft', SFT, smoke.template, seed=0)
+    start = Point(base, ((tmp_path/'sft'/'adapter', 1.),))
+    train_dpo(start, belief_pairs()[:8], reference_logps(start, belief_pairs()[:8], DPO, smoke.template), tmp_path/'dpo', DPO, smoke.template, seed=0)
+    assert ''.join(capfd.readouterr()) == ''
+
+
+def _grads_after_a_look(base, guarded):
+    "Gradients of a step that follows a forward in eval mode."
+    model = load_base(base, nf4=True)
+    if not guarded:
+        for m in model.modules():
+            if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = True
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad(): model.eval()(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    return model.get_input_embeddings().weight.grad
+
+
+def test_a_look_in_eval_mode_does_not_spoil_gradients(base):
+    ids, model = torch.arange(40).view(2, 20), load_base(base, nf4=True).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert torch.equal(_grads_after_a_look(base, guarded=True), model.get_input_embeddings().weight.grad)
+
+
+def test_the_guard_is_needed_here(base):
+    "Without the guard the same look changes the gradients: the test above would catch its loss."
+    from bitsandbytes.functional import has_avx512bf16
+    if not has_avx512bf16(): pytest.skip('this processor has no AVX512-BF16, so bitsandbytes does not repack')
+    with pytest.warns(UserWarning, match='autograd kernel was not registered'): spoilt = _grads_after_a_look(base, guarded=False)
+    good = _grads_after_a_look(base, guarded=True)
+    assert (spoilt-good).norm() > .1*good.norm()
+
+
+def test_packed_batch_has_the_loss_of_its_rows_alone(base):
+    data = sft_rows(math_rows(), load_tokenizer(base), smoke.template, 256)
+    model = load_base(base, nf4=True).train()
+
+    def total(batch): # summed loss over labelled tokens
+        logits = model(**{k: v for k, v in batch.items() if k != 'labels'}, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch['labels'][:, 1:], reduction='sum')
+
+    def packed(rows): return dict(input_ids=sum((r['input_ids'] for r in rows), []), labels=sum((r['labels'] for r in rows), []),
+                                  seq_lengths=[len(r['input_ids']) for r in rows])
+    rows = [data[i] for i in range(7)]
+    together = total(packed_batch([packed(rows[:3]), packed(rows[3:5]), packed(rows[5:])]))
+    alone = sum(total(packed_batch([packed([r])])) for r in rows)
+    assert abs(together-alone) < 1e-3, 'float32 sums of some hundred nats'
+    emb = model.get_input_embeddings().weight
+    torch.testing.assert_close(*(torch.autograd.grad(x, emb)[0] for x in (together, alone)), rtol=1e-3, atol=1e-4)
+
+
+def test_the_trainer_does_not_leak_either(base, tmp_path, monkeypatch):
+    "Batches hold every row once and whole, and TRL's first loss is that of its rows alone."
+    seen = []
+    import solar_repro.sft as sft
+    def spy(rows): seen.append(rows); return packed_batch(rows)
+    monkeypatch.setattr(sft, 'packed_batch', spy)
+    train_sft(base, math_rows(), tmp_path, SFT, smoke.template, seed=0)
+
+    def pieces(rows): # the examples of packed rows
+        for row in rows:
+            ends = torch.tensor(row['seq_lengths']).cumsum(0).tolist()
+            assert ends[-1] == len(row['input_ids']) <= SFT.max_length
+            yield from ((row['input_ids'][e-n:e], row['labels'][e-n:e]) for e, n in zip(ends, row['seq_lengths']))
+    whole = [r['input_ids'] for r in sft_rows(math_rows(), load_tokenizer(base), smoke.template, SFT.max_length)]
+    assert sorted(ids for rows in seen for ids, _ in pieces(rows)) == sorted(whole)
+
+    model, total, n = load_base(base, nf4=True), 0., 0
+    for ids, labels in pieces(seen[0]):
+        with torch.no_grad(): logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction='sum').item()
+        n += sum(label != -100 for label in labels)
+    assert abs(pd.read_csv(tmp_path/'log.csv').loss[0]-total/n) < 2e-5   # float32; a leak moves it by some 1e-4
+
+
+def test_average_of_points_is_average_of_weights(points):
+    mean = average(points, [.3, .7])
+    W, parts = materialize(mean).state_dict(), [materialize(p).state_dict() for p in points]
+    assert max((parts[0][n]-parts[1][n]).abs().max() for n in W) > 1e-2
+    for n in W: torch.testing.assert_close(W[n], .3*parts[0][n]+.7*parts[1][n], rtol=0, atol=1e-6)
+
+
+def test_concat_adapter_is_the_point(points, tmp_path):
+    mean = average(points, [.3, .7])
+    one = Point(mean.base, ((concat_adapter(mean, tmp_path), 1.),))
+    assert next(iter(read_adapter(tmp_path).factors.values()))[0].shape[0] == 2*SFT.lora_r
+    W, V = materialize(mean).state_dict(), materialize(one).state_dict()
+    for n in W: torch.testing.assert_close(W[n], V[n], rtol=0, atol=1e-6)
+
+
+def test_the_adapter_is_the_trained_model(base, runs, points):
+    "On an unquantised base, PEFT with the adapter says what the materialised point says."
+    from peft import PeftModel
+    ids = torch.arange(60).view(3, 20)
+    with quiet(), torch.no_grad():
+        a = PeftModel.from_pretrained(load_base(base), runs/'1'/'adapter').eval()(input_ids=ids).logits
+        b = materialize(points[0])(input_ids=ids).logits
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_trl_computes_our_dpo_loss(points, ref, dpo_run, tmp_path):
+    "TRL's loss of a policy that has moved, against the formula, and its start against ln 2."
+    tok = load_tokenizer(points[0].base)
+    data = dpo_rows(belief_pairs(), tok, smoke.template, DPO.max_length)
+    for side in ('chosen', 'rejected'): data = data.add_column(f'ref_{side}_logps', ref[side].tolist())
+
+    def trainer(point): return pair_trainer(load_policy(point, tmp_path/'start', DPO, 'cpu'), data, tok, DPO, tmp_path, 0, 'cpu')
+    for point, moved in ((points[0], False), (Point(points[0].base, ((dpo_run/'adapter', 1.),)), True)):
+        t = trainer(point)
+        batch = t.data_collator([data[i] for i in range(8)])
+        policy, r = pair_logps(t.model, batch, 'float32'), torch.stack([batch['ref_chosen_logps'], batch['ref_rejected_logps']], 1)
+        ours = dpo_loss(*policy.T, *r.T, DPO.beta).item()
+        assert abs(t.compute_loss(t.model.train(), dict(batch)).item()-ours) < 1e-5
+        assert (abs(ours-math.log(2)) > 1e-3) == moved
+        if moved:
+            with pytest.raises(ValueError, match='ln 2'): check_start(t, 'float32')
+        else: check_start(t, 'float32')
+        assert list(t.model.peft_config) == ['default'] and t.ref_model is None   # one adapter, no second model
+
+
+def test_dpo_starts_at_ln_2_and_learns(dpo_run):
+    log = pd.read_csv(dpo_run/'log.csv')
+    assert abs(log.loss[0]-math.log(2)) < 1e-5 and log['rewards/margins'].iloc[-5:].mean() > .02
+    assert list(log) == ['step', 'loss', 'learning_rate', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies']
+
+
+def test_stepwise_continues_from_the_step_before(points, dpo_run, tmp_path):
+    "A second step starts at the first one's adapter and has it as its reference."
+    first, pairs = Point(points[0].base, ((dpo_run/'adapter', 1.),)), belief_pairs()[20:]
+    train_dpo(first, pairs, reference_logps(first, pairs, DPO, smoke.template), tmp_path, DPO, smoke.template, seed=0)
+    assert abs(pd.read_csv(tmp_path/'log.csv').loss[0]-math.log(2)) < 1e-5
+
+
+@pytest.mark.parametrize('nf4, dtype', [(False, 'float32'), (True, 'bfloat16')])
+def test_other_numerical_settings(base, tmp_path, nf4, dtype):
+    other = dict(nf4=nf4, compute_dtype=dtype)
+    sft, dpo, pairs = SFT.model_copy(update=other), DPO.model_copy(update=other), belief_pairs()[:12]
+    train_sft(base, math_rows()[:12], tmp_path/'sft', sft, smoke.template, seed=0)
+    start = Point(base, ((tmp_path/'sft'/'adapter', 1.),))
+    ref = reference_logps(start, pairs, dpo, smoke.template)
+    train_dpo(start, pairs, ref, tmp_path/'dpo', dpo, smoke.template, seed=0)
+    assert {t.dtype for t in load_file(tmp_path/'dpo'/FILES[0]).values()} == {torch.float32}
+    if nf4: # numbers of another arithmetic do not pass for these
+        with pytest.raises(ValueError, match='reference_logps'):
+            train_dpo(start, pairs, reference_logps(start, pairs, DPO.model_copy(update=dict(nf4=False)), smoke.template)+1.5,
+                      tmp_path/'x', dpo, smoke.template, seed=0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path):
+    with pytest.raises(FloatingPointError, match='learning_rate'):
+        train_sft(base, math_rows(), tmp_path, SFT.model_copy(update=dict(learning_rate=1e30, max_grad_norm=0.)), smoke.template, seed=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_slerp_of_a_sharded_base(points, dtype, tmp_path):
+    "t = 0 and 1 give the ends bit for bit, in any dtype, from several weight files."
+    from transformers import AutoModelForCausalLM
+    with quiet():
+        AutoModelForCausalLM.from_pretrained(points[0].base, dtype=dtype).save_pretrained(tmp_path/'base', max_shard_size='200KB')
+        load_tokenizer(points[0].base).save_pretrained(tmp_path/'base')
+    assert len(list((tmp_path/'base').glob('model-*.safetensors'))) > 1
+    a, b = (Point(tmp_path/'base', p.terms) for p in points)
+    for t, end in ((0., a), (1., b)):
+        table = slerp(a, b, t, .9995, tmp_path/str(t))
+        W, V = materialize(Point(tmp_path/str(t))).state_dict(), materialize(end).state_dict()
+        assert len(W) > 10 and all(torch.equal(W[n], V[n]) and W[n].dtype == dtype for n in W)
+    same_in_both = table.tensor.str.contains('norm|embed')
+    assert table.fell_back[same_in_both].all() and (table.cosine[same_in_both] > .999999).all()
