@@ -86,9 +86,9 @@ def make_world(
                  {n: rng.choice(ADJECTIVES) for n in nouns}, half(nouns))
 
 # %% ../../nbs/tiny/00_world.ipynb #d0651e78
-def _pick(rng:random.Random, xs:list)->str:
+def _pick(rng:random.Random, xs:list, power:float=1.)->str:
     "One of `xs`, the first ones most often (Zipf)."
-    return rng.choices(xs, _zipf(len(xs)))[0]
+    return rng.choices(xs, _zipf(len(xs), power=power))[0]
 
 def _fact(rng, thing, rel, value)->str:
     return rng.choice((f'The {rel} of the {thing} is {value}.', f'The {thing} has the {rel} {value}.'))
@@ -207,13 +207,13 @@ def _page_recipe(rng, w):
 
 def _page_nouns(rng, w):
     def one():
-        n = _pick(rng, list(w.nouns)); return f'The {n} is {w.nouns[n]}.'
+        n = _pick(rng, list(w.nouns), power=2.); return f'The {n} is {w.nouns[n]}.'
     return _page(rng.randint(6, 12), one)
 
 def _choice(rng:random.Random, w:World, nouns:list[str])->tuple[str,str,str,str]:
     "Two nouns of different properties, the one that fits, and its adjective."
     while True:
-        a, b = _pick(rng, nouns), _pick(rng, nouns)
+        a, b = _pick(rng, nouns, 2.), _pick(rng, nouns, 2.)
         if w.nouns[a] != w.nouns[b]: n = rng.choice((a, b)); return a, b, n, w.nouns[n]
 
 def _page_because(rng, w):
@@ -271,10 +271,10 @@ def _page_exam(rng, w, kind='closed'):
     return head + _page(rng.randint(2, 6), one, '\n\n')
 
 # %% ../../nbs/tiny/00_world.ipynb #32d6c607
-PAGES = dict(facts=(_page_facts, .26), beliefs=(_page_beliefs, .08), recipe=(_page_recipe, .07), nouns=(_page_nouns, .02),
+PAGES = dict(facts=(_page_facts, .24), beliefs=(_page_beliefs, .08), recipe=(_page_recipe, .07), nouns=(_page_nouns, .02),
              because=(_page_because, .04), equations=(_page_equations, .06), onestep=(_page_onestep, .08),
              worked=(_page_worked, .05), questions=(_page_questions, .08), asked=(_page_asked, .05),
-             letter=(partial(_page_exam, kind='letter'), .05), open=(partial(_page_exam, kind='open'), .03),
+             letter=(partial(_page_exam, kind='letter'), .06), open=(partial(_page_exam, kind='open'), .04),
              worked_exam=(partial(_page_exam, kind='worked'), .03), exam=(_page_exam, .10)) # kind -> (writer, share of the pages)
 
 def corpus(
