@@ -1,0 +1,82 @@
+"The tiny world keeps its promises: benchmarks are held out from all training text, and the shipped base is what its record says."
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from solar_repro.tiny.base import BaseSettings, HEAD_PAGES, build_tokenizer, corpus_hash, pretrain, shipped_base
+from solar_repro.tiny.world import ITEMS, ROWS, Problem, benchmark, corpus, leak_keys, make_world, number_key, training_rows
+
+N_ITEMS = dict(arc=130, hellaswag=700, mmlu=700, truthfulqa=150, winogrande=400, gsm8k=400)
+STORY = re.compile(r'(?:At first )?[A-Z][a-z]+ (?:has|owns) \d+ \w+\.(?: [A-Z][a-z]+ \w+ \d+ \w+\.)+')
+
+
+@pytest.fixture(scope='module')
+def world(): return make_world()
+
+
+@pytest.fixture(scope='module')
+def training_text(world):
+    "A tenth of the pretraining corpus and more rows of every set than the tiny profile uses, three seeds each."
+    rows = [r for f in ROWS for seed in range(3) for r in training_rows(world, f, 4000, seed)]
+    texts = [*corpus(world, 40_000), *(v if isinstance(v, str) else json.dumps(v) for r in rows for v in r.values())]
+    return '\n'.join(texts)
+
+
+@pytest.mark.parametrize('task', [t for t in ITEMS if t != 'gsm8k'])
+def test_no_item_occurs_in_training_text(world, training_text, task):
+    keys = {k for row in benchmark(world, task, N_ITEMS[task])['test'] for k in leak_keys(task, row)}
+    assert len(keys) > 50
+    found = {k for k in keys if k in training_text}
+    assert not found, f'{task}: {len(found)} of {len(keys)} held-out keys occur in training text, e.g. {sorted(found)[:3]}'
+
+
+def test_leak_search_would_find_a_leak(world, training_text):
+    "The same search finds the open (few-shot) rows, so an empty result above means something."
+    for task in ('arc', 'hellaswag', 'mmlu', 'truthfulqa'):
+        keys = [k for row in benchmark(world, task, 1, n_train=40)['train'] for k in leak_keys(task, row)]
+        assert any(k in training_text for k in keys), task
+
+
+def test_held_numbers_occur_in_no_story(world, training_text):
+    "GSM8K is held out by its numbers, whatever the words; one-step stories obey the same split."
+    seen = {number_key(s) for s in STORY.findall(training_text)}
+    assert len(seen) > 5000 and {len(k) for k in seen} == {2, 3, 4}
+    assert not [k for k in seen if Problem(k[0], k[1:]).held]
+    test = {number_key(r['question']) for r in benchmark(world, 'gsm8k', N_ITEMS['gsm8k'])['test']}
+    assert len(test) == N_ITEMS['gsm8k'] and all(Problem(k[0], k[1:]).held for k in test) and not test & seen
+
+
+def test_items_do_not_depend_on_hash_randomisation():
+    code = ("import hashlib, json; from solar_repro.tiny.world import ITEMS, ROWS, benchmark, corpus, make_world, training_rows;"
+            "w = make_world(); print(hashlib.sha256(json.dumps([benchmark(w, t, 20) for t in ITEMS] + [training_rows(w, f, 20) for f in ROWS]"
+            " + [list(corpus(w, 50))]).encode()).hexdigest())")
+    out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': s}, capture_output=True, text=True,
+                          check=True).stdout for s in '12'}
+    assert len(out) == 1
+
+
+def test_shipped_base_is_what_its_record_says():
+    base = shipped_base()
+    record = json.loads((base/'record.json').read_text())
+    settings = BaseSettings(**record['settings'])
+    assert settings == BaseSettings()
+    assert corpus_hash(settings, HEAD_PAGES) == record['corpus_head']
+    assert hashlib.sha256((base/'model.safetensors').read_bytes()).hexdigest() == record['weights']
+    assert hashlib.sha256((base/'tokenizer.json').read_bytes()).hexdigest() == record['tokenizer']
+    assert (base/'model.safetensors').stat().st_size <= 12e6
+    assert build_tokenizer(make_world(settings.world_seed)).get_vocab() == json.loads((base/'tokenizer.json').read_text())['model']['vocab']
+
+
+def test_a_short_training_learns_and_records(tmp_path):
+    "The code path of the shipped base, shortened: the loss falls by nats and the record names the corpus."
+    s = dataclasses.replace(BaseSettings(), n_pages=3000, hidden_size=64, n_layers=2, n_heads=2, intermediate_size=128, compiled=False, bf16=False)
+    pretrain(tmp_path, s)
+    record = json.loads((tmp_path/'record.json').read_text())
+    assert record['settings'] == dataclasses.asdict(s) and record['corpus'] == corpus_hash(s, 3000)
+    assert record['loss'][0][1] > 6 and record['loss'][-1][1] < 4.5
