@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATH_TYPES', 'SETS', 'POOL', 'TEST_SETS', 'TEST_SEED', 'field', 'check_rows', 'from_alpaca', 'from_openorca',
-           'from_metamath', 'from_ultrafeedback', 'join_math', 'DataSet', 'load_rows', 'TestSet', 'check_items',
+           'from_metamath', 'from_ultrafeedback', 'join_math', 'DataSet', 'load_rows', 'Benchmark', 'check_items',
            'load_benchmark', 'write_rows', 'read_rows', 'leaked']
 
 # %% ../nbs/01_data.ipynb #801843a3
@@ -166,12 +166,13 @@ def load_rows(
     s = SETS[name]
     rows = s.convert(*(check_rows(f'{name}/{f}', _file(f, source), fields, s.blank) for f, fields in s.files.items()))
     if not 0 < n <= len(rows):
-        raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(rows)}, as many as it has. Change {name} in [data.rows] of the profile.')
+        raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(rows)}, as many as it has. Change {name} in [data.rows] '
+                         'of the profile.')
     return random.Random(f'{name} {seed}').sample(rows, n)
 
 # %% ../nbs/01_data.ipynb #561b393c
 @dataclass(frozen=True)
-class TestSet:
+class Benchmark:
     "One benchmark of H6."
     title: str                # as the paper prints it
     hub: str                  # id on the Hugging Face Hub
@@ -182,17 +183,17 @@ class TestSet:
     fields: dict[str, type]   # what we need of an item
 
 TEST_SETS = dict(
-    arc=TestSet('ARC', 'allenai/ai2_arc', 'ARC-Challenge', 'test', 'CC BY-SA 4.0', 1172,
+    arc=Benchmark('ARC', 'allenai/ai2_arc', 'ARC-Challenge', 'test', 'CC BY-SA 4.0', 1172,
         {'question': str, 'choices.text': list, 'choices.label': list, 'answerKey': str}),
-    hellaswag=TestSet('HellaSwag', 'Rowan/hellaswag', 'default', 'validation', 'MIT', 10_042,
+    hellaswag=Benchmark('HellaSwag', 'Rowan/hellaswag', 'default', 'validation', 'MIT', 10_042,
         {'activity_label': str, 'ctx': str, 'endings': list, 'label': str}),
-    mmlu=TestSet('MMLU', 'cais/mmlu', '57 subjects', 'test', 'MIT', 14_042,
+    mmlu=Benchmark('MMLU', 'cais/mmlu', '57 subjects', 'test', 'MIT', 14_042,
         {'question': str, 'subject': str, 'choices': list, 'answer': int}),
-    truthfulqa=TestSet('TruthfulQA', 'truthfulqa/truthful_qa', 'multiple_choice', 'validation', 'Apache-2.0', 817,
+    truthfulqa=Benchmark('TruthfulQA', 'truthfulqa/truthful_qa', 'multiple_choice', 'validation', 'Apache-2.0', 817,
         {'question': str, 'mc2_targets.choices': list, 'mc2_targets.labels': list}),
-    winogrande=TestSet('Winogrande', 'allenai/winogrande', 'winogrande_xl', 'validation', 'CC BY (not stated on the Hub)', 1267,
+    winogrande=Benchmark('Winogrande', 'allenai/winogrande', 'winogrande_xl', 'validation', 'CC BY (not stated on the Hub)', 1267,
         {'sentence': str, 'option1': str, 'option2': str, 'answer': str}),
-    gsm8k=TestSet('GSM8K', 'openai/gsm8k', 'main', 'test', 'MIT', 1319, {'question': str, 'answer': str}),
+    gsm8k=Benchmark('GSM8K', 'openai/gsm8k', 'main', 'test', 'MIT', 1319, {'question': str, 'answer': str}),
 )
 
 # %% ../nbs/01_data.ipynb #1a321b25

@@ -70,11 +70,13 @@ def task_folder(
 )->dict[str,list[int]]: # lm-eval's name of each task -> which test items are its own
     "Write a benchmark as lm-eval task files over JSON lines."
     if task not in METRICS: raise ValueError(f'eval: no task {task!r}; expected one of {list(METRICS)}. Correct the name.')
-    if len(bench['test']) < 2: raise ValueError(f"eval: {task} has {len(bench['test'])} test items; expected at least 2, or there is no standard error. Raise eval.n_items.")
+    if len(bench['test']) < 2:
+        raise ValueError(f"eval: {task} has {len(bench['test'])} test items; expected at least 2, or there is no standard error. Raise eval.n_items.")
     names = {}
     for name, (ids, part) in _parts(task, bench).items():
         if len(part['train']) < num_fewshot:
-            raise ValueError(f"eval: {name} has {len(part['train'])} rows for {num_fewshot} examples; expected at least as many. Lower {task} in [eval.num_fewshot].")
+            raise ValueError(f"eval: {name} has {len(part['train'])} rows for {num_fewshot} examples; expected at least as many. Lower "
+                             f'{task} in [eval.num_fewshot].')
         where = {k: str(write_rows(part[k], Path(out)/f'{name}.{k}.jsonl')) for k in ('train', 'test') if part[k]}
         config = dict(task=name, include=str(files('solar_repro')/'tasks'/f'{task}.yaml'), num_fewshot=num_fewshot,
                       dataset_kwargs=dict(data_files=where, cache_dir=str(Path(out)/'cache'), keep_in_memory=True))
@@ -145,8 +147,8 @@ def answer(
     for r, got in zip(requests, ask(requests, disable_tqdm=True), strict=True): r.resps, r.filtered_resps = [got], {}
     bad = [r for r in requests if r.request_type == 'loglikelihood' and not math.isfinite(r.resps[0][0])]
     if bad:
-        raise ValueError(f'eval: {len(bad)} of {len(requests)} log-likelihoods of {task} are not finite (item {bad[0].doc_id}: {bad[0].resps[0][0]}); '
-                         'expected numbers. The weights hold nan or overflow: look at the training log of this model.')
+        raise ValueError(f'eval: {len(bad)} of {len(requests)} log-likelihoods of {task} are not finite (item {bad[0].doc_id}: '
+                         f'{bad[0].resps[0][0]}); expected numbers. The weights hold nan or overflow: look at the training log of this model.')
     for t in asked.tasks: t.apply_filters()
 
 # %% ../nbs/05_eval.ipynb #8c1fba18
@@ -205,7 +207,8 @@ def evaluate(
     "Score a model on one benchmark with lm-eval."
     asked = build_requests(task, bench, num_fewshot)
     with _lm_eval():
-        lm = HFLM(pretrained=model if model is not None else materialize(point, device), tokenizer=load_tokenizer(point.base), batch_size=batch_size)
+        if model is None: model = materialize(point, device)
+        lm = HFLM(pretrained=model, tokenizer=load_tokenizer(point.base), batch_size=batch_size)
         answer(lm, task, asked)
         records = collect(task, asked)
     score, se = mean_se([r['score'] for r in records])
