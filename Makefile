@@ -1,0 +1,41 @@
+# make tables   rebuild Tables 3 to 7: PROFILE=tiny SEED=0, results in runs/PROFILE/
+# make test     notebooks in sync with the library, every notebook, every test
+# make lab      explore in JupyterLab
+# make docs     the documentation site, in _docs/
+# make notebooks  run the notebooks again and keep their outputs in nbs/
+# make check    only: are notebooks, library and README in sync?
+# make clean    remove .venv, the site and caches; results in runs/ stay
+# Each sets up what it needs in .venv, on a machine with no more than python3.11 and make.
+
+PYTHON  ?= python3.11
+PROFILE ?= tiny
+SEED    ?= 0
+BIN     := .venv/bin
+
+.DEFAULT_GOAL := tables
+.PHONY: setup tables test lab docs notebooks check clean
+
+setup:
+	@PYTHON='$(PYTHON)' sh tools/setup.sh
+
+tables: setup
+	@$(BIN)/python -m solar_repro.lab.book --profile '$(PROFILE)' --seed '$(SEED)'
+
+test: setup
+	@sh tools/test.sh
+
+lab: setup
+	@$(BIN)/python -m jupyterlab nbs
+
+docs: setup
+	@$(BIN)/python tools/build_docs.py
+
+notebooks: setup
+	@$(BIN)/python tools/run_nb.py --all
+
+check: setup
+	@sh tools/check.sh
+
+clean:
+	rm -rf .venv _docs _proc build .pytest_cache *.egg-info nbs/nbdev.yml nbs/sidebar.yml
+	find nbs solar_repro tests tools -name __pycache__ -prune -exec rm -rf {} +
