@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Rate', 'Dtype', 'DPO_ROWS', 'root', 'Strict', 'Machine', 'Base', 'Template', 'Rows', 'Data',
-           'Training', 'Sft', 'DpoRow', 'Dpo', 'Merge', 'NumFewshot', 'Eval', 'Profile', 'profiles', 'load_profile']
+           'Numerics', 'Training', 'Sft', 'DpoRow', 'Dpo', 'Merge', 'NumFewshot', 'Eval', 'Profile', 'profiles',
+           'load_profile']
 
 # %% ../../nbs/lab/00_profile.ipynb #918e79ca
 import difflib
@@ -69,18 +70,21 @@ class Data(Strict):
     source: Literal['tiny']
     rows: Rows
 
-class Training(Strict):
+class Numerics(Strict):
+    "What decides the log-probabilities of a model in training."
+    nf4: bool # the base in NF4 with double quantisation (QLoRA); false: unquantised
+    compute_dtype: Dtype # of the matrix products
+    batch_size: Positive # rows (SFT: packed rows; DPO: pairs) a step
+    max_length: Positive # tokens of a row
+
+class Training(Numerics):
     "What SFT and DPO have in common."
     learning_rate: Rate # peak
     lr_scheduler: Literal['linear', 'cosine', 'constant']
     warmup_ratio: Share # of the steps
     epochs: Positive
-    batch_size: Positive # rows (SFT: packed rows; DPO: pairs) a step
-    max_length: Positive # tokens of a row
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
-    nf4: bool # train on the base in NF4 with double quantisation (QLoRA); false: unquantised
-    compute_dtype: Dtype # of the matrix products
     save_steps: Positive # steps between checkpoints
 
 class Sft(Training):

@@ -56,7 +56,7 @@ class BaseSettings:
     "All that decides the base model's weights, on one kind of machine."
     world_seed: int = 2312
     seed: int = 0                 # initial weights and corpus
-    n_pages: int = 400_000        # pages of the corpus, each read once
+    n_pages: int = 290_000        # pages of the corpus, each read once
     hidden_size: int = 192
     n_layers: int = 6
     n_heads: int = 6
@@ -66,7 +66,7 @@ class BaseSettings:
     lr_muon: float = .02          # peak, matrices
     lr_adam: float = 4e-3         # peak, embeddings and norms
     weight_decay: float = .01
-    warmup: float = .02           # share of the steps
+    warmup: float = .0275         # share of the steps
     decay: float = .4             # share of the steps, linear to zero at the end
     bf16: bool = True             # autocast
     compiled: bool = True         # torch.compile
