@@ -29,8 +29,11 @@ def settings() -> dict:
     return cfg['DEFAULT']
 
 
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}              # this tree, whichever one the environment has installed
+
+
 def python(code: str, *args, **kw) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=300, **kw)
+    return subprocess.run([sys.executable, '-c', code, *args], env=ENV, capture_output=True, text=True, timeout=300, **kw)
 
 
 # ---- the steps of `make test` that come before pytest
@@ -44,7 +47,7 @@ def test_step(step):
     code = os.environ.get(f'STEP_{step}')
     if code is None:
         path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-        done = subprocess.run(STEPS[step], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PATH': path})
+        done = subprocess.run(STEPS[step], cwd=ROOT, capture_output=True, text=True, env={**ENV, 'PATH': path})
         print(done.stdout, done.stderr)
         code = str(done.returncode)
     assert code == '0', f'`{shlex.join(STEPS[step])}` failed with status {code}; what it said stands above'
@@ -87,17 +90,21 @@ def test_package_data_is_packed(tmp_path):
 
 QUIET = '''
 import importlib, os, random, sys
-import bitsandbytes, datasets, lm_eval, matplotlib, peft, torch, transformers, trl      # theirs may do as they like
+import bitsandbytes, datasets, matplotlib.pyplot, peft, scipy.stats, torch, transformers      # these may do as they like
+from lm_eval.models.huggingface import HFLM
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 def refuse(event, args):
     if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'subprocess.Popen'): raise RuntimeError(f'{event} {args}')
 sys.addaudithook(refuse)
-def state(): return dict(os.environ), os.getcwd(), random.getstate(), torch.initial_seed(), torch.get_num_threads(), sys.argv
+def state():
+    return {**os.environ, 'folder': os.getcwd(), 'random': random.getstate(), 'seed': torch.initial_seed(), 'threads': torch.get_num_threads()}
 sys.stdout.flush(); sys.stderr.flush()
 print('OURS', flush=True); print('OURS', file=sys.stderr, flush=True)
 for m in sys.argv[1:]:
     before = state()
     importlib.import_module(m)
-    assert state() == before, f'importing {m} changed environment, folder, seed or threads'
+    changed = [k for k, v in state().items() if before.get(k) != v]
+    assert not changed, f'importing {m} changed {changed}'
 '''
 
 
@@ -173,7 +180,7 @@ def test_notebook_imports_stand_alone(name):
 def test_papermill_runs_a_notebook_from_another_folder(tmp_path):
     out = tmp_path / 'out.ipynb'
     cmd = [sys.executable, '-m', 'papermill', str(ROOT / 'nbs' / '00_paper.ipynb'), str(out), '-p', 'profile', 'smoke', '--no-progress-bar']
-    done = subprocess.run(cmd, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(cmd, cwd=tmp_path, env=ENV, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'unknown parameter' not in done.stderr.lower()
     injected = [c for c in json.loads(out.read_text())['cells'] if 'injected-parameters' in c['metadata'].get('tags', [])]
