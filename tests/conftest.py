@@ -1,0 +1,23 @@
+"What every test stands on: no network, no display, and threads that do not fight over two cores."
+import os
+import socket
+
+import pytest
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    "A test that reaches for another machine fails, and says so."
+    connect = socket.socket.connect
+
+    def only_here(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ('127.0.0.1', '::1', 'localhost'):
+            raise RuntimeError(f'a test tried to connect to {address}; tests work offline')
+        return connect(self, address)
+    monkeypatch.setattr(socket.socket, 'connect', only_here)

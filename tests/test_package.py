@@ -1,0 +1,305 @@
+"The package as one meets it: pins, imports, notebooks, the front page's commands, and a .venv that make keeps whole."
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts), key=str)
+NAMES = [p.relative_to(ROOT / 'nbs').as_posix() for p in NOTEBOOKS]
+MODULES = sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in (ROOT / 'solar_repro').rglob('*.py')
+                 if not p.name.startswith('_'))
+LIGHT = [f'solar_repro.{m}' for m in ('paper', 'tables', 'lab.profile', 'lab.store', 'lab.recipe')]
+
+
+def settings() -> dict:
+    cfg = ConfigParser(delimiters=['='], interpolation=None)
+    cfg.read(ROOT / 'settings.ini', encoding='utf-8')
+    return cfg['DEFAULT']
+
+
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}              # this tree, whichever one the environment has installed
+
+
+def python(code: str, *args, **kw) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, '-c', code, *args], env=ENV, capture_output=True, text=True, timeout=300, **kw)
+
+
+# ---- the steps of `make test` that come before pytest
+
+STEPS = dict(CHECK=['sh', 'tools/check.sh'], NOTEBOOKS=['nbdev_test', '--n_workers', '2'])
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_step(step):
+    "`make test` has run it and hands over its exit status; without that it is run here."
+    code = os.environ.get(f'STEP_{step}')
+    if code is None:
+        path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+        done = subprocess.run(STEPS[step], cwd=ROOT, capture_output=True, text=True, env={**ENV, 'PATH': path})
+        print(done.stdout, done.stderr)
+        code = str(done.returncode)
+    assert code == '0', f'`{shlex.join(STEPS[step])}` failed with status {code}; what it said stands above'
+
+
+# ---- pins
+
+def test_settings_and_environment_name_the_same_pins():
+    ini, env = settings(), yaml.safe_load((ROOT / 'environment.yml').read_text())
+    conda = [d for d in env['dependencies'] if isinstance(d, str)]
+    pip = [d for d in env['dependencies'] if isinstance(d, dict)][0]['pip']
+    assert 'python=3.11' in conda
+    assert pip == [*shlex.split(ini['requirements']), *shlex.split(ini['dev_requirements']), '-e .']
+
+
+def test_what_is_installed_is_what_is_pinned():
+    ini = settings()
+    pins = [Requirement(r) for r in shlex.split(f"{ini['requirements']} {ini['dev_requirements']}")]
+    exact = {r.name for r in pins if str(r.specifier).startswith('==')}
+    assert exact >= {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'lm-eval', 'nbdev'}
+    found = {r.name: importlib.metadata.version(r.name).split('+')[0] for r in pins}
+    wrong = [f'{r}: {found[r.name]} is installed' for r in pins if not r.specifier.contains(found[r.name])]
+    assert not wrong
+
+
+def test_package_data_is_packed(tmp_path):
+    "Profiles, task files and the base model travel with the package."
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md'):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / 'solar_repro', tmp_path / 'solar_repro', ignore=shutil.ignore_patterns('__pycache__'))
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, check=True, capture_output=True)
+    here = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'solar_repro').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    packed = {p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file()}
+    assert 'solar_repro/profiles/tiny.toml' in packed and 'solar_repro/tasks/arc.yaml' in packed
+    assert 'solar_repro/tiny/base/model.safetensors' in packed
+    assert not here - packed
+
+
+# ---- imports
+
+QUIET = '''
+import importlib, os, random, sys
+import bitsandbytes, datasets, matplotlib.pyplot, peft, scipy.stats, torch, transformers      # these may do as they like
+from lm_eval.models.huggingface import HFLM
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+def refuse(event, args):
+    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'subprocess.Popen'): raise RuntimeError(f'{event} {args}')
+sys.addaudithook(refuse)
+def state():
+    return {**os.environ, 'folder': os.getcwd(), 'random': random.getstate(), 'seed': torch.initial_seed(), 'threads': torch.get_num_threads()}
+sys.stdout.flush(); sys.stderr.flush()
+print('OURS', flush=True); print('OURS', file=sys.stderr, flush=True)
+for m in sys.argv[1:]:
+    before = state()
+    importlib.import_module(m)
+    changed = [k for k, v in state().items() if before.get(k) != v]
+    assert not changed, f'importing {m} changed {changed}'
+'''
+
+
+def test_importing_does_nothing(tmp_path):
+    "No connection, no process, no output, no file, and environment, seeds and threads as they were."
+    assert MODULES
+    done = python(QUIET, *MODULES, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split('OURS\n')[1] == '' and done.stderr.split('OURS\n')[1] == ''
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('module', LIGHT)
+def test_light_modules_leave_torch_alone(module):
+    code = 'import importlib, sys; importlib.import_module(sys.argv[1]); print([m for m in ("torch", "transformers", "lm_eval") if m in sys.modules])'
+    done = python(code, module)
+    assert (done.returncode, done.stdout.strip()) == (0, '[]'), done.stderr[-2000:]
+
+
+# ---- notebooks
+
+def read(name: str) -> dict:
+    return json.loads((ROOT / 'nbs' / name).read_text(encoding='utf-8'))
+
+
+def sources(nb: dict, kind: str) -> list[str]:
+    return [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == kind]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_notebook_form(name):
+    nb = read(name)
+    first = nb['cells'][0]
+    lines = [s for s in ''.join(first['source']).splitlines() if s.strip()]
+    assert first['cell_type'] == 'markdown' and len(lines) == 2, f'{name}: the first cell is more or less than a title and one line'
+    assert lines[0].startswith('# ') and lines[1].startswith('> ')
+    assert nb['metadata']['kernelspec']['name'] == 'python3'
+    ids = [c['id'] for c in nb['cells']]
+    assert len(ids) == len(set(ids)), f'{name}: cell ids repeat'
+    assert not any('nbdev_export(' in s for s in sources(nb, 'code')), 'papermill would rewrite the library in mid-run'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_notebook_holds_no_path_of_a_machine(name):
+    found = re.search(r'(?<![\w.])/(?:home|root|work|Users|tmp|mnt|var/folders)/[\w.-]+', json.dumps(read(name)))
+    assert not found, f'{name} holds {found}'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_notebook_parameters(name):
+    "papermill finds the profile by the cell's tag; without the tag the default would win, silently."
+    cells = [c for c in read(name)['cells'] if c['cell_type'] == 'code']
+    assigning = [c for c in cells if re.search(r'^profile *=', ''.join(c['source']), flags=re.M)]
+    tagged = [c for c in cells if 'parameters' in c['metadata'].get('tags', [])]
+    assert assigning == tagged and len(tagged) <= 1
+    if re.match(r'0\d_', name):
+        assert tagged, f'{name} is part of the story, which -p profile NAME chooses the scale of'
+    for c in tagged:
+        for stmt in ast.parse(''.join(c['source'])).body:
+            assert isinstance(stmt, ast.Assign) and isinstance(ast.literal_eval(stmt.value), (str, int, float))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_notebook_imports_stand_alone(name):
+    "nbdev runs a cell that imports when it makes the site, so such a cell holds nothing else; and no star."
+    for source in sources(read(name), 'code'):
+        body = ast.parse(source).body
+        imports = [s for s in body if isinstance(s, (ast.Import, ast.ImportFrom))]
+        assert len(imports) in (0, len(body)), f'{name}: this cell imports and does more:\n{source}'
+        assert not any(a.name == '*' for s in imports for a in s.names), f'{name}: {source}'
+
+
+def test_papermill_runs_a_notebook_from_another_folder(tmp_path):
+    out = tmp_path / 'out.ipynb'
+    cmd = [sys.executable, '-m', 'papermill', str(ROOT / 'nbs' / '00_paper.ipynb'), str(out), '-p', 'profile', 'smoke', '--no-progress-bar']
+    done = subprocess.run(cmd, cwd=tmp_path, env=ENV, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'unknown parameter' not in done.stderr.lower()
+    injected = [c for c in json.loads(out.read_text())['cells'] if 'injected-parameters' in c['metadata'].get('tags', [])]
+    assert len(injected) == 1 and 'smoke' in ''.join(injected[0]['source'])
+
+
+# ---- front page and site
+
+def test_front_page_names_what_exists():
+    text, makefile = (ROOT / 'README.md').read_text(), (ROOT / 'Makefile').read_text()
+    targets = set(re.findall(r'^([a-z]+):', makefile, flags=re.M))
+    named = set(re.findall(r'(?:^|`)make ([a-z]+)', text, flags=re.M))
+    assert {'tables', 'test'} <= named <= targets
+    paths = set(re.findall(r'`((?:nbs|solar_repro|tests|tools)/[\w/.]+)`', text))
+    assert paths and not [p for p in paths if not (ROOT / p).exists()]
+
+
+def test_front_page_commands_exist():
+    verbs = set(re.findall(r'^solar-repro (\w+)', (ROOT / 'README.md').read_text(), flags=re.M))
+    done = python("import sys; sys.argv = ['solar-repro', '--help']; from solar_repro.lab.cli import main; sys.exit(main())")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert verbs and not [v for v in verbs if not re.search(rf'\b{v}\b', done.stdout)]
+
+
+def test_site_builds(tmp_path):
+    "A page for each notebook and module, and nothing on them comes from another host (the tool stops if it does)."
+    for name in ('nbs', 'solar_repro', 'tools'):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', 'pyproject.toml', 'README.md'):
+        shutil.copy(ROOT / name, tmp_path)
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    done = subprocess.run([sys.executable, 'tools/build_docs.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    pages = {p.relative_to(tmp_path / '_docs').as_posix() for p in (tmp_path / '_docs').rglob('*.html')}
+    assert 'index.html' in pages
+    assert len([p for p in pages if not p.startswith('api/')]) == len(NOTEBOOKS)
+    assert len([p for p in pages if p.startswith('api/')]) >= len(MODULES)
+
+
+# ---- make and .venv
+
+FAKE = '''#!/bin/sh
+echo "$*" >>"{calls}"
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "{fake}" "$3/bin/python" ;;
+    "-m pip "*) echo "pip was here"; exit $(cat "{rc}") ;;
+esac
+'''
+
+
+class Project:
+    "A copy of what set-up needs, with a Python that only notes what it is asked to do."
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls, self.rc = folder / 'project', folder / 'calls', folder / 'rc'
+        (self.folder / 'tools').mkdir(parents=True)
+        for name in ('Makefile', 'settings.ini', 'setup.py', 'tools/setup.sh'):
+            shutil.copy(ROOT / name, self.folder / name)
+        self.python = folder / 'python'
+        self.python.write_text(FAKE.format(calls=self.calls, fake=self.python, rc=self.rc))
+        self.python.chmod(0o755)
+        self.rc.write_text('0')
+        self.venv = self.folder / '.venv'
+
+    def make(self, python=None) -> tuple[list[str], subprocess.CompletedProcess]:
+        "Run set-up; returns what it did (`venv`, `pip`) and how it ended."
+        self.calls.write_text('')
+        env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'PYTHON')}
+        done = subprocess.run(['make', '-C', str(self.folder), 'setup', f'PYTHON={python or self.python}'],
+                              env=env, capture_output=True, text=True, timeout=60)
+        return re.findall(r'^-m (\w+)', self.calls.read_text(), flags=re.M), done
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+def test_setup_is_done_once(project):
+    assert project.make()[0] == ['venv', 'pip']
+    steps, done = project.make()
+    assert steps == [] and done.returncode == 0 and 'setup:' not in done.stdout
+
+
+@pytest.mark.parametrize('name', ['settings.ini', 'setup.py'])
+def test_changed_pins_are_installed(project, name):
+    project.make()
+    with (project.folder / name).open('a') as f:
+        f.write('\n# changed\n')
+    assert project.make()[0] == ['pip']
+    assert project.make()[0] == []
+
+
+def test_failed_install_is_shown_and_made_anew(project):
+    project.rc.write_text('1')
+    _, done = project.make()
+    assert done.returncode != 0 and 'pip was here' in done.stderr and 'pip install failed' in done.stderr
+    project.rc.write_text('0')
+    steps, done = project.make()
+    assert steps == ['venv', 'pip'] and done.returncode == 0
+
+
+@pytest.mark.parametrize('damage', ['python', 'folder', 'stamp', 'moved'])
+def test_half_made_venv_is_repaired(project, damage):
+    project.make()
+    if damage == 'python':                                   # whole by its stamp, but its Python does not start
+        (project.venv / 'bin' / 'python').unlink()
+    elif damage == 'folder':                                 # venv was stopped early
+        shutil.rmtree(project.venv)
+        (project.venv / 'bin').mkdir(parents=True)
+    elif damage == 'stamp':                                  # somebody's own .venv: kept, and the pins installed into it
+        (project.venv / 'stamp').unlink()
+    elif damage == 'moved':                                  # scripts in it name the old folder
+        project.folder = project.folder.rename(project.folder.with_name('elsewhere'))
+    assert project.make()[0] == (['pip'] if damage == 'stamp' else ['venv', 'pip'])
+    assert project.make()[0] == []
+
+
+def test_missing_python_is_said(project):
+    steps, done = project.make(python='python-that-is-not-there')
+    assert steps == [] and done.returncode != 0
+    assert "no 'python-that-is-not-there'" in done.stderr and 'PYTHON=' in done.stderr
