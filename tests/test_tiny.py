@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from solar_repro.tiny.base import BaseSettings, HEAD_PAGES, build_tokenizer, corpus_hash, pretrain, shipped_base
-from solar_repro.tiny.world import ITEMS, ROWS, Problem, benchmark, corpus, leak_keys, make_world, number_key, training_rows
+from solar_repro.tiny.base import HEAD_PAGES, BaseSettings, build_tokenizer, corpus_hash, pretrain
+from solar_repro.tiny.world import ITEMS, ROWS, Problem, benchmark, corpus, leak_keys, make_world, number_key, shipped_base, training_rows
 
 N_ITEMS = dict(arc=130, hellaswag=700, mmlu=700, truthfulqa=150, winogrande=400, gsm8k=400)
 STORY = re.compile(r'(?:At first )?[A-Z][a-z]+ (?:has|owns) \d+ \w+\.(?: [A-Z][a-z]+ \w+ \d+ \w+\.)+')

@@ -18,6 +18,7 @@ from typing import Any
 from .profile import Dpo, Numerics, Profile, Rows, Sft, Template, load_profile
 from .store import Artifact, Store
 from ..paper import H6_TASKS
+from ..tiny.world import shipped_base
 
 # %% ../../nbs/lab/03_recipe.ipynb #f6cc5659
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ def _machine(p:Profile)->dict: return p.machine.model_dump()
 def _data_stages(p:Profile)->list[Stage]:
     base = dict(source=p.base.source)
     if p.base.source == 'tiny':
-        from solar_repro.tiny.base import shipped_base
         base['weights'] = json.loads((shipped_base()/'record.json').read_text())['weights']
     return [Stage('base', 'base', base, {}),
             *(Stage(f'data/{d}', 'data', dict(set=d, source=p.data.source, n=getattr(p.data.rows, d), seed=p.seed), {}) for d in Rows.model_fields),
@@ -137,8 +137,9 @@ def _read_rows(a:Artifact)->list[dict]:
 
 def build_base(out, settings, inputs, tools):
     "A checkpoint folder: a copy of the shipped base, or a minute random one."
-    from solar_repro.tiny.base import random_base, shipped_base
-    if settings['source'] == 'random': random_base(out)
+    if settings['source'] == 'random':
+        from solar_repro.tiny.base import random_base
+        random_base(out)
     else:
         for f in shipped_base().iterdir():
             if f.is_file(): shutil.copyfile(f, out/f.name)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['EOS', 'UNK', 'HEAD_PAGES', 'vocabulary', 'build_tokenizer', 'BaseSettings', 'lr_scale', 'new_model', 'corpus_hash',
-           'encode_corpus', 'train_step', 'pretrain', 'shipped_base', 'random_base']
+           'encode_corpus', 'train_step', 'pretrain', 'random_base']
 
 # %% ../../nbs/tiny/01_base.ipynb #f8b7cf59
 import hashlib
 import json
-import math
 import os
 import re
 import time
@@ -23,7 +22,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .world import ITEMS, PAGES, ROWS, World, benchmark, corpus, make_world, training_rows
+from .world import ROWS, World, corpus, make_world, shipped_base, training_rows
 
 # %% ../../nbs/tiny/01_base.ipynb #5b9bf5e9
 EOS, UNK = '<eos>', '<unk>'
@@ -187,16 +186,12 @@ def _finish(out, model, tok, s, log, n_tokens, seconds)->Path:
     return out
 
 # %% ../../nbs/tiny/01_base.ipynb #be882855
-def shipped_base()->Path: # checkpoint folder
-    "The base model that comes with the package."
-    return Path(__file__).parent/'base'
-
 def random_base(
     out:Path, # folder to write
     seed:int=0, # of the weights
 )->Path: # `out`
-    "A minute, untrained base of the tiny world's vocabulary."
+    "A minute, untrained base with the shipped tokenizer."
     s = BaseSettings(seed=seed, hidden_size=64, n_layers=2, n_heads=2, intermediate_size=128)
-    tok = build_tokenizer(make_world(s.world_seed))
+    tok = PreTrainedTokenizerFast.from_pretrained(shipped_base())
     new_model(s, len(tok)).save_pretrained(out); tok.save_pretrained(out)
     return Path(out)

@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['NAMES', 'SUBJECTS', 'MMLU_SUBJECTS', 'EFFECTS', 'ADJECTIVES', 'VERBS', 'OBJECTS', 'GOODS', 'PLUS', 'MINUS', 'LETTERS',
            'FORMS', 'PAGES', 'SYSTEM', 'ROWS', 'ITEMS', 'World', 'make_world', 'Problem', 'corpus', 'training_rows',
-           'benchmark', 'leak_keys', 'number_key']
+           'benchmark', 'leak_keys', 'number_key', 'shipped_base']
 
 # %% ../../nbs/tiny/00_world.ipynb #f221e3ed
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+
+from ..lab.profile import root
 
 # %% ../../nbs/tiny/00_world.ipynb #1ebe7d22
 NAMES = 'Ann Max Leo Eva Tom Mia Ben Zoe Sam Ida Jon Amy'.split()
@@ -459,3 +462,10 @@ def number_key(text:str)->tuple[int,...]:
         words = sentence.split(); n = [int(w) for w in words if w.isdigit()]
         if n: out.append(-n[0] if set(words) & set(MINUS) else n[0])
     return tuple(out)
+
+# %% ../../nbs/tiny/00_world.ipynb #87224eeb
+_module = __file__ if '__file__' in globals() else root()/'solar_repro'/'tiny'/'world.py' # a notebook has no file
+
+def shipped_base()->Path: # checkpoint folder
+    "The base model that comes with the package."
+    return Path(_module).parent/'base'
