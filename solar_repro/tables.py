@@ -110,13 +110,14 @@ def paper_scores()->pd.DataFrame: # indexed by (model, task): score, se
 
 def claims(
     scores:pd.DataFrame, # model, task, score, se; fractions
+    which:Sequence[Claim]=CLAIMS,
 )->pd.DataFrame: # claim, quote, on_paper, on_ours, and the numbers that decide
-    "Each claim of section 4.3 with its verdict on the paper's numbers and on ours."
-    _require(scores['model'], sorted({m for c in CLAIMS for _, a, _, b in c.parts for m in (a, b)}), 'claims')
+    "Claims of section 4.3, each with its verdict on the paper's numbers and on ours."
+    _require(scores['model'], sorted({m for c in which for _, a, _, b in c.parts for m in (a, b)}), 'claims')
     ours, theirs = with_h6(scores), paper_scores()
     numbers = lambda d: '; '.join(f'{r.compares} by {r.difference:+.2f} ± {r.se:.2f}' for r in d.itertuples())
     rows = []
-    for c in CLAIMS:
+    for c in which:
         p, o = _compare(c, theirs), _compare(c, ours)
         rows.append(dict(claim=c.name, on_paper=overall(list(p['verdict'])), on_ours=overall(list(o['verdict'])), quote=c.quote,
                          paper_numbers=numbers(p), our_numbers=numbers(o)))
