@@ -1,0 +1,300 @@
+"Tables 3 to 7: what the paper prints, and what is printed beside it."
+import csv
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from solar_repro import paper, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER_TEXT = next((p for d in ROOT.parents if (p := d / 'shared' / 'paper-section-4.3.md').exists()), None) # no part of the project
+needs_text = pytest.mark.skipif(not PAPER_TEXT, reason="shared/paper-section-4.3.md, the paper's text, is not beside the project")
+TASKS = ['h6', 'arc', 'hellaswag', 'mmlu', 'truthfulqa', 'winogrande', 'gsm8k']
+TITLES = ['H6 (Avg.)', 'ARC', 'HellaSwag', 'MMLU', 'TruthfulQA', 'Winogrande', 'GSM8K']
+COUNTS = {3: 5, 4: 3, 5: 2, 6: 2, 7: 4}
+MODELS = ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4', 'SFT v3 + v4', 'DPO v1', 'DPO v2', 'DPO v1 + v2', 'DPO v3', 'Cand. 1', 'Cand. 2',
+          'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4']
+
+
+def frame(score=.5, se=.05, models=MODELS, plain=False, **changed) -> pd.DataFrame:
+    "A tidy frame with the same score everywhere; `changed` is {'MODEL|task': score}."
+    at = {tuple(k.split('|')): v for k, v in changed.items()}
+    tasks = TASKS[1:] + ['truthfulqa_plain']*plain
+    return pd.DataFrame([dict(model=m, task=t, metric='acc', score=at.get((m, t), score), se=se, n=100) for m in models for t in tasks])
+
+
+# ---- the paper
+
+def printed_tables() -> dict[int, list[dict[str, str]]]:
+    "The tables in the paper's text: number -> rows of {heading: cell}. A table's number stands in the caption that follows it."
+    found, rows = {}, []
+    for line in PAPER_TEXT.read_text(encoding='utf-8').splitlines():
+        if line.startswith('|'): rows.append([c.strip() for c in line.strip().strip('|').split('|')])
+        caption = re.match(r'Table (\d):', line)
+        if caption:
+            head, _, *body = rows
+            found[int(caption[1])] = [dict(zip(head, r, strict=True)) for r in body]
+            rows = []
+    return found
+
+
+@needs_text
+def test_the_paper_is_entered_as_printed():
+    text = printed_tables()
+    assert {n: len(rows) for n, rows in text.items()} == COUNTS
+    for n, rows in text.items():
+        ours = [r for r in paper.ROWS if r.table == n]
+        assert [r.model for r in ours] == [r['Model'] for r in rows]
+        for a, b in zip(ours, rows, strict=True):
+            cells = [b[t] for t in TITLES]
+            plain = [c.removeprefix('<b>').removesuffix('</b>') for c in cells]
+            assert [f'{x:.2f}' for x in a.scores] == plain, a.model
+            assert a.bold == {t for t, c in zip(TASKS, cells) if c.startswith('<b>')}, a.model
+            assert dict(a.made) == {h: v for h, v in b.items() if h not in ('Model', *TITLES)}, a.model
+
+
+@needs_text
+def test_what_is_quoted_stands_in_the_text():
+    flat = lambda s: re.sub(r'\s+', ' ', re.sub(r"[‘’'\"“”]", '', s))
+    text = flat(re.sub(r'^(\|.*|Table \d:.*)\n', '', PAPER_TEXT.read_text(encoding='utf-8'), flags=re.M))
+    wrong = [(c.name, part) for c in paper.CLAIMS for part in c.quote.split(' ... ') if flat(part) not in text]
+    assert not wrong
+
+
+@needs_text
+def test_merge_weights_stand_in_table_7():
+    text = {r['Model']: r['Merge Method'] for r in printed_tables()[7]}
+    for m, w in paper.MERGE_WEIGHTS.items():
+        if m in text: assert text[m] == f'Average {w}'
+    assert {m for m in text if m not in paper.MERGE_WEIGHTS} == {'Merge v4'}
+
+
+def test_rows_are_named_as_everywhere():
+    assert [m for m in dict.fromkeys(r.model for r in paper.ROWS)] == MODELS == list(paper.RECIPE)
+    assert {n: len(paper.models(n)) for n in COUNTS} == COUNTS
+    assert list(paper.TITLES.values()) == TITLES and list(paper.TITLES) == TASKS == ['h6', *paper.H6_TASKS]
+    assert len(paper.scores()) == 7*16                       # DPO v2 stands in two tables
+
+
+def test_dpo_v2_is_the_same_in_tables_4_and_5():
+    a, b = (r for r in paper.ROWS if r.model == 'DPO v2')
+    assert a.scores == b.scores and (a.table, b.table) == (4, 5)
+
+
+def test_audit_finds_what_a_recount_finds():
+    "An H6 cell is right if it is the mean, rounded either way where the mean ends in a five; every other is reported."
+    found = paper.audit()
+    wrong = set()
+    for r in paper.ROWS:
+        cents = [round(100*x) for x in r.scores]             # whole numbers: no rounding of ours
+        if abs(6*cents[0] - sum(cents[1:])) > 3: wrong.add(r.model)   # further than half a cent from the mean
+    reported = {w.split(', ')[1] for w in found.query('what == "H6"')['where']}
+    assert 'Cand. 2' in wrong
+    assert reported == wrong
+    bold = set()
+    for n in COUNTS:
+        rows = [r for r in paper.ROWS if r.table == n]
+        for i, t in enumerate(TASKS):
+            top = max(r.scores[i] for r in rows)
+            if any((r.scores[i] == top) != (t in r.bold) for r in rows): bold.add((f'Table {n}', TITLES[i]))
+    assert {(w, x.removeprefix('bold in ')) for w, x in found[['where', 'what']].values if x.startswith('bold')} == bold
+
+
+def test_text_against_tables():
+    "DPO v2 is below DPO v1 on three benchmarks, so it is no strict improvement; SFT v4 is above SFT v3 everywhere."
+    what = ' | '.join(paper.audit().query('where == "text"')['what'])
+    assert 'strict improvement' in what and 'not negatively impacted' in what and 'higher scores than SFT v3 for all tasks' not in what
+
+
+def test_at_least_ten_claims_each_of_rows_and_scores_that_exist():
+    assert len(paper.CLAIMS) >= 10 and len({c.name for c in paper.CLAIMS}) == len(paper.CLAIMS)
+    for c in paper.CLAIMS:
+        assert c.parts
+        for task, a, op, b in c.parts:
+            assert task in TASKS and {a, b} <= set(MODELS) and a != b and op in '><≈≥'
+
+
+# ---- H6 by hand
+
+def test_h6():
+    six = dict(arc=.6766, hellaswag=.8603, mmlu=.6588, truthfulqa=.6012, winogrande=.8295, gsm8k=.5224)
+    assert paper.h6(six) == pytest.approx(4.1488/6, abs=1e-12)           # SFT v1: 414.88 / 6 = 69.1466…
+    with pytest.raises(ValueError, match='gsm8k'): paper.h6({k: v for k, v in six.items() if k != 'gsm8k'})
+
+
+def test_h6_and_its_error_in_a_table():
+    s = frame(models=['Cand. 1', 'Cand. 2'])
+    s.loc[s['model'] == 'Cand. 1', 'score'] = [.1, .2, .3, .4, .5, .9]
+    s.loc[s['model'] == 'Cand. 1', 'se'] = [.01, .02, .02, .04, .06, .08]
+    t = tables.table(6, s).set_index('model')
+    assert t.loc['Cand. 1', 'h6'] == 40.00                   # 2.4 / 6
+    assert t.loc['Cand. 1', 'h6_se'] == 1.86                 # sqrt(1+4+4+16+36+64) / 6 = sqrt(125)/6 = 1.8634
+    assert t.loc['Cand. 2', 'h6_se'] == 2.04                 # 5/sqrt 6
+    assert list(t.loc['Cand. 1', TASKS[1:]]) == [10, 20, 30, 40, 50, 90]
+    assert list(t.loc['Cand. 2', [f'{x}_paper' for x in TASKS]]) == [73.28, 71.59, 88.39, 66.14, 72.50, 81.99, 59.14]
+
+
+def test_standard_errors_of_the_paper():
+    s = tables.paper_scores()
+    assert s.loc[('SFT v1', 'gsm8k'), 'se'] == pytest.approx(math.sqrt(.5224*.4776/1319))
+    six = [s.loc[('SFT v1', t), 'se'] for t in TASKS[1:]]
+    assert s.loc[('SFT v1', 'h6'), 'se'] == pytest.approx(math.sqrt(sum(x*x for x in six))/6)
+
+
+# ---- tables
+
+@pytest.mark.parametrize('plain', [False, True])
+@pytest.mark.parametrize('n', COUNTS)
+def test_columns_and_rows(n, plain):
+    t = tables.table(n, frame(plain=plain))
+    want = ['model', *TASKS, *(f'{x}_se' for x in TASKS), *(f'{x}_paper' for x in TASKS)]
+    assert list(t.columns)[:22] == want and list(t.columns)[22:] == ['truthfulqa_plain']*plain
+    assert list(t['model']) == list(paper.models(n)) and len(t) == COUNTS[n]
+
+
+def test_row_order_does_not_depend_on_the_frame():
+    s = frame(**{'SFT v2|arc': .7})
+    pd.testing.assert_frame_equal(tables.table(3, s), tables.table(3, s.sample(frac=1, random_state=0)))
+
+
+def test_bold_and_ties():
+    "The best of each column is bold; two that print alike are both bold; the paper's values never are."
+    s = frame(**{'Merge v1|arc': .8, 'Merge v3|arc': .800001, 'Merge v2|gsm8k': .9})
+    t = tables.table(7, s)
+    md = tables.printed(t, 'md').set_index('Model')
+    bold = lambda title: {m for m, c in md[title].items() if c.startswith('**')}
+    assert bold('ARC') == {'Merge v1', 'Merge v3'}
+    assert bold('GSM8K') == {'Merge v2'}
+    assert bold('MMLU') == set(md.index)                     # all alike
+    assert md.loc['Merge v1', 'ARC'] == '**80.00** ± 5.0 (71.16)' and md.loc['Merge v2', 'ARC'] == '50.00 ± 5.0 (71.08)'
+    assert tables.printed(t, 'tex').set_index('Model').loc['Merge v2', 'GSM8K'] == r'\textbf{90.00} $\pm$ 5.0 (64.52)'
+    assert tables.printed(t, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
+
+
+@pytest.mark.parametrize('n,gone', [(3, 'SFT v4'), (4, 'DPO v1 + v2'), (7, 'Merge v4')])
+def test_a_model_without_scores_is_named(n, gone):
+    with pytest.raises(ValueError) as e: tables.table(n, frame(models=[m for m in MODELS if m != gone]))
+    assert gone in str(e.value) and 'valuate' in str(e.value)
+
+
+def test_a_benchmark_without_score_is_named():
+    s = frame()
+    with pytest.raises(ValueError, match='mmlu'): tables.table(3, s[(s['model'] != 'SFT v2') | (s['task'] != 'mmlu')])
+
+
+def test_claims_need_all_models():
+    with pytest.raises(ValueError, match='Cand. 2'): tables.claims(frame(models=[m for m in MODELS if m != 'Cand. 2']))
+
+
+@pytest.mark.parametrize('n', [2, 8, '3'])
+def test_no_such_table(n):
+    with pytest.raises(ValueError, match='expected one of'): tables.table(n, frame())
+
+
+# ---- verdicts
+
+S, C, N = 'supported', 'contradicted', 'within the noise'
+
+
+@pytest.mark.parametrize('op,d,verdict', [
+    ('>', 2.1, S), ('>', 1.9, N), ('>', -1.9, N), ('>', -2.1, C), ('<', -2.1, S), ('<', 1.9, N), ('<', 2.1, C),
+    ('≈', 0, S), ('≈', 1.9, S), ('≈', -2.1, C), ('≈', 2.1, C), ('≥', 0, S), ('≥', -1.9, S), ('≥', -2.1, C), ('≥', 9, S)])
+def test_judge(op, d, verdict):
+    assert tables.judge(op, d, 1.) == verdict
+
+
+@pytest.mark.parametrize('parts,verdict', [([S], S), ([S, N], N), ([S, N, C], C), ([N, N], N), ([C], C)])
+def test_overall(parts, verdict):
+    assert tables.overall(parts) == verdict
+
+
+def test_claims_on_equal_scores():
+    "Where nothing differs, every claim of a difference is undecided and every claim of none is supported."
+    c = tables.claims(frame(se=.01)).set_index('claim')
+    assert list(c.index) == [x.name for x in paper.CLAIMS]
+    for x in paper.CLAIMS:
+        assert c.loc[x.name, 'on_ours'] == (N if {'>', '<'} & {p[2] for p in x.parts} else S), x.name
+
+
+def test_claims_follow_the_scores():
+    c = lambda **changed: tables.claims(frame(se=.01, **changed)).set_index('claim')['on_ours']
+    up = c(**{'SFT v3|gsm8k': .6})
+    assert up['Math data lifts GSM8K'] == S                  # .1 is 7 standard errors of the difference
+    assert up['DPO costs GSM8K'] == S
+    assert c(**{'SFT v3|gsm8k': .52})['Math data lifts GSM8K'] == N
+    assert c(**{'SFT v3|gsm8k': .4})['Math data lifts GSM8K'] == C
+    assert c(**{'SFT v3|mmlu': .4})['Math data costs nothing elsewhere'] == C
+    best = c(**{f'SFT v4|{t}': .6 for t in TASKS[1:]})
+    assert best['SFT v4 beats SFT v3 everywhere'] == S and best['Merged SFT v3 + v4 keeps the rest'] == C
+
+
+def test_claims_on_the_paper_do_not_depend_on_ours():
+    a, b = tables.claims(frame(.2)), tables.claims(frame(.8))
+    assert list(a['on_paper']) == list(b['on_paper'])
+    a = a.set_index('claim')['on_paper']
+    assert a['Math data lifts GSM8K'] == S and a['DPO costs GSM8K'] == S and a['OpenOrca leaves H6 as it is'] == S
+    assert a['DPO v2 is a strict improvement'] != S          # three of its scores are lower
+
+
+# ---- files
+
+class References(HTMLParser):
+    "Everything in a page that a browser would fetch."
+    def __init__(self): super().__init__(); self.images, self.others = [], []
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if tag == 'img': self.images.append(a['src'])
+        elif tag in ('script', 'link', 'iframe', 'object', 'embed', 'video', 'audio', 'source', 'base'): self.others.append(tag)
+        elif tag != 'a': self.others += [v for k, v in attrs if k in ('src', 'href', 'background', 'data')]
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    out = tmp_path_factory.mktemp('run')
+    provenance = pd.DataFrame([dict(stage='base', kind='base', seconds=1.25), dict(stage='<odd & name>', kind='data', seconds=None)])
+    return out, tables.publish(frame(plain=True, **{'SFT v4|arc': .7}), out, 'a <label> & more', provenance)
+
+
+def test_what_is_published(published):
+    out, files = published
+    want = {f'tables/table{n}.{e}' for n in COUNTS for e in ('csv', 'html', 'md', 'tex')} | {f'figures/table{n}.png' for n in COUNTS}
+    want |= {'figures/claims.png', 'report.html'}
+    assert {f.relative_to(out).as_posix() for f in files} == want == {f.relative_to(out).as_posix() for f in out.rglob('*') if f.is_file()}
+    assert all(f.stat().st_size for f in files)
+
+
+@pytest.mark.parametrize('n', COUNTS)
+def test_csv(n, published):
+    with open(published[0]/'tables'/f'table{n}.csv', encoding='utf-8', newline='') as f: head, *rows = csv.reader(f)
+    assert head[:22] == ['model', *TASKS, *(f'{x}_se' for x in TASKS), *(f'{x}_paper' for x in TASKS)]
+    assert [r[0] for r in rows] == list(paper.models(n))
+    assert all(re.fullmatch(r'\d+\.\d\d', x) for r in rows for x in r[1:])
+    printed = [r for r in paper.ROWS if r.table == n]
+    assert [[float(x) for x in r[15:22]] for r in rows] == [list(p.scores) for p in printed]
+
+
+@pytest.mark.parametrize('n', COUNTS)
+def test_html_md_and_tex_hold_the_same_rows(n, published):
+    for e in ('html', 'md', 'tex'):
+        text = (published[0]/'tables'/f'table{n}.{e}').read_text(encoding='utf-8')
+        assert [m for m in paper.models(n) if m not in text] == [], e
+    assert len(pd.read_html(published[0]/'tables'/f'table{n}.html')[0]) == COUNTS[n]
+
+
+def test_report_is_one_self_contained_page(published):
+    page = (published[0]/'report.html').read_text(encoding='utf-8')
+    seen = References(); seen.feed(page)
+    assert seen.others == [] and len(seen.images) == 6 and all(i.startswith('data:image/png;base64,') for i in seen.images)
+    assert not re.search(r'https?://|@import|url\(', re.sub(r'base64,[^"]*', '', page))
+    for c in paper.CLAIMS: assert c.name in page
+    assert 'a &lt;label&gt; &amp; more' in page and '&lt;odd &amp; name&gt;' in page and '<label>' not in page
+
+
+def test_published_twice_is_the_same_bytes(tmp_path, published):
+    again = tables.publish(frame(plain=True, **{'SFT v4|arc': .7}), tmp_path, 'a <label> & more',
+                           pd.DataFrame([dict(stage='base', kind='base', seconds=1.25), dict(stage='<odd & name>', kind='data', seconds=None)]))
+    assert [f.read_bytes() for f in again] == [f.read_bytes() for f in published[1]]
