@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['H6_TASKS', 'TITLES', 'N_ITEMS', 'MADE', 'ROWS', 'MERGE_WEIGHTS', 'RECIPE', 'CLAIMS', 'h6', 'Row', 'models', 'scores',
-           'audit', 'standard_errors', 'Claim']
+           'audit', 'standard_errors', 'Claim', 'claims_on']
 
 # %% ../nbs/00_paper.ipynb #2efa930d
 from dataclasses import dataclass
@@ -172,3 +172,10 @@ CLAIMS = (
     Claim('The merge method matters little', 'the different merge methods have little effect on the H6 scores',
           tuple(('h6', a, '≈', b) for a, b in (('Merge v1', 'Merge v2'), ('Merge v1', 'Merge v3'), ('Merge v1', 'Merge v4'), ('Merge v2', 'Merge v3'))))
 )
+
+def claims_on(
+    *tables:int, # 3 to 7
+)->tuple[Claim, ...]:
+    "The claims that speak of rows of these tables only."
+    rows = {m for n in tables for m in models(n)}
+    return tuple(c for c in CLAIMS if all({a, b} <= rows for _, a, _, b in c.parts))
