@@ -207,3 +207,85 @@ def test_interrupted(project, how):
     done = run_book(project)
     assert done.returncode == 0, done.stderr
     assert ran(project) == ['two'] and '00_one.ipynb: unchanged' in done.stdout
+
+
+# ---- all of it, at smoke scale
+
+class Smoke:
+    "A copy of the project, its store, and the first `--profile smoke` run in it."
+    def __init__(self, folder: Path):
+        self.code, self.store = folder/'clone', folder/'store'
+        for d in ('nbs', 'solar_repro'): shutil.copytree(ROOT/d, self.code/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+        shutil.copy(ROOT/'settings.ini', self.code)
+        self.before = self.files()
+        self.first = self.book()
+        self.out = self.code/'runs'/'smoke'
+
+    def book(self): return run_book(self.code, code=self.code, SOLAR_STORE=str(self.store))
+
+    def files(self) -> dict[Path, bytes]:
+        return {p: p.read_bytes() for d in ('nbs', 'solar_repro') for p in (self.code/d).rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+    def papermill(self, cwd: Path, nb: str, store: Path) -> nbformat.NotebookNode:
+        "What one types to run a single notebook; OUT.ipynb lands in the folder one stands in."
+        cwd.mkdir(exist_ok=True)
+        done = subprocess.run([sys.executable, '-m', 'papermill', nb, 'OUT.ipynb', '-p', 'profile', 'smoke'], cwd=cwd, stdin=subprocess.DEVNULL, text=True,
+                              capture_output=True, timeout=600, env={**os.environ, 'PYTHONPATH': str(self.code), 'SOLAR_STORE': str(store)})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return nbformat.read(cwd/'OUT.ipynb', 4)
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+    return Smoke(tmp_path_factory.mktemp('smoke'))
+
+
+def test_every_notebook_runs(smoke):
+    assert smoke.first.returncode == 0, smoke.first.stderr[-3000:]
+    nbs = [p.relative_to(smoke.code/'nbs') for p in book.notebooks(smoke.code/'nbs')]
+    assert {p.relative_to(smoke.out/'notebooks') for p in (smoke.out/'notebooks').rglob('*.ipynb')} == set(nbs)
+    assert f'[{len(nbs)}/{len(nbs)}]' in smoke.first.stdout and 'stage 1 of ' in smoke.first.stdout and 'report.html' in smoke.first.stdout
+    assert 'Traceback' not in smoke.first.stderr
+    assert smoke.files() == smoke.before                     # the sources stay as they were
+
+
+@pytest.mark.parametrize('n,rows', [(3, 5), (4, 3), (5, 2), (6, 2), (7, 4)])
+def test_tables_of_the_run(n, rows, smoke):
+    tasks = ['h6', 'arc', 'hellaswag', 'mmlu', 'truthfulqa', 'winogrande', 'gsm8k']
+    with open(smoke.out/'tables'/f'table{n}.csv', newline='') as f: head, *body = csv.reader(f)
+    assert head[:22] == ['model', *tasks, *(f'{t}_se' for t in tasks), *(f'{t}_paper' for t in tasks)] and len(body) == rows
+    assert all(re.fullmatch(r'\d+\.\d\d', x) and float(x) <= 100 for r in body for x in r[1:])
+    assert all((smoke.out/'tables'/f'table{n}.{e}').stat().st_size for e in ('html', 'md', 'tex'))
+
+
+def test_figures_and_report_of_the_run(smoke):
+    figures = sorted(p.name for p in (smoke.out/'figures').iterdir())
+    assert figures == ['claims.png', *(f'table{n}.png' for n in range(3, 8))]
+    page = (smoke.out/'report.html').read_text(encoding='utf-8')
+    assert page.count('data:image/png;base64,') == 6 and 'smoke test' in page and 'eval/Merge v4/gsm8k' in page
+
+
+def test_a_second_run_finds_everything(smoke):
+    tables = {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()}
+    began = time.time(); again = smoke.book(); seconds = time.time() - began
+    n = len(book.notebooks(smoke.code/'nbs'))
+    assert again.returncode == 0 and again.stdout.count(': unchanged') == n and 'stage' not in again.stdout, again.stdout
+    assert seconds < 15
+    assert {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()} == tables
+
+
+def test_deleted_tables_come_back(smoke):
+    "Tables and report are results as much as the executed notebooks are."
+    shutil.rmtree(smoke.out/'tables'); (smoke.out/'report.html').unlink()
+    again = smoke.book()
+    assert again.returncode == 0 and (smoke.out/'tables'/'table7.csv').exists() and (smoke.out/'report.html').exists()
+    assert 'stage' not in again.stdout                       # nothing is computed anew
+
+
+def test_one_notebook_alone_on_an_empty_and_on_a_full_store(smoke, tmp_path):
+    "Both print the same tables, bit for bit."
+    empty = smoke.papermill(smoke.code, 'nbs/04_merge.ipynb', tmp_path/'empty')
+    full = smoke.papermill(tmp_path/'elsewhere', str(smoke.code/'nbs'/'04_merge.ipynb'), smoke.store)
+    shown = [[o.data['text/plain'] for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'execute_result'] for nb in (empty, full)]
+    assert shown[0] == shown[1] and any('Merge v4' in x for x in shown[0])
+    assert [p.name for p in (tmp_path/'elsewhere').iterdir()] == ['OUT.ipynb']
