@@ -6,7 +6,8 @@ Notebooks are left out: their cells add to these times, and each starts a kernel
 
 1. While the recipe runs, a hook on every module notes the shape of every matrix product that the model asks for: rows x in x out of each linear
    layer (adapters included), and the two products of attention. A layer's backward pass counts one more product where its input needs a gradient
-   and one where its weight does, so that frozen weights cost what they cost. Attention over cached keys, one token at a time, is left out.
+   and one where its weight does, so that frozen weights cost what they cost; of a LoRA step the sum equals that of torch's FlopCounterMode.
+   Attention over cached keys, one token at a time, is left out.
 2. Afterwards, in the same process on the same threads, a bare float32 `torch.mm` of each of these shapes is timed (the best of three; rows rounded
    to a power of two). The arithmetic of a stage is the time that its products would take at these rates.
 

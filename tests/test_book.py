@@ -111,7 +111,7 @@ def test_only_what_changed_runs_again(project, capsys):
 def test_results_that_left_the_store_are_made_again(project):
     "An executed notebook counts only as long as the store holds what it saw."
     lab = Lab('smoke'); nb = project/'nbs'/'00_one.ipynb'
-    record = dict(stamp=book.stamp(nb, lab), output=book._digest(nb), results={'data/openorca': 'abc'})
+    record = dict(stamp=book.stamp(nb, lab), output=book._digest(nb), results={'data/openorca': 'abc'}, made={})
     assert book._unchanged(record, nb, nb, lab, {'data/openorca': 'abc', 'base': 'def'})
     assert not book._unchanged(record, nb, nb, lab, {'data/openorca': 'other'})
     assert not book._unchanged(record, nb, nb, lab, {})
