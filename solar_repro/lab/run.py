@@ -78,7 +78,7 @@ def _say(p:dict)->None:
 @dataclass(frozen=True)
 class Model:
     "A model of the lab."
-    lab: 'Lab'
+    lab: object # the `Lab` that it belongs to
     name: str
 
     @property
