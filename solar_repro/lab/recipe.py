@@ -176,7 +176,7 @@ def build_dpo(out, settings, inputs, tools):
     from solar_repro.dpo import train_dpo
     sets = [d for d in inputs if f'ref_{d}' in inputs]
     rows = [r for d in sets for r in _read_rows(inputs[d])]
-    logps = pd.concat([pd.read_csv(inputs[f'ref_{d}'].path/'logps.csv', float_precision='round_trip') for d in sets], ignore_index=True)
+    logps = pd.concat([pd.read_csv(inputs[f'ref_{d}'].path/'logps.csv') for d in sets], ignore_index=True)
     train_dpo(point_of(inputs['start'], tools.store), rows, logps, out, Dpo.model_validate(settings['dpo']),
               Template.model_validate(settings['template']), settings['seed'], settings['machine']['device'], tools.tick)
     base, _ = _parts(inputs['start'])

@@ -1,0 +1,291 @@
+"The book: what runs, what is skipped, what a failure or an interruption leaves; and all of it once, for real, at smoke scale."
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from solar_repro.lab import book
+from solar_repro.lab.run import Lab
+
+ROOT = Path(__file__).resolve().parents[1]
+INI = '[DEFAULT]\nlib_name = solar_repro\n'
+
+
+def notebook(path: Path, *cells: str, parameters='') -> Path:
+    made = [nbformat.v4.new_markdown_cell('# a title')]
+    if parameters: made.append(nbformat.v4.new_code_cell(parameters, metadata=dict(tags=['parameters'])))
+    nb = nbformat.v4.new_notebook(cells=made + [nbformat.v4.new_code_cell(c) for c in cells])
+    nb.metadata['kernelspec'] = dict(name='python3', display_name='python3', language='python')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    "A project of two small notebooks that note when they run."
+    (tmp_path/'settings.ini').write_text(INI)
+    notebook(tmp_path/'nbs'/'00_one.ipynb', "open('../ran.txt', 'a').write(f'one {profile} {seed}\\n')", parameters="profile = 'tiny'\nseed = 0")
+    notebook(tmp_path/'nbs'/'lab'/'00_two.ipynb', "open('../../ran.txt', 'a').write('two\\n')", '1 + 1')
+    notebook(tmp_path/'nbs'/'index.ipynb', 'raise RuntimeError("the front page is not run")')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SOLAR_STORE', str(tmp_path/'store'))
+    return tmp_path
+
+
+def ran(project: Path) -> list[str]:
+    "What ran since it was last asked."
+    file = project/'ran.txt'
+    lines = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return lines
+
+
+def run_book(cwd: Path, *args: str, code: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    "`make tables` without the set-up."
+    return subprocess.run([sys.executable, '-m', 'solar_repro.lab.book', '--profile', 'smoke', *args], cwd=cwd, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=600, env={**os.environ, 'PYTHONPATH': str(code), **env})
+
+
+# ---- which notebooks run
+
+def test_story_order():
+    nbs = [p.relative_to(ROOT/'nbs').as_posix() for p in book.notebooks(ROOT/'nbs')]
+    assert nbs[:7] == [f'0{i}_{n}.ipynb' for i, n in enumerate(('paper', 'data', 'sft', 'dpo', 'merge', 'eval', 'tables'))]
+    assert set(nbs) == {p.relative_to(ROOT/'nbs').as_posix() for p in (ROOT/'nbs').rglob('*.ipynb')
+                        if p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts}
+
+
+def test_only_what_changed_runs_again(project, capsys):
+    "One test, so that the two notebooks are executed no more often than needed."
+    out = project/'runs'/'smoke'/'notebooks'
+    assert book.run_book('smoke') == [out/'00_one.ipynb', out/'lab'/'00_two.ipynb']
+    assert ran(project) == ['one smoke 0', 'two']
+    said = capsys.readouterr().out
+    assert '[1/2] 00_one.ipynb' in said and '[2/2] lab/00_two.ipynb' in said and 'unchanged' not in said
+    two = nbformat.read(out/'lab'/'00_two.ipynb', 4)
+    assert two.cells[-1].outputs[0]['data']['text/plain'] == '2'
+    assert not [p for p in out.rglob('*') if '.part' in p.name or '.failed' in p.name] and not (project/'runs'/'smoke'/'progress.jsonl').exists()
+
+    began = time.time(); book.run_book('smoke')
+    assert ran(project) == [] and time.time() - began < 5 and capsys.readouterr().out.count('unchanged') == 2
+
+    one = json.loads((project/'nbs'/'00_one.ipynb').read_text())
+    one['cells'][1]['outputs'] = [dict(output_type='stream', name='stdout', text='new')]
+    (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
+    book.run_book('smoke')
+    assert ran(project) == []                                # outputs are no source
+
+    one['cells'][-1]['source'] = "open('../ran.txt', 'a').write('changed\\n')"
+    (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
+    book.run_book('smoke')
+    assert ran(project) == ['changed']
+
+    (out/'lab'/'00_two.ipynb').write_text('{"cells": [')     # damaged
+    book.run_book('smoke')
+    assert ran(project) == ['two'] and nbformat.read(out/'lab'/'00_two.ipynb', 4)
+
+    (out/'00_one.ipynb').unlink()
+    book.run_book('smoke')
+    assert ran(project) == ['changed'] and (out/'00_one.ipynb').exists()
+
+    (project/'solar_repro').mkdir(); (project/'solar_repro'/'new.py').write_text('x = 1')
+    book.run_book('smoke')
+    assert ran(project) == ['changed', 'two']                # the library is part of every stamp
+
+    book.run_book('smoke', 3)
+    assert ran(project) == ['changed', 'two'] and (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').exists()
+    assert 'seed = 3' in (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').read_text()
+
+
+def test_results_that_left_the_store_are_made_again(project):
+    "An executed notebook counts only as long as the store holds what it saw."
+    lab = Lab('smoke'); nb = project/'nbs'/'00_one.ipynb'
+    record = dict(stamp=book.stamp(nb, lab), output=book._digest(nb), results={'data/openorca': 'abc'}, made={})
+    assert book._unchanged(record, nb, nb, lab, {'data/openorca': 'abc', 'base': 'def'})
+    assert not book._unchanged(record, nb, nb, lab, {'data/openorca': 'other'})
+    assert not book._unchanged(record, nb, nb, lab, {})
+    assert not book._unchanged(None, nb, nb, lab, {})
+
+
+def test_a_profile_of_ones_own_keeps_its_seed(project):
+    "Without --seed the profile's own holds, in the notebooks as in the run's folder."
+    text = (ROOT/'solar_repro'/'profiles'/'smoke.toml').read_text(encoding='utf-8')
+    own = project/'own.toml'
+    own.write_text(re.sub('^seed = 0', 'seed = 5', text, flags=re.M).replace('name = "smoke"', 'name = "own"'))
+    shutil.rmtree(project/'nbs'/'lab')
+    book.run_book('own.toml')                                # a path is meant from where one stands
+    assert (project/'runs'/'own-seed5'/'notebooks'/'00_one.ipynb').exists()
+    assert ran(project) == [f'one {own} 5']
+
+
+def test_unknown_parameter(project):
+    with pytest.raises(ValueError, match=r"00_one.ipynb has no parameter 'profil'; it knows \['profile', 'seed'\]"):
+        book.execute(project/'nbs'/'00_one.ipynb', project/'out.ipynb', dict(profil='smoke'))
+    assert ran(project) == [] and not (project/'out.ipynb').exists()
+
+
+def test_no_notebooks(tmp_path):
+    with pytest.raises(FileNotFoundError, match='inside the project'): book.notebooks(tmp_path)
+
+
+# ---- failures
+
+def test_a_failing_notebook(project):
+    "Exit status 1, a traceback, the notebook as far as it came; the next run goes on there."
+    bad = notebook(project/'nbs'/'lab'/'00_two.ipynb', "print('got here')", 'def f(): return 1/0', 'f()')
+    done = run_book(project)
+    failed = project/'runs'/'smoke'/'notebooks'/'lab'/'00_two.failed.ipynb'
+    assert done.returncode == 1, done.stderr
+    assert 'ZeroDivisionError' in done.stderr and 'f()' in done.stderr and '*.failed.ipynb' in done.stderr
+    assert 'got here' in failed.read_text() and not failed.with_name('00_two.ipynb').exists()
+    assert ran(project) == ['one smoke 0']
+    notebook(bad, "open('../../ran.txt', 'a').write('two\\n')")
+    done = run_book(project)
+    assert done.returncode == 0 and ran(project) == ['two'] and not failed.exists()
+
+
+def test_execute_raises_what_papermill_raises(project):
+    nb = notebook(project/'nbs'/'01_bad.ipynb', "raise KeyError('lost')")
+    with pytest.raises(PapermillExecutionError, match='lost'): book.execute(nb, project/'out.ipynb', {})
+    assert (project/'out.failed.ipynb').exists() and not (project/'out.ipynb').exists() and not (project/'out.part.ipynb').exists()
+
+
+@pytest.mark.parametrize('args,message', [(['--profile', 'smok'], 'smoke'), (['--seed', '-1'], 'seed')])
+def test_unusable_arguments(project, args, message):
+    done = run_book(project, *args)
+    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
+    assert ran(project) == []
+
+
+# ---- interruptions
+
+def alive(pid: int) -> bool:
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z' if Path(f'/proc/{pid}/stat').exists() else False
+
+
+def wait_for(condition, seconds: float) -> bool:
+    end = time.time() + seconds
+    while time.time() < end:
+        if condition(): return True
+        time.sleep(.1)
+    return False
+
+
+@pytest.mark.parametrize('how', ['Ctrl-C', 'SIGINT to the book alone', 'kill -9'])
+def test_interrupted(project, how):
+    "Ctrl-C reaches every process of the terminal, `kill -INT` the one; either way the next run goes on."
+    slow = notebook(project/'nbs'/'lab'/'00_two.ipynb', "import os, time\nopen('../../pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(100)")
+    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.lab.book', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
+    try:
+        assert wait_for(lambda: (project/'pid.txt').exists() and (project/'pid.txt').read_text(), 60)
+        kernel = int((project/'pid.txt').read_text())
+        time.sleep(.5)
+        if how == 'Ctrl-C': os.killpg(p.pid, signal.SIGINT)
+        else: p.send_signal(signal.SIGINT if how.startswith('SIGINT') else signal.SIGKILL)
+        _, err = p.communicate(timeout=30)
+        if how == 'kill -9': assert p.returncode == -signal.SIGKILL
+        else: assert p.returncode == 130 and 'interrupted' in err and 'again' in err and 'Traceback' not in err, err
+        assert wait_for(lambda: not alive(kernel), 15), 'the kernel outlived the book'
+    finally:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
+    assert ran(project) == ['one smoke 0'] and not (project/'runs'/'smoke'/'notebooks'/'lab'/'00_two.ipynb').exists()
+    notebook(slow, "open('../../ran.txt', 'a').write('two\\n')")
+    done = run_book(project)
+    assert done.returncode == 0, done.stderr
+    assert ran(project) == ['two'] and '00_one.ipynb: unchanged' in done.stdout
+
+
+# ---- all of it, at smoke scale
+
+class Smoke:
+    "A copy of the project, its store, and the first `--profile smoke` run in it."
+    def __init__(self, folder: Path):
+        self.code, self.store = folder/'clone', folder/'store'
+        for d in ('nbs', 'solar_repro'): shutil.copytree(ROOT/d, self.code/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+        shutil.copy(ROOT/'settings.ini', self.code)
+        self.before = self.files()
+        self.first = self.book()
+        self.out = self.code/'runs'/'smoke'
+
+    def book(self): return run_book(self.code, code=self.code, SOLAR_STORE=str(self.store))
+
+    def files(self) -> dict[Path, bytes]:
+        return {p: p.read_bytes() for d in ('nbs', 'solar_repro') for p in (self.code/d).rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+    def papermill(self, cwd: Path, nb: str, store: Path) -> nbformat.NotebookNode:
+        "What one types to run a single notebook; OUT.ipynb lands in the folder one stands in."
+        cwd.mkdir(exist_ok=True)
+        done = subprocess.run([sys.executable, '-m', 'papermill', nb, 'OUT.ipynb', '-p', 'profile', 'smoke'], cwd=cwd, stdin=subprocess.DEVNULL, text=True,
+                              capture_output=True, timeout=600, env={**os.environ, 'PYTHONPATH': str(self.code), 'SOLAR_STORE': str(store)})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return nbformat.read(cwd/'OUT.ipynb', 4)
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+    return Smoke(tmp_path_factory.mktemp('smoke'))
+
+
+def test_every_notebook_runs(smoke):
+    assert smoke.first.returncode == 0, smoke.first.stderr[-3000:]
+    nbs = [p.relative_to(smoke.code/'nbs') for p in book.notebooks(smoke.code/'nbs')]
+    assert {p.relative_to(smoke.out/'notebooks') for p in (smoke.out/'notebooks').rglob('*.ipynb')} == set(nbs)
+    assert f'[{len(nbs)}/{len(nbs)}]' in smoke.first.stdout and 'stage 1 of ' in smoke.first.stdout and 'report.html' in smoke.first.stdout
+    assert 'Traceback' not in smoke.first.stderr
+    assert smoke.files() == smoke.before                     # the sources stay as they were
+
+
+@pytest.mark.parametrize('n,rows', [(3, 5), (4, 3), (5, 2), (6, 2), (7, 4)])
+def test_tables_of_the_run(n, rows, smoke):
+    tasks = ['h6', 'arc', 'hellaswag', 'mmlu', 'truthfulqa', 'winogrande', 'gsm8k']
+    with open(smoke.out/'tables'/f'table{n}.csv', newline='') as f: head, *body = csv.reader(f)
+    assert head[:22] == ['model', *tasks, *(f'{t}_se' for t in tasks), *(f'{t}_paper' for t in tasks)] and len(body) == rows
+    assert all(re.fullmatch(r'\d+\.\d\d', x) and float(x) <= 100 for r in body for x in r[1:])
+    assert all((smoke.out/'tables'/f'table{n}.{e}').stat().st_size for e in ('html', 'md', 'tex'))
+
+
+def test_figures_and_report_of_the_run(smoke):
+    figures = sorted(p.name for p in (smoke.out/'figures').iterdir())
+    assert figures == ['claims.png', *(f'table{n}.png' for n in range(3, 8))]
+    page = (smoke.out/'report.html').read_text(encoding='utf-8')
+    assert page.count('data:image/png;base64,') == 6 and 'smoke test' in page and 'eval/Merge v4/gsm8k' in page
+
+
+def test_a_second_run_finds_everything(smoke):
+    tables = {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()}
+    began = time.time(); again = smoke.book(); seconds = time.time() - began
+    n = len(book.notebooks(smoke.code/'nbs'))
+    assert again.returncode == 0 and again.stdout.count(': unchanged') == n and 'stage' not in again.stdout, again.stdout
+    assert seconds < 15
+    assert {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()} == tables
+
+
+def test_deleted_tables_come_back(smoke):
+    "Tables and report are results as much as the executed notebooks are."
+    shutil.rmtree(smoke.out/'tables'); (smoke.out/'report.html').unlink()
+    again = smoke.book()
+    assert again.returncode == 0 and (smoke.out/'tables'/'table7.csv').exists() and (smoke.out/'report.html').exists()
+    assert 'stage' not in again.stdout                       # nothing is computed anew
+
+
+def test_one_notebook_alone_on_an_empty_and_on_a_full_store(smoke, tmp_path):
+    "Both print the same tables, bit for bit."
+    empty = smoke.papermill(smoke.code, 'nbs/04_merge.ipynb', tmp_path/'empty')
+    full = smoke.papermill(tmp_path/'elsewhere', str(smoke.code/'nbs'/'04_merge.ipynb'), smoke.store)
+    shown = [[o.data['text/plain'] for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'execute_result'] for nb in (empty, full)]
+    assert shown[0] == shown[1] and any('Merge v4' in x for x in shown[0])
+    assert [p.name for p in (tmp_path/'elsewhere').iterdir()] == ['OUT.ipynb']
