@@ -62,7 +62,8 @@ def execute(
     if unknown: raise ValueError(f'book: {nb.name} has no parameter {unknown[0]!r}; it knows {sorted(known)}.')
     out.parent.mkdir(parents=True, exist_ok=True)
     part, failed = out.with_suffix('.part.ipynb'), out.with_suffix('.failed.ipynb')
-    try: papermill.execute_notebook(str(nb), str(part), parameters, kernel_name='python3', progress_bar=False, cwd=str(nb.parent))
+    try: papermill.execute_notebook(str(nb), str(part), parameters, kernel_name='python3', progress_bar=False, cwd=str(nb.parent),
+                                    extra_arguments=['--log-level=CRITICAL']) # the kernel's own warnings, and its traceback at Ctrl-C
     except BaseException:
         if part.exists(): os.replace(part, failed)
         raise
@@ -115,9 +116,15 @@ def _parameters(nb:Path, profile:str, seed:int|None)->dict:
 
 def _digest(p:Path)->str: return hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else ''
 
+def _made(lab:Lab, since:float)->dict[str,str]: # file in the run's folder -> digest
+    "Tables, figures and report, those written since a time."
+    files = [p for p in lab.folder.rglob('*') if p.is_file() and p.relative_to(lab.folder).parts[0] not in ('notebooks', 'notebooks.json', 'progress.jsonl')]
+    return {p.relative_to(lab.folder).as_posix(): _digest(p) for p in files if p.stat().st_mtime >= since}
+
 def _unchanged(record:dict|None, nb:Path, target:Path, lab:Lab, have:dict)->bool:
     "Was this notebook executed as it is, on results that are still there, and is its output intact?"
-    return bool(record) and record['stamp'] == stamp(nb, lab) and record['output'] == _digest(target) and record['results'].items() <= have.items()
+    return bool(record) and record['stamp'] == stamp(nb, lab) and record['output'] == _digest(target) and record['results'].items() <= have.items() \
+           and all(_digest(lab.folder/f) == h for f, h in record['made'].items())
 
 def run_book(
     profile:str='tiny', # name or path
@@ -135,9 +142,9 @@ def run_book(
             follow.title, t = f'[{k + 1}/{len(nbs)}] {name}', time.time()
             if _unchanged(done.get(name), nb, out/name, lab, have): follow.done('unchanged'); continue
             follow.say(follow.title)
-            execute(nb, out/name, _parameters(nb, profile, seed))
+            execute(nb, out/name, _parameters(nb, profile, lab.profile.seed))
             lab = Lab(profile, seed); have = results(lab)
-            done[name] = dict(stamp=stamp(nb, lab), output=_digest(out/name), results=have)
+            done[name] = dict(stamp=stamp(nb, lab), output=_digest(out/name), results=have, made=_made(lab, t))
             file.write_text(json.dumps(done, indent=1))
             follow.done(f'{time.time() - t:.0f} s')
     print(f'{lab.profile.label}, seed {lab.profile.seed}: {time.time() - began:.0f} s. Open {os.path.relpath(lab.folder/"report.html")}')
@@ -165,4 +172,4 @@ def _interrupted()->int:
 
 # %% ../../nbs/lab/05_book.ipynb #89ee6c8d
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not where this notebook itself is run

@@ -235,7 +235,7 @@ def graph_figure(
         x, y = _PLACES[s.name]
         for role, i in s.inputs.items():
             if graph[i].kind in MODEL_KINDS:
-                ax.annotate('', (x - .36, y), (_PLACES[i][0] + .36, _PLACES[i][1]), zorder=1, arrowprops=dict(arrowstyle='-|>', lw=.9, color='#9ca3af'))
+                ax.annotate('', (x - .3, y), (_PLACES[i][0] + .28, _PLACES[i][1]), zorder=1, arrowprops=dict(arrowstyle='-|>', lw=.9, color='#9ca3af'))
         sets = [i.removeprefix('data/') for i in s.inputs.values() if i.startswith('data/')]
         ax.text(x, y, s.name, ha='center', va='center', fontsize=9, color='white', zorder=2, bbox=dict(boxstyle='round,pad=.35', fc=color[s.kind], ec='none'))
         if sets: ax.text(x, y - .36, '\n'.join(sets), ha='center', va='top', fontsize=6.5, color='#6b7280', linespacing=1.1)
