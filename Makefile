@@ -1,4 +1,4 @@
-# make tables   rebuild Tables 3 to 7: PROFILE=tiny SEED=0, results in runs/PROFILE/
+# make tables   rebuild Tables 3 to 7, results in runs/PROFILE/; PROFILE=tiny, SEED=the profile's own (0)
 # make test     notebooks in sync with the library, every notebook, every test
 # make lab      explore in JupyterLab
 # make docs     the documentation site, in _docs/
@@ -9,7 +9,7 @@
 
 PYTHON  ?= python3.11
 PROFILE ?= tiny
-SEED    ?= 0
+SEED    ?=
 BIN     := .venv/bin
 
 .DEFAULT_GOAL := tables
@@ -19,7 +19,7 @@ setup:
 	@PYTHON='$(PYTHON)' sh tools/setup.sh
 
 tables: setup
-	@$(BIN)/python -m solar_repro.lab.book --profile '$(PROFILE)' --seed '$(SEED)'
+	@$(BIN)/python -m solar_repro.lab.book --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 
 test: setup
 	@sh tools/test.sh

@@ -6,8 +6,9 @@ Notebooks are left out: their cells add to these times, and each starts a kernel
 
 1. While the recipe runs, a hook on every module notes the shape of every matrix product that the model asks for: rows x in x out of each linear
    layer (adapters included), and the two products of attention. A layer's backward pass counts one more product where its input needs a gradient
-   and one where its weight does, so that frozen weights cost what they cost; of a LoRA step the sum equals that of torch's FlopCounterMode.
-   Attention over cached keys, one token at a time, is left out.
+   and one where its weight does, so that frozen weights cost what they cost. TRL multiplies with the vocabulary's weights without calling their
+   module, so that product is noted where its result comes out. A test compares a QLoRA run's sum with torch's FlopCounterMode, to which it has to
+   add bitsandbytes' kernel for 4-bit weights and the CPU's for attention. Attention over cached keys, one token at a time, is left out.
 2. Afterwards, in the same process on the same threads, a bare float32 `torch.mm` of each of these shapes is timed (the best of three; rows rounded
    to a power of two). The arithmetic of a stage is the time that its products would take at these rates.
 
@@ -39,6 +40,9 @@ def products(seen: Counter):
             x = args[0]
             times = 1 + x.requires_grad + module.weight.requires_grad if torch.is_grad_enabled() else 1
             seen[x.numel()//module.in_features, module.in_features, module.out_features] += times
+        elif type(module).__name__ == 'LoraModel' and type(out).__name__ == 'FusedCausalLMOutput':
+            head = module.model.get_output_embeddings()
+            seen[out.log_probs.numel(), head.in_features, head.out_features] += 1 + out.log_probs.requires_grad + head.weight.requires_grad
         elif type(module).__name__.endswith('Attention') and hasattr(module, 'head_dim'):
             y = out[0]
             rows, tokens = y.numel()//module.head_dim, y.shape[-2]

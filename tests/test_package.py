@@ -194,7 +194,7 @@ def test_front_page_names_what_exists():
     targets = set(re.findall(r'^([a-z]+):', makefile, flags=re.M))
     named = set(re.findall(r'(?:^|`)make ([a-z]+)', text, flags=re.M))
     assert {'tables', 'test'} <= named <= targets
-    paths = set(re.findall(r'`((?:nbs|solar_repro|tests|tools)/[\w/.]+)`', text))
+    paths = set(re.findall(r'`((?:nbs|solar_repro|tests|tools|benchmarks)/[\w/.]+)`', text))
     assert paths and not [p for p in paths if not (ROOT / p).exists()]
 
 
@@ -203,6 +203,24 @@ def test_front_page_commands_exist():
     done = python("import sys; sys.argv = ['solar-repro', '--help']; from solar_repro.lab.cli import main; sys.exit(main())")
     assert done.returncode == 0, done.stderr[-2000:]
     assert verbs and not [v for v in verbs if not re.search(rf'\b{v}\b', done.stdout)]
+
+
+def test_status_command(tmp_path):
+    "`solar-repro status`, from any folder: it says what is missing, builds nothing and writes nothing."
+    code = 'import sys; from solar_repro.lab.cli import main; sys.exit(main())'
+    done = python(code, 'status', '--profile', 'smoke', '--store', 'store', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *rows, last = done.stdout.splitlines()
+    assert first.split() == ['stage', 'kind', 'state', 'seconds', 'key']
+    assert rows and all(' missing ' in f'{r} ' for r in rows)
+    assert last.startswith(f'0 of {len(rows)} stages of profile smoke are in ')
+    assert not list(tmp_path.iterdir())
+
+
+def test_profile_command_names_the_nearest(tmp_path):
+    code = 'import sys; from solar_repro.lab.cli import main; sys.exit(main())'
+    done = python(code, 'status', '--profile', 'smokey', cwd=tmp_path)
+    assert done.returncode == 2 and "did you mean 'smoke'" in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_site_builds(tmp_path):
@@ -297,6 +315,17 @@ def test_half_made_venv_is_repaired(project, damage):
         project.folder = project.folder.rename(project.folder.with_name('elsewhere'))
     assert project.make()[0] == (['pip'] if damage == 'stamp' else ['venv', 'pip'])
     assert project.make()[0] == []
+
+
+@pytest.mark.parametrize('given, asked', [
+    ([], "--profile 'tiny'"), (['PROFILE=mine.toml'], "--profile 'mine.toml'"), (['SEED=3'], "--profile 'tiny' --seed '3'"),
+])
+def test_a_profile_keeps_its_own_seed(given, asked):
+    "make hands on a seed only when it is told one."
+    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'SEED', 'PROFILE')}
+    done = subprocess.run(['make', '-n', '-C', str(ROOT), 'tables', *given], env=env, capture_output=True, text=True, check=True)
+    command, = [s for s in done.stdout.splitlines() if 'lab.book' in s]
+    assert command.split('lab.book ')[1].strip() == asked
 
 
 def test_missing_python_is_said(project):
