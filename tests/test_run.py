@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from solar_repro.lab.profile import load_profile
-from solar_repro.lab.recipe import MODELS
+from solar_repro.lab.recipe import EPOCHS, MODELS
 from solar_repro.lab.run import Lab
 from solar_repro.paper import H6_TASKS
 
@@ -134,16 +134,17 @@ def test_ctrl_c_says_what_is_kept(tmp_path):
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
     assert p.returncode != 0 and 'interrupted in SFT v1; 2 of 3 stages are finished and kept. Run again to go on.' in err
-    finish(start(tmp_path/'store', 'SFT v1'))
+    assert set(artifacts(tmp_path/'store')) == {'base', 'data/alpaca_gpt4'}
 
 
 def test_two_processes_on_one_store_build_each_stage_once(full, tmp_path):
     store = tmp_path/'store'
-    ps = [start(store, *FEW) for _ in range(2)]
+    names = ['eval/DPO v1/arc', 'eval/SFT v2/gsm8k']
+    ps = [start(store, *names) for _ in range(2)]
     errs = [finish(p) for p in ps]
     assert any('is being built by another process; waiting for it' in e for e in errs) and not any('damaged' in e for e in errs)
     whole, lab = artifacts(full), Lab('smoke', store=store)
-    assert artifacts(store) == {n: whole[n] for n in lab.needs(FEW)}
+    assert artifacts(store) == {n: whole[n] for n in lab.needs(names)}
     assert not list((store/'building').iterdir())
 
 
@@ -189,11 +190,21 @@ def test_the_profiles_name_label_and_other_stages_settings_rebuild_nothing(copy)
     assert set(other.status().query('state == "missing"')['stage']) == below(other, 'Merge v4')
 
 
+def test_new_code_of_a_kind_that_makes_the_same_files_stops_there(copy, monkeypatch):
+    "Keys hash the content of inputs: what comes out the same does not send its descendants back to work."
+    before = stamps(copy)
+    monkeypatch.setitem(EPOCHS, 'merge', EPOCHS['merge'] + 1)
+    lab = Lab('smoke', store=copy)
+    lab.run()
+    assert new_stages(lab, before) == {n for n, s in lab.recipe.items() if s.kind == 'merge'}
+
+
 def test_joint_mode_trains_on_both_sets_at_once(copy):
     before = stamps(copy)
     lab = Lab(changed(dpo__mode='joint'), store=copy)
     lab.run(['DPO v1', 'DPO v2', 'eval/DPO v2/arc'])
-    assert new_stages(lab, before) == {'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'} # DPO v1 has one set: it is the same in both modes
+    assert new_stages(lab, before) == {'DPO v1', 'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'}
+    assert lab.build('DPO v1').content == Lab('smoke', store=copy).build('DPO v1').content # one set: the same model in both modes
     assert set(lab.show('DPO v2')['inputs']) == {'start', 'ultrafeedback_clean', 'synth_math_alignment', 'ref_ultrafeedback_clean', 'ref_synth_math_alignment'}
     assert not any('step 1' in n for n in lab.recipe)
     one, all_ = (len(lab.log(n)) for n in ('DPO v1', 'DPO v2'))

@@ -85,7 +85,7 @@ class Model:
         import torch
         from solar_repro.lab.model import load_tokenizer, render
         model, tok = self.lab.materialized(self.point), load_tokenizer(self.point.base)
-        ids = tok(render(self.lab.profile.template, prompt), return_tensors='pt', add_special_tokens=False)
+        ids = tok(render(self.lab.profile.template, prompt)[0], return_tensors='pt', add_special_tokens=False)
         with torch.inference_mode():
             out = model.generate(input_ids=ids['input_ids'].to(model.device), attention_mask=ids['attention_mask'].to(model.device),
                                  max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
