@@ -302,7 +302,8 @@ def test_read_only_says_so_and_what_is_there_is_still_read(tmp_path, monkeypatch
 
 FULL = {'in the builder': OSError(errno.ENOSPC, 'No space left on device'),
         'in safetensors': RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)'),
-        'in torch.save': RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534')}
+        'in torch.save': RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534'),
+        'in torch.save, at its end': RuntimeError('basic_ios::clear: iostream error')}
 
 
 @pytest.mark.parametrize('where', FULL)

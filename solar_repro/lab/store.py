@@ -53,7 +53,7 @@ def _versions()->dict[str,str]:
     return dict(python=platform.python_version(), **{lib: of(lib) for lib in LIBRARIES})
 
 # %% ../../nbs/lab/01_store.ipynb #60004d8b
-_FULL = os.strerror(errno.ENOSPC), 'inline_container' # what safetensors and torch.save say when the disk is full
+_FULL = os.strerror(errno.ENOSPC), 'inline_container', 'iostream error' # what safetensors and torch.save say when the disk is full
 
 @contextmanager
 def _clear(folder:Path):
