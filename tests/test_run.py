@@ -1,136 +1,267 @@
-"The recipe at smoke scale: determinism, kills, exact rebuilding, damage, two runs at once."
-import re
+"The whole recipe at smoke scale: the same bits every time, whatever interrupts it, and nothing built twice."
+import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from solar_repro import tables
-from solar_repro.lab.profile import Profile, load_profile
+from solar_repro.lab.profile import load_profile
+from solar_repro.lab.recipe import EPOCHS, MODELS
 from solar_repro.lab.run import Lab
+from solar_repro.paper import H6_TASKS
 
-RUN = "import sys; from solar_repro.lab.run import Lab; Lab('smoke', store=sys.argv[1]).run()"
+RUN = '''
+import sys
+from solar_repro.lab.run import Lab
+names = sys.argv[2:] or None
+Lab('smoke', store=sys.argv[1]).run(names)
+'''
+# Trained twice, by two processes or around a kill, these show what the whole recipe would, in a fifth of the time.
+FEW = ['eval/Merge v1/arc', 'eval/Merge v1/gsm8k']
+
+
+def start(store, *names, **env):
+    return subprocess.Popen([sys.executable, '-c', RUN, str(store), *names], stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+
+
+def finish(p):
+    err = p.communicate(timeout=240)[1]
+    assert p.returncode == 0, err
+    return err
+
+
+def artifacts(store):
+    "Stage name -> (key, content); fails if two artifacts have one name."
+    found = [(a.manifest['name'], (a.key, a.content)) for a in Lab('smoke', store=store).store.entries()]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def stamps(store):
+    return {a.key: (a.path/'manifest.json').stat().st_mtime_ns for a in Lab('smoke', store=store).store.entries()}
+
+
+def below(lab, *names):
+    "The stages that are built from any of `names`, these included."
+    out = set(names)
+    for n, s in lab.recipe.items():
+        if out & set(s.inputs.values()): out.add(n)
+    return out
+
+
+def new_stages(lab, before):
+    "Names of what a store holds that it did not hold before."
+    return {a.manifest['name'] for a in lab.store.entries() if a.key not in before}
 
 
 @pytest.fixture(scope='session')
 def full(tmp_path_factory):
-    "A store that holds the whole smoke recipe."
-    folder = tmp_path_factory.mktemp('full')/'store'
-    Lab('smoke', store=folder).run()
-    return folder
+    "A store with the whole recipe in it, built by a process of its own. Read only."
+    store = tmp_path_factory.mktemp('run')/'store'
+    finish(start(store))
+    return store
 
 
 @pytest.fixture
-def copy(full, tmp_path): return Path(shutil.copytree(full, tmp_path/'store'))
+def copy(full, tmp_path):
+    "A full store of one's own, to damage or to add to."
+    return shutil.copytree(full, tmp_path/'copy')
 
 
-def contents(lab): return lab.status().set_index('stage')['content'].to_dict()
+# -- the same, bit for bit
+
+def test_two_runs_give_the_same_bits(full, tmp_path):
+    finish(start(tmp_path/'other'))
+    one, two = artifacts(full), artifacts(tmp_path/'other')
+    assert one == two and set(one) == set(Lab('smoke', store=full).recipe)
+    a, b = Lab('smoke', store=full), Lab('smoke', store=tmp_path/'other')
+    for n in ('SFT v3', 'DPO v2', 'Cand. 2'):
+        f = 'adapter/adapter_model.safetensors'
+        assert (a.build(n).path/f).read_bytes() == (b.build(n).path/f).read_bytes()
+    pd.testing.assert_frame_equal(a.scores(), b.scores(), check_exact=True)
+    for n in range(3, 8): assert a.table(n).to_csv(index=False) == b.table(n).to_csv(index=False)
 
 
-def changed(**sections):
-    "The smoke profile with some settings changed."
-    raw = load_profile('smoke').model_dump()
-    for name, new in sections.items(): raw[name] = {**raw[name], **new}
-    return Profile.model_validate(raw)
-
-
-def missing(lab): return set(lab.status().query('state == "missing"')['stage'])
-
-
-def descendants(lab, *names):
-    "Stages that are built from any of these, themselves included."
-    out = set(names)
-    for s in lab.recipe.values():
-        if out & set(s.inputs.values()): out.add(s.name)
-    return out
-
-
-def test_same_seed_same_tables_bit_for_bit(full, tmp_path):
-    "A killed and resumed run in another process gives the content of an uninterrupted one, stage by stage."
-    again = tmp_path/'again'
-    for seconds in (9, 13):                                      # somewhere in the trainings; a slow machine is killed earlier in them
-        p = subprocess.Popen([sys.executable, '-c', RUN, str(again)], stderr=subprocess.DEVNULL)
-        time.sleep(seconds); p.kill(); p.wait()
-    subprocess.run([sys.executable, '-c', RUN, str(again)], check=True, stderr=subprocess.DEVNULL)
-    a, b = Lab('smoke', store=full), Lab('smoke', store=again)
-    assert contents(a) == contents(b) and '' not in contents(a).values()
-    assert [t.to_csv() for n in range(3, 8) for t in [a.table(n)]] == [t.to_csv() for n in range(3, 8) for t in [b.table(n)]]
-
-
-def test_another_seed_shares_base_and_benchmarks_only(full, tmp_path):
-    a, b = Lab('smoke', store=full), Lab('smoke', seed=1, store=full)
-    assert {n for n in b.recipe if n not in missing(b)} == {'base', *(f'bench/{t}' for t in ('arc', 'hellaswag', 'mmlu', 'truthfulqa', 'winogrande', 'gsm8k')),
-                                                           *(f'eval/base/{t}' for t in ('arc', 'hellaswag', 'mmlu', 'truthfulqa', 'winogrande', 'gsm8k'))}
-    other = Lab('smoke', seed=1, store=shutil.copytree(full, tmp_path/'s'))
-    assert other.build('SFT v1').content != a.build('SFT v1').content
-
-
-@pytest.mark.parametrize('sections,roots', [
-    (dict(dpo=dict(rows={**load_profile('smoke').model_dump()['dpo']['rows'], 'Cand. 1': dict(learning_rate=.0005)})), ['Cand. 1 step 1', 'Cand. 1']),
-    (dict(merge=dict(slerp_t=.25)), ['Merge v4']),
-    (dict(data=dict(rows={**load_profile('smoke').data.rows.model_dump(), 'synth_math_instruct': 23})), ['data/synth_math_instruct']),
-    (dict(eval=dict(num_fewshot={**load_profile('smoke').eval.num_fewshot.model_dump(), 'arc': 3})), [f'eval/{m}/arc' for m in ('base', *[m for n in range(3, 8) for m in tables.models(n)])])])
-def test_a_change_rebuilds_its_descendants_and_nothing_else(full, sections, roots):
-    lab = Lab(changed(**sections), store=full)
-    assert missing(lab) == descendants(lab, *roots)
-
-
-def test_equal_settings_are_found_under_any_name(full):
-    "A renamed profile of the same content has everything."
-    assert not missing(Lab(load_profile('smoke').model_copy(update=dict(name='mine', label='mine')), store=full))
-
-
-def test_stages_that_tables_share_are_one(full):
-    lab = Lab('smoke', store=full)
-    assert lab.recipe['DPO v2'].inputs['start'] == 'DPO v1'
-    assert lab.recipe['Cand. 1 step 1'].inputs['ref_ultrafeedback_clean'] == lab.recipe['DPO v1'].inputs['ref_ultrafeedback_clean']
-    assert len(list((full/'ref').iterdir())) == sum(s.kind == 'ref' for s in lab.recipe.values())
-
-
-def test_a_damaged_adapter_is_rebuilt_and_said_so(copy, capfd):
-    lab = Lab('smoke', store=copy)
-    before = contents(lab)
-    (lab.build('SFT v3').path/'adapter'/'adapter_model.safetensors').write_bytes(b'no adapter')
-    fresh = Lab('smoke', store=copy)
-    fresh.run()
-    assert contents(fresh) == before                           # the same again, so what was built from it still holds
-    assert 'SFT v3 is damaged' in capfd.readouterr().err
-    assert [p.name.split('-')[0] for p in (copy/'damaged').iterdir()] == ['sft']
-
-
-def test_two_runs_at_once_build_each_stage_once(tmp_path):
-    code = RUN.replace(".run()", ".run(['SFT v1', 'SFT v2', 'SFT v3 + v4'])")
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'s')], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [p.communicate(timeout=300)[1] for p in ps]
-    assert [p.returncode for p in ps] == [0, 0] and 'waiting' in ''.join(errors)
-    lab = Lab('smoke', store=tmp_path/'s')
-    assert sorted(a.manifest['name'] for a in lab.store.entries()) == sorted(lab.needs(['SFT v1', 'SFT v2', 'SFT v3 + v4']))
-
-
-def test_joint_mode_trains_on_all_pairs_against_the_sft_model(copy):
-    lab = Lab(changed(dpo=dict(mode='joint')), store=copy)
-    assert lab.recipe['DPO v2'].inputs['start'] == 'SFT v3' and 'DPO v3 step 1' not in lab.recipe
-    log = lab.log('DPO v2')
-    rows = sum(len(lab.rows(f'data/{d}')) for d in ('ultrafeedback_clean', 'synth_math_alignment'))
-    assert len(log) == rows/lab.profile.dpo.batch_size and abs(log['loss'][0] - .6931) < 1e-3
-
-
-def test_a_model_answers_and_says_what_made_it(full):
-    lab = Lab('smoke', store=full)
-    assert isinstance(lab['Merge v4'].generate('How many?', max_new_tokens=4), str)
-    made = lab.show('DPO v3')
-    assert made['settings']['dpo']['beta'] == lab.profile.dpo.beta and made['seed'] == 0 and made['seconds'] > 0
-    assert made['inputs']['start']['name'] == 'DPO v3 step 1' and made['versions']['trl'] and re.fullmatch('[0-9a-f]{64}', made['content'])
-    with pytest.raises(ValueError, match="did you mean 'SFT v3'"): lab.build('SFTv3')
-    with pytest.raises(ValueError, match='not a model'): lab.point('bench/arc')
-
-
-def test_scores_are_complete_fractions(full):
+def test_scores_are_whole(full):
     s = Lab('smoke', store=full).scores()
-    assert s.groupby('model').size().eq(7).all() and s['model'].nunique() == 16
-    assert s['score'].between(0, 1).all() and s['n'].eq(load_profile('smoke').eval.n_items).all() and not s.isna().any().any()
-    assert isinstance(s, pd.DataFrame)
+    assert len(s) == 16*7 and not s.isna().any().any() and s['score'].between(0, 1).all()
+    assert set(s['model']) == {'base', *MODELS} and set(s['task']) == {*H6_TASKS, 'truthfulqa_plain'}
+
+
+def test_a_second_run_builds_nothing(copy):
+    before = stamps(copy)
+    assert finish(start(copy)) == ''
+    assert stamps(copy) == before
+
+
+def test_another_seed_trains_other_adapters_on_the_same_base_and_benchmarks(full, copy):
+    a, b = Lab('smoke', store=full), Lab('smoke', seed=1, store=copy)
+    b.run(['SFT v1', 'base', *(f'bench/{t}' for t in H6_TASKS)])
+    for n in ('base', *(f'bench/{t}' for t in H6_TASKS)): assert b.build(n).key == a.build(n).key
+    assert b.build('SFT v1').content != a.build('SFT v1').content
+    assert b.build('SFT v1').manifest['seed'] == 1 and b.build('data/alpaca_gpt4').content != a.build('data/alpaca_gpt4').content
+
+
+# -- kills and neighbours
+
+def test_killed_again_and_again_it_ends_with_the_same_results(full, tmp_path):
+    store, draw, kills = tmp_path/'store', random.Random(0), 0
+    progress, whole = tmp_path/'progress', artifacts(full)
+    for moment in ('SFT v1', 'SFT v3', 'ref/SFT v3/ultrafeedback_clean', 'Cand. 1', 'eval/Merge v1/arc'):
+        p = start(store, *FEW, SOLAR_PROGRESS=str(progress))
+        while p.poll() is None and not (progress.exists() and f'"{moment}"' in progress.read_text()): time.sleep(.02)
+        time.sleep(draw.uniform(0, .25))
+        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        p.communicate()
+        assert all(whole[n] == a for n, a in artifacts(store).items())
+    assert kills >= 3
+    err = finish(start(store, *FEW))
+    assert 'damaged' not in err
+    lab = Lab('smoke', store=store)
+    assert artifacts(store) == {n: whole[n] for n in lab.needs(FEW)}
+    assert not list((store/'building').iterdir())
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path):
+    p = start(tmp_path/'store', 'SFT v1', SOLAR_PROGRESS=str(tmp_path/'progress'))
+    while '"SFT v1"' not in ((tmp_path/'progress').read_text() if (tmp_path/'progress').exists() else ''): time.sleep(.02)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode != 0 and 'interrupted in SFT v1; 2 of 3 stages are finished and kept. Run again to go on.' in err
+    assert set(artifacts(tmp_path/'store')) == {'base', 'data/alpaca_gpt4'}
+
+
+def test_two_processes_on_one_store_build_each_stage_once(full, tmp_path):
+    store = tmp_path/'store'
+    names = ['eval/DPO v1/arc', 'eval/SFT v2/gsm8k']
+    ps = [start(store, *names) for _ in range(2)]
+    errs = [finish(p) for p in ps]
+    assert any('is being built by another process; waiting for it' in e for e in errs) and not any('damaged' in e for e in errs)
+    whole, lab = artifacts(full), Lab('smoke', store=store)
+    assert artifacts(store) == {n: whole[n] for n in lab.needs(names)}
+    assert not list((store/'building').iterdir())
+
+
+# -- what a change rebuilds
+
+def changed(**updates):
+    "The smoke profile with other values at dotted places."
+    raw = load_profile('smoke').model_dump()
+    for where, value in updates.items():
+        *path, last = where.split('__')
+        at = raw
+        for k in path: at = at[k.replace('_', ' ', 1) if k.startswith('Cand.') else k]
+        at[last] = value
+    return load_profile('smoke').model_validate(raw)
+
+
+def test_a_candidates_own_setting_rebuilds_what_stands_below_it_and_nothing_else(copy):
+    before = stamps(copy)
+    lab = Lab(changed(**{'dpo__rows__Cand._1__learning_rate': 1.1e-3}), store=copy)
+    missing = set(lab.status().query('state == "missing"')['stage'])
+    expected = below(lab, 'Cand. 1 step 1', 'Cand. 1')
+    assert expected == missing and {m for m in expected if m in MODELS} == {'Cand. 1', 'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4'}
+    lab.run()
+    assert new_stages(lab, before) == expected
+    assert {k: t for k, t in stamps(copy).items() if k in before} == before
+
+
+def test_fewer_rows_of_a_set_rebuild_what_stands_below_it(copy):
+    before = stamps(copy)
+    lab = Lab(changed(data__rows__synth_math_alignment=12), store=copy)
+    names = ['DPO v1', 'DPO v2', 'SFT v4', 'eval/DPO v1/arc', 'eval/DPO v2/arc']
+    lab.run(names)
+    assert new_stages(lab, before) == below(lab, 'data/synth_math_alignment') & set(lab.needs(names)) == {
+        'data/synth_math_alignment', 'ref/DPO v1/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'}
+
+
+def test_the_profiles_name_label_and_other_stages_settings_rebuild_nothing(copy):
+    before = stamps(copy)
+    lab = Lab(changed(name='mine', label='mine'), store=copy)
+    lab.run()
+    assert stamps(copy) == before
+    other = Lab(changed(merge__slerp_t=.4), store=copy)
+    assert set(other.status().query('state == "missing"')['stage']) == below(other, 'Merge v4')
+
+
+def test_new_code_of_a_kind_that_makes_the_same_files_stops_there(copy, monkeypatch):
+    "Keys hash the content of inputs: what comes out the same does not send its descendants back to work."
+    before = stamps(copy)
+    monkeypatch.setitem(EPOCHS, 'merge', EPOCHS['merge'] + 1)
+    lab = Lab('smoke', store=copy)
+    lab.run()
+    assert new_stages(lab, before) == {n for n, s in lab.recipe.items() if s.kind == 'merge'}
+
+
+def test_joint_mode_trains_on_both_sets_at_once(copy):
+    before = stamps(copy)
+    lab = Lab(changed(dpo__mode='joint'), store=copy)
+    lab.run(['DPO v1', 'DPO v2', 'eval/DPO v2/arc'])
+    assert new_stages(lab, before) == {'DPO v1', 'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'}
+    assert lab.build('DPO v1').content == Lab('smoke', store=copy).build('DPO v1').content # one set: the same model in both modes
+    assert set(lab.show('DPO v2')['inputs']) == {'start', 'ultrafeedback_clean', 'synth_math_alignment', 'ref_ultrafeedback_clean', 'ref_synth_math_alignment'}
+    assert not any('step 1' in n for n in lab.recipe)
+    one, all_ = (len(lab.log(n)) for n in ('DPO v1', 'DPO v2'))
+    assert all_ == 2*one # 16 + 16 rows against 16
+
+
+# -- damage
+
+@pytest.mark.parametrize('name,file', [('SFT v3', 'adapter/adapter_model.safetensors'), ('base', 'model.safetensors'), ('data/openorca', 'rows.jsonl'),
+                                       ('Merge v4', 'checkpoint/model.safetensors'), ('eval/DPO v2/gsm8k', 'score.json')])
+def test_a_damaged_file_is_built_again_and_nothing_else_is(copy, capfd, name, file):
+    before, whole = stamps(copy), artifacts(copy)
+    path = Lab('smoke', store=copy).build(name).path
+    data = bytearray((path/file).read_bytes()); data[len(data)//2] ^= 1; (path/file).write_bytes(data)
+    Lab('smoke', store=copy).run()
+    err = capfd.readouterr().err
+    assert f'{name} is damaged' in err and err.count('damaged (') == 1
+    assert artifacts(copy) == whole
+    after = stamps(copy)
+    assert {a for a in after if after[a] != before[a]} == {whole[name][0]}
+
+
+def test_a_lost_file_in_the_middle_is_built_again_when_only_the_end_is_asked_for(copy, capfd):
+    whole = artifacts(copy)
+    shutil.rmtree(Lab('smoke', store=copy).build('SFT v3').path/'adapter')
+    lab = Lab('smoke', store=copy)
+    assert isinstance(lab['Merge v1'].generate('What is 3 + 4?'), str)
+    assert 'SFT v3 is damaged' in capfd.readouterr().err and artifacts(copy) == whole
+
+
+# -- what a person asks
+
+def test_an_unknown_stage_names_the_nearest(full):
+    lab = Lab('smoke', store=full)
+    for ask in (lab.build, lab.point, lab.show, lab.__getitem__, lab.log):
+        with pytest.raises(ValueError, match=r"no stage 'SFT v33' in profile smoke; did you mean 'SFT v3'\?"): ask('SFT v33')
+    with pytest.raises(ValueError, match='is a data, not a model; models are'): lab['data/openorca']
+    with pytest.raises(ValueError, match='is not trained'): lab.log('Merge v1')
+
+
+def test_a_model_answers(full):
+    lab = Lab('smoke', store=full)
+    one = lab['SFT v3'].generate('What is 3 + 4?', max_new_tokens=8)
+    assert isinstance(one, str) and one == lab['SFT v3'].generate('What is 3 + 4?', max_new_tokens=8)
+    assert isinstance(lab['Merge v4'].generate('What is 3 + 4?', max_new_tokens=8), str)
+
+
+def test_show_says_what_made_it(full):
+    lab = Lab('smoke', store=full)
+    m = lab.show('DPO v2')
+    assert m['settings']['dpo']['learning_rate'] == lab.profile.dpo.learning_rate and m['seed'] == 0 == m['settings']['seed']
+    assert m['inputs']['start']['name'] == 'DPO v1' and m['inputs']['start']['content'] == lab.build('DPO v1').content
+    assert m['seconds'] > 0 and m['started'].endswith('Z') and m['versions']['torch'] == __import__('torch').__version__
+    assert json.dumps(m)
+
+
+def test_status_tells_built_from_missing_and_builds_nothing(tmp_path, full):
+    lab = Lab('smoke', store=tmp_path/'none')
+    assert set(lab.status()['state']) == {'missing'} and not (tmp_path/'none').exists()
+    assert set(Lab('smoke', store=full).status()['state']) == {'built'}

@@ -1,4 +1,4 @@
-"The store under kills, damage, full disks and two processes at once."
+"The store under kills, races, damage and full disks: what it shows is whole, or it is not there."
 import errno
 import json
 import os
@@ -10,144 +10,378 @@ import time
 
 import pytest
 
+import solar_repro.lab.store as store_module
 from solar_repro.lab.store import Store
 
-SLOW_BUILD = '''
+WORKER = '''
 import sys, time
 from pathlib import Path
 from solar_repro.lab.store import Store
-store, seconds = Store(sys.argv[1]), float(sys.argv[2])
-def fn(out):
-    with open(sys.argv[1] + '.calls', 'a') as f: f.write('x')
-    scratch = out/'scratch'; scratch.mkdir(exist_ok=True)
-    print('checkpoint' if (scratch/'step').exists() else 'fresh', (out/'half').exists(), flush=True)
-    (scratch/'step').write_text('7'); (out/'half').write_text('half')
-    time.sleep(seconds); (out/'whole').write_text('whole')
-a = store.build('data', store.key('data', 1, {}, {}), fn, settings={}, inputs={}, name='slow', epoch=1)
-print(sorted(a.manifest['files']))
+
+def build(folder, n, fn):
+    s = Store(folder)
+    return s.build('sft', s.key('sft', 1, dict(n=n), {}), fn, settings=dict(n=n), inputs={}, name=f'model {n}', epoch=1, seed=0)
+
 '''
 
 
-def start(folder, seconds):
-    return subprocess.Popen([sys.executable, '-c', SLOW_BUILD, str(folder), str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(code, *args):
+    return subprocess.Popen([sys.executable, '-c', WORKER + code, *map(str, args)], stderr=subprocess.PIPE, text=True)
 
 
-def put(store, value, name='x', inputs={}, kind='data', epoch=1):
-    settings = dict(value=value)
-    return store.build(kind, store.key(kind, epoch, settings, inputs), lambda out: (out/'v').write_text(f'value {value}'),
-                       settings=settings, inputs=inputs, name=name, epoch=epoch)
+def build(s, fn=None, *, kind='sft', settings=None, inputs=None, epoch=1):
+    settings, inputs = settings or dict(lr=.1), inputs or {}
+
+    def payload(out):
+        (out/'sub').mkdir(); (out/'sub'/'weights.bin').write_bytes(bytes(range(256))*8); (out/'log.csv').write_text('step,loss\n1,2.5\n')
+    return s.build(kind, s.key(kind, epoch, settings, inputs), fn or payload, settings=settings, inputs=inputs, name='model', epoch=epoch, seed=0)
 
 
-@pytest.fixture
-def store(tmp_path): return Store(tmp_path/'store')
+def untouched(_): raise AssertionError('built again although it was there')
 
 
-def test_a_killed_build_goes_on_from_its_scratch_alone(tmp_path):
-    p = start(tmp_path/'s', 60)
-    assert p.stdout.readline().split() == ['fresh', 'False']
-    time.sleep(.3); p.send_signal(signal.SIGKILL); p.wait()
-    store = Store(tmp_path/'s')
-    assert store.find('data', store.key('data', 1, {}, {})) is None and store.entries() == []
-    out, _ = start(tmp_path/'s', 0).communicate(timeout=60)
-    assert out.splitlines() == ['checkpoint False', "['half', 'whole']"]       # scratch was kept, the half file was not, scratch is no payload
+def wait_for(done, seconds=20):
+    until = time.time() + seconds
+    while not done():
+        assert time.time() < until, 'the other process did not come that far'
+        time.sleep(.01)
 
 
-def test_a_second_process_waits_says_so_and_reuses(tmp_path):
-    a = start(tmp_path/'s', 3)
-    assert a.stdout.readline().split()[0] == 'fresh'
-    b = start(tmp_path/'s', 3)
-    out, err = b.communicate(timeout=60); a.wait(timeout=60)
-    assert 'waiting' in err and out.splitlines() == ["['half', 'whole']"]      # b never ran the builder
-    assert (tmp_path/'s.calls').read_text() == 'x'
+def visible(s): return [p for p in s.folder.glob('*/*') if p.is_dir() and p.parent.name not in ('building', 'damaged', 'locks')]
 
 
-def test_random_kills_leave_only_whole_artifacts(tmp_path):
+# -- kills
+
+def test_killed_build_goes_on_with_its_scratch_and_nothing_else(tmp_path):
     code = '''
-import sys
-from solar_repro.lab.store import Store
-s = Store(sys.argv[1]); print('go', flush=True)
-for i in range(10**6):
-    s.build('data', s.key('data', 1, dict(i=i), {}), lambda out: [(out/str(k)).write_text(str(i)*1000) for k in range(3)], settings=dict(i=i), inputs={}, name=str(i), epoch=1)
+def fn(out):
+    (out/'scratch'/'checkpoint').mkdir(parents=True)
+    (out/'scratch'/'checkpoint'/'state').write_text('step 7')
+    (out/'adapter').mkdir(); (out/'adapter'/'half').write_bytes(b'half'); (out/'loose').write_bytes(b'half')
+    Path(sys.argv[2]).touch(); time.sleep(60)
+build(sys.argv[1], 1, fn)
 '''
-    rng, seen = random.Random(0), 0
-    for _ in range(6):
-        p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'s')], stdout=subprocess.PIPE, text=True)
-        p.stdout.readline(); time.sleep(.1 + .3*rng.random()); p.kill(); p.wait()
-        fresh = Store(tmp_path/'s')
-        for a in fresh.entries():
-            assert fresh.find(a.kind, a.key) is not None and set(a.manifest['files']) == {'0', '1', '2'}
-            seen += 1
-    assert seen > 10 and not (tmp_path/'s'/'damaged').exists()
+    folder, mark, seen = tmp_path/'store', tmp_path/'mark', []
+    p = start(code, folder, mark); wait_for(mark.exists)
+    s = Store(folder)
+    assert not visible(s) and s.find('sft', s.key('sft', 1, dict(n=1), {})) is None
+    p.send_signal(signal.SIGKILL); p.communicate()
+
+    def resume(out):
+        seen.extend(sorted(f.relative_to(out).as_posix() for f in out.rglob('*') if f.is_file()))
+        (out/'weights').write_text((out/'scratch'/'checkpoint'/'state').read_text())
+    a = build(s, resume, settings=dict(n=1))
+    assert seen == ['scratch/checkpoint/state']
+    assert sorted(f.name for f in a.path.iterdir()) == ['manifest.json', 'weights'] and (a.path/'weights').read_text() == 'step 7'
+    assert not list((folder/'building').iterdir())
 
 
-@pytest.mark.parametrize('damage', ['flip', 'remove', 'add', 'manifest'])
-def test_damage_is_noticed_set_aside_and_mended(store, capsys, damage):
-    a = put(store, 1, name='SFT v9')
-    victim = a.path/'v'
-    if damage == 'flip': victim.write_bytes(b'V' + victim.read_bytes()[1:])
-    if damage == 'remove': victim.unlink()
-    if damage == 'add': (a.path/'more').write_text('x')
-    if damage == 'manifest': (a.path/'manifest.json').write_text('{"key": ')
-    fresh = Store(store.folder)
-    assert fresh.find('data', a.key) is None
-    assert 'damaged' in capsys.readouterr().err and len(list((store.folder/'damaged').iterdir())) == 1
-    assert put(fresh, 1).content == a.content and (a.path/'v').read_text() == 'value 1'
+def test_an_error_in_the_builder_leaves_nothing_visible(tmp_path):
+    s = Store(tmp_path/'store')
+
+    def fails(out): (out/'half').touch(); raise ZeroDivisionError('in training')
+    with pytest.raises(ZeroDivisionError, match='in training'): build(s, fails)
+    assert not visible(s)
+    with pytest.raises(RuntimeError, match='wrote nothing'): build(s, lambda out: None)
+    assert not (build(s).path/'half').exists()
 
 
-def test_keys_follow_content_and_nothing_else(store):
-    one, two = put(store, 1), put(store, 2)
-    k = lambda **x: store.key(**(dict(kind='sft', epoch=1, settings=dict(a=1, b=[2]), inputs=dict(base=one)) | x))
-    assert k() == k(settings=dict(b=[2], a=1)) == Store(store.folder.parent/'elsewhere').key('sft', 1, dict(a=1, b=[2]), dict(base=one))
-    others = [k(kind='dpo'), k(epoch=2), k(settings=dict(a=1, b=[3])), k(inputs=dict(base=two)), k(inputs=dict(other=one)), k(inputs={})]
-    assert len({k(), *others}) == 7
-    assert put(store, 1, name='called otherwise').path == one.path
+@pytest.mark.parametrize('moment', ['mkdir', 'write_text', 'replace', 'fsync', 'rename'])
+def test_killed_at_every_call_that_writes(tmp_path, moment):
+    "The k-th call of each kind is the last one, for every k, until the build gets through; every fresh process takes the store up again."
+    code = '''
+import os, signal
+calls, last = 0, int(sys.argv[2])
+owner, name = {'mkdir': (Path, 'mkdir'), 'write_text': (Path, 'write_text')}.get(sys.argv[3], (os, sys.argv[3]))
+real = getattr(owner, name)
+def counted(*args, **kwargs):
+    global calls
+    if calls == last: os.kill(os.getpid(), signal.SIGKILL)
+    calls += 1
+    return real(*args, **kwargs)
+for store in sys.argv[1:2]:
+    for k in range(100):
+        pid = os.fork()
+        if pid == 0:
+            calls, last = 0, k
+            setattr(owner, name, counted)
+            build(f'{store}/{k}', 1, lambda out: (out/'weights').write_bytes(b'whole'))
+            os._exit(0)
+        if os.waitpid(pid, 0)[1] == 0: break
+    print(k, file=sys.stderr)
+'''
+    p = start(code, tmp_path, 0, moment)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 0, err
+    kills = int(err.split()[-1])
+    assert kills >= 1
+    for k in range(kills + 1):
+        s = Store(tmp_path/str(k))
+        for path in visible(s):
+            assert s.find('sft', json.loads((path/'manifest.json').read_text())['key'])
+        a = build(s, lambda out: (out/'weights').write_bytes(b'whole'), settings=dict(n=1))
+        assert (a.path/'weights').read_bytes() == b'whole'
+    assert not list(tmp_path.glob('*/damaged/*'))
 
 
-def test_full_disk_says_what_is_safe_and_publishes_nothing(store, monkeypatch):
-    kept = put(store, 1)
-    def full(out): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    key = store.key('data', 1, dict(value=2), {})
-    with pytest.raises(OSError, match='disk is full.*Finished stages are kept'): store.build('data', key, full, settings={}, inputs={}, name='x', epoch=1)
-    assert store.find('data', key) is None
-    monkeypatch.setattr('solar_repro.lab.store.os.fsync', full)             # full while it is being published
-    with pytest.raises(OSError, match='disk is full'): put(store, 2)
+def test_killed_at_random_moments_every_visible_artifact_verifies(tmp_path):
+    code = '''
+def fn(n):
+    def write(out):
+        for i in range(4): (out/f'part{i}').write_bytes(bytes([n % 256])*20000)
+    return write
+for n in range(int(sys.argv[2])): build(sys.argv[1], n, fn(n))
+'''
+    folder, draw, n = tmp_path/'store', random.Random(3), 150
+    p = start(code, folder, n); wait_for(lambda: len(visible(Store(folder))) >= 2)
+    for _ in range(12):
+        time.sleep(draw.uniform(0, .05))
+        p.send_signal(signal.SIGKILL); err = p.communicate()[1]
+        assert 'Error' not in err and 'damaged' not in err
+        before = len(visible(Store(folder)))
+        p = start(code, folder, n)
+        wait_for(lambda: p.poll() is not None or len(visible(Store(folder))) > before)
+    p.send_signal(signal.SIGKILL); p.communicate()
+    s, found = Store(folder), 0
+    for path in visible(s):
+        m = json.loads((path/'manifest.json').read_text())
+        assert s.find('sft', m['key']).content == m['content']
+        assert all((path/f'part{i}').read_bytes() == bytes([m['settings']['n'] % 256])*20000 for i in range(4))
+        found += 1
+    assert found >= 12 and not (folder/'damaged').exists()
+    p = start(code, folder, n); assert 'Error' not in p.communicate(timeout=60)[1] and p.returncode == 0
+    assert len(visible(Store(folder))) == n == len(Store(folder).entries()) and not list((folder/'building').iterdir())
+
+
+# -- two at once
+
+def test_the_second_process_waits_says_so_and_reuses(tmp_path):
+    code = '''
+def fn(out):
+    with open(sys.argv[2], 'a') as f: f.write('built\\n')
+    time.sleep(1); (out/'weights').write_bytes(b'x'*1000)
+print(build(sys.argv[1], 1, fn).content, file=sys.stderr)
+'''
+    log = tmp_path/'log'
+    first = start(code, tmp_path/'store', log); wait_for(log.exists)
+    second = start(code, tmp_path/'store', log)
+    e1, e2 = first.communicate(timeout=30)[1], second.communicate(timeout=30)[1]
+    assert first.returncode == second.returncode == 0 and log.read_text() == 'built\n'
+    assert 'model 1 is being built by another process; waiting' in e2 and 'waiting' not in e1
+    assert e1.split()[-1] == e2.split()[-1]
+
+
+def test_the_second_process_takes_over_from_a_killed_one(tmp_path):
+    code = '''
+def fn(out):
+    (out/'scratch').mkdir(exist_ok=True); (out/'weights').write_text('kept' if (out/'scratch'/'step').exists() else 'anew')
+    if not (out/'scratch'/'step').exists(): (out/'scratch'/'step').touch(); Path(sys.argv[2]).touch(); time.sleep(60)
+print((build(sys.argv[1], 1, fn).path/'weights').read_text(), file=sys.stderr)
+'''
+    mark = tmp_path/'mark'
+    first = start(code, tmp_path/'store', mark); wait_for(mark.exists)
+    second = start(code, tmp_path/'store', mark)
+    assert 'waiting' in second.stderr.readline()
+    first.send_signal(signal.SIGKILL); first.communicate()
+    assert second.communicate(timeout=30)[1].split()[-1] == 'kept'
+
+
+def test_many_processes_start_on_an_empty_folder(tmp_path):
+    code = '''
+for n in range(5): build(sys.argv[1], n, lambda out: (out/'weights').write_bytes(b'x'))
+'''
+    ps = [start(code, tmp_path/'store') for _ in range(6)]
+    errs = [p.communicate(timeout=60)[1] for p in ps]
+    assert [p.returncode for p in ps] == [0]*6, errs
+    assert len(visible(Store(tmp_path/'store'))) == 5
+
+
+def test_a_store_being_made_by_another_process_is_one(tmp_path):
+    "Whatever part of a store's frame a kill, or another process on its way, has left."
+    for i, left in enumerate((['locks'], ['locks', 'building'], ['building'], ['store.123'])):
+        folder = tmp_path/str(i); folder.mkdir()
+        for d in left: (folder/d).touch() if '.' in d else (folder/d).mkdir()
+        assert build(Store(folder)).content
+
+
+# -- damage
+
+def flip(path):
+    data = bytearray((path/'sub'/'weights.bin').read_bytes()); data[100] ^= 1
+    (path/'sub'/'weights.bin').write_bytes(data)
+
+
+DAMAGE = dict(
+    flipped_bit=flip,
+    cut_short=lambda p: os.truncate(p/'sub'/'weights.bin', 100),
+    missing_file=lambda p: (p/'log.csv').unlink(),
+    extra_file=lambda p: (p/'extra').touch(),
+    renamed_file=lambda p: (p/'log.csv').rename(p/'log2.csv'),
+    extra_inner_manifest=lambda p: (p/'sub'/'manifest.json').write_text('{}'),
+    empty_manifest=lambda p: (p/'manifest.json').write_bytes(b''),
+    half_manifest=lambda p: os.truncate(p/'manifest.json', 200),
+    binary_manifest=lambda p: (p/'manifest.json').write_bytes(bytes(range(128, 256))),
+    list_as_manifest=lambda p: (p/'manifest.json').write_text('[]'),
+    other_manifest=lambda p: (p/'manifest.json').write_text('{"key": "x"}'),
+    no_content=lambda p: (p/'manifest.json').write_text(json.dumps({k: v for k, v in json.loads((p/'manifest.json').read_text()).items() if k != 'content'})),
+    missing_manifest=lambda p: (p/'manifest.json').unlink(),
+)
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damage_is_said_kept_aside_and_built_again(tmp_path, capsys, damage):
+    good = build(Store(tmp_path))
+    DAMAGE[damage](good.path)
+    s = Store(tmp_path)
+    assert s.find('sft', good.key) is None
+    err = capsys.readouterr().err
+    assert 'damaged' in err and 'set aside' in err
+    aside, = (tmp_path/'damaged').iterdir()
+    assert (aside/'sub'/'weights.bin').exists()
+    again = build(s)
+    assert again.content == good.content and again.path == good.path
+    assert [a.key for a in s.entries()] == [good.key]
+    assert build(Store(tmp_path), untouched).content == good.content and capsys.readouterr().err == ''
+
+
+def test_a_damaged_manifest_does_not_hide_the_other_artifacts(tmp_path):
+    s = Store(tmp_path); a, b = build(s), build(s, settings=dict(lr=.2))
+    (a.path/'manifest.json').write_bytes(b'{')
+    assert [x.key for x in s.entries()] == [b.key]
+
+
+def test_another_files_under_the_right_name_are_damage(tmp_path, capsys):
+    "An artifact copied under another key is whole, but not what the key asks for."
+    s = Store(tmp_path); a, b = build(s), build(s, settings=dict(lr=.2), fn=lambda out: (out/'w').touch())
+    for f in (b.path/'w', b.path/'manifest.json'): f.unlink()
+    for f in sorted(a.path.rglob('*')): (b.path/f.relative_to(a.path)).mkdir() if f.is_dir() else (b.path/f.relative_to(a.path)).write_bytes(f.read_bytes())
+    assert Store(tmp_path).find('sft', b.key) is None and 'damaged' in capsys.readouterr().err
+
+
+def test_two_processes_find_the_same_damage(tmp_path, monkeypatch):
+    "Another process moves it aside between our look and our move."
+    a = build(Store(tmp_path)); flip(a.path)
+    s, real = Store(tmp_path), store_module._files
+
+    def slow(path):
+        found = real(path)
+        if path == a.path: path.rename(tmp_path/'gone')
+        return found
+    monkeypatch.setattr(store_module, '_files', slow)
+    assert s.find('sft', a.key) is None
+
+
+def test_open_names_what_is_missing(tmp_path):
+    s = Store(tmp_path); a = build(s)
+    assert s.open('sft', a.key, a.content) == a
+    with pytest.raises(FileNotFoundError, match='missing.*Run again'): s.open('sft', '0'*64, a.content)
+    with pytest.raises(FileNotFoundError, match='another one than recorded'): s.open('sft', a.key, '0'*64)
+
+
+# -- places that cannot be written
+
+def test_a_store_below_a_file(tmp_path):
+    (tmp_path/'file').touch()
+    with pytest.raises(OSError, match='cannot be written .*--store or SOLAR_STORE'): build(Store(tmp_path/'file'/'store'))
+    with pytest.raises(ValueError, match='is a file; expected a folder.*--store or SOLAR_STORE'): Store(tmp_path/'file')
+
+
+@pytest.mark.parametrize('code', [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_read_only_says_so_and_what_is_there_is_still_read(tmp_path, monkeypatch, code):
+    a = build(Store(tmp_path))
+
+    def refuse(*args, **kwargs): raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(store_module.Path, 'mkdir', refuse); monkeypatch.setattr(os, 'rename', refuse)
+    s = Store(tmp_path)
+    assert s.find('sft', a.key) == a
+    with pytest.raises(OSError, match=f'store {tmp_path}: cannot be written .*--store or SOLAR_STORE') as e: build(s, settings=dict(lr=.2))
+    assert e.value.errno == code
     monkeypatch.undo()
-    assert [a.key for a in Store(store.folder).entries()] == [kept.key]
-    assert put(Store(store.folder), 2).content
+    assert len(visible(s)) == 1
 
 
-def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path/'file').write_text('')
-    with pytest.raises(OSError, match='--store'): put(Store(tmp_path/'file'/'store'), 1)
-    def read_only(*a, **k): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    monkeypatch.setattr('solar_repro.lab.store.Path.mkdir', read_only)
-    with pytest.raises(OSError, match='cannot be written'): put(Store(tmp_path/'s'), 1)
+FULL = {'in the builder': OSError(errno.ENOSPC, 'No space left on device'),
+        'in safetensors': RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)'),
+        'in torch.save': RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534'),
+        'in torch.save, at its end': RuntimeError('basic_ios::clear: iostream error')}
 
 
-def test_a_full_store_can_be_read_where_nothing_can_be_written(store, monkeypatch):
-    a = put(store, 1)
-    def read_only(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    monkeypatch.setattr('solar_repro.lab.store.Path.mkdir', read_only)
-    assert Store(store.folder).find('data', a.key).content == a.content
+@pytest.mark.parametrize('where', FULL)
+def test_full_disk_in_the_builder(tmp_path, where):
+    s = Store(tmp_path); a = build(s)
+
+    def fills(out): (out/'half').write_bytes(b'half'); raise FULL[where]
+    with pytest.raises(OSError, match='disk is full. Finished stages are kept') as e: build(s, fills, settings=dict(lr=.2))
+    assert e.value.errno == errno.ENOSPC and e.value.__cause__ is FULL[where]
+    assert [p for p in visible(s)] == [a.path] and Store(tmp_path).find('sft', a.key)
+    assert sorted(f.name for f in build(s, settings=dict(lr=.2)).path.iterdir()) == ['log.csv', 'manifest.json', 'sub']
 
 
-def test_other_folders_and_formats_are_refused(tmp_path):
-    (tmp_path/'photos').mkdir(); (tmp_path/'photos'/'cat.jpg').write_text('')
-    with pytest.raises(ValueError, match='no store.json'): Store(tmp_path/'photos')
-    s = Store(tmp_path/'s'); put(s, 1)
-    (tmp_path/'s'/'store.json').write_text(json.dumps(dict(format=2)))
-    with pytest.raises(ValueError, match='format 2.*format 1'): Store(tmp_path/'s')
+@pytest.mark.parametrize('call', ['fsync', 'rename'])
+def test_full_disk_while_publishing(tmp_path, monkeypatch, call):
+    s = Store(tmp_path); a = build(s)
+
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match='disk is full. Finished stages are kept'): build(s, settings=dict(lr=.2))
+    monkeypatch.undo()
+    assert visible(s) == [a.path]
+    assert build(s, settings=dict(lr=.2)).content
 
 
-def test_open_refuses_other_content(store):
-    a = put(store, 1)
-    assert store.open('data', a.key, a.content).path == a.path
-    with pytest.raises(FileNotFoundError, match='another one'): store.open('data', a.key, '0'*64)
-    with pytest.raises(FileNotFoundError, match='missing'): store.open('data', '1'*64, a.content)
+# -- keys
+
+def test_what_a_key_depends_on(tmp_path):
+    s = Store(tmp_path)
+    one, other = build(s), build(s, lambda out: (out/'log.csv').touch(), settings=dict(lr=.2))
+    key = s.key('dpo', 1, dict(beta=.1, rows=dict(a=1, b=2)), dict(start=one))
+    for changed in (s.key('sft', 1, dict(beta=.1, rows=dict(a=1, b=2)), dict(start=one)), s.key('dpo', 2, dict(beta=.1, rows=dict(a=1, b=2)), dict(start=one)),
+                    s.key('dpo', 1, dict(beta=.1 + 1e-16*2, rows=dict(a=1, b=2)), dict(start=one)), s.key('dpo', 1, dict(beta=.1, rows=dict(a=1, b=3)), dict(start=one)),
+                    s.key('dpo', 1, dict(beta=.1, rows=dict(a=1)), dict(start=one)), s.key('dpo', 1, dict(beta=.1, rows=dict(a=1, b=2)), dict(start=other)),
+                    s.key('dpo', 1, dict(beta=.1, rows=dict(a=1, b=2)), dict(other=one)), s.key('dpo', 1, dict(beta=.1, rows=dict(a=1, b=2)), {})):
+        assert changed != key
 
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
-def test_a_failing_builder_publishes_nothing(store, error):
-    def fails(out): (out/'half').write_text('x'); raise error('no')
-    with pytest.raises(error): store.build('data', '2'*64, fails, settings={}, inputs={}, name='x', epoch=1)
-    assert store.find('data', '2'*64) is None and store.entries() == []
+def test_what_a_key_does_not_depend_on(tmp_path):
+    s, t = Store(tmp_path/'s'), Store(tmp_path/'elsewhere')
+    a, b = build(s), build(t, settings=dict(lr=.7))
+    assert a.content == b.content and a.key != b.key # the same files, made in another way, in another place
+    assert s.key('dpo', 1, dict(x=1, y=2), dict(start=a, data=b)) == t.key('dpo', 1, dict(y=2, x=1), dict(data=a, start=b))
+
+
+def test_content_is_of_names_and_bytes_only(tmp_path):
+    def write(names):
+        def fn(out):
+            for n in names: (out/n).write_text(n)
+            (out/'scratch').mkdir(); (out/'scratch'/'state').write_text(str(time.time()))
+        return fn
+    a = build(Store(tmp_path/'1'), write('ab')); time.sleep(.02); b = build(Store(tmp_path/'2'), write('ba'))
+    assert a.content == b.content and build(Store(tmp_path/'3'), write('ac')).content != a.content
+
+
+def test_a_key_refuses_what_json_cannot_hold(tmp_path):
+    s = Store(tmp_path)
+    with pytest.raises(ValueError): s.key('sft', 1, dict(lr=float('nan')), {})
+    with pytest.raises(TypeError): s.key('sft', 1, dict(path=tmp_path), {})
+
+
+# -- what is no store
+
+def test_another_format_and_other_folders(tmp_path):
+    (tmp_path/'new').mkdir(); (tmp_path/'new'/'store.json').write_text('{"format": 99}')
+    with pytest.raises(ValueError, match='written in format 99, this version reads format 1.*--store'): Store(tmp_path/'new')
+    (tmp_path/'thesis').mkdir(); (tmp_path/'thesis'/'chapter1.tex').touch()
+    with pytest.raises(ValueError, match='holds other files and no store.json.*--store'): Store(tmp_path/'thesis')
+    assert [p.name for p in (tmp_path/'thesis').iterdir()] == ['chapter1.tex']
+    for text in ('', '{', '[]', '3'):
+        (tmp_path/'new'/'store.json').write_text(text)
+        with pytest.raises(ValueError, match='store.json.*--store'): Store(tmp_path/'new')
+    Store(tmp_path/'absent')
+    assert not (tmp_path/'absent').exists()
+
+
+def test_the_manifest_says_what_made_it(tmp_path):
+    s = Store(tmp_path); start = build(s)
+    m = build(s, kind='dpo', settings=dict(beta=.1), inputs=dict(start=start)).manifest
+    assert m['inputs'] == dict(start=dict(kind='sft', key=start.key, content=start.content, name='model'))
+    assert m['settings'] == dict(beta=.1) and m['epoch'] == 1 and m['seed'] == 0 and m['seconds'] >= 0 and 'torch' in m['versions']

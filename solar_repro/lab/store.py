@@ -40,7 +40,7 @@ def file_hash(path:Path)->str: # sha256, hex
 
 def _files(folder:Path)->dict[str,dict]:
     "Relative name -> hash and size of each payload file."
-    found = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != 'manifest.json')
+    found = sorted(p for p in folder.rglob('*') if p.is_file() and p != folder/'manifest.json')
     return {p.relative_to(folder).as_posix(): dict(sha256=file_hash(p), bytes=p.stat().st_size) for p in found}
 
 def _content(files:dict[str,dict])->str:
@@ -53,16 +53,19 @@ def _versions()->dict[str,str]:
     return dict(python=platform.python_version(), **{lib: of(lib) for lib in LIBRARIES})
 
 # %% ../../nbs/lab/01_store.ipynb #60004d8b
+_FULL = os.strerror(errno.ENOSPC), 'inline_container', 'iostream error' # what safetensors and torch.save say when the disk is full
+
 @contextmanager
 def _clear(folder:Path):
     "Storage errors in words."
     try: yield
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
+    except Exception as e: # safetensors and torch raise kinds of their own
+        code = getattr(e, 'errno', None)
+        if code in (errno.ENOSPC, errno.EDQUOT) or any(w in str(e) for w in _FULL):
             raise OSError(errno.ENOSPC, f'store {folder}: the disk is full. Finished stages are kept and nothing half-written counts. '
                           'Free some space, or choose another place with --store or SOLAR_STORE, and run again.') from e
-        if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-            raise OSError(e.errno, f'store {folder}: cannot be written ({e.strerror}). Expected a folder of your own. '
+        if isinstance(e, OSError) and code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise OSError(code, f'store {folder}: cannot be written ({e}). Expected a folder of your own. '
                           'Choose another place with --store or SOLAR_STORE.') from e
         raise
 
@@ -71,6 +74,12 @@ def _sync(path:Path)->None:
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
+
+def _read(file:Path)->dict:
+    "A JSON object; empty if the file holds anything else."
+    try: found = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, FileNotFoundError): return {}
+    return found if isinstance(found, dict) else {}
 
 def _warn(text:str)->None: print(text, file=sys.stderr, flush=True)
 
@@ -82,12 +91,16 @@ class Store:
     ):
         self.folder, self._checked = Path(folder).resolve(), {}
         mark = self.folder/'store.json'
+        if self.folder.is_file(): raise ValueError(f'store {self.folder}: is a file; expected a folder. Choose another with --store or SOLAR_STORE.')
         if mark.is_file():
-            have = json.loads(mark.read_text()).get('format')
+            have = _read(mark).get('format')
+            if have is None:
+                raise ValueError(f'store {self.folder}: store.json is damaged; expected the format of the store. '
+                                 f'If this is a store of this version, write {{"format": {FORMAT}}} into it, or choose another folder with --store or SOLAR_STORE.')
             if have != FORMAT:
                 raise ValueError(f'store {self.folder}: written in format {have}, this version reads format {FORMAT}. '
                                  'Choose another folder with --store or SOLAR_STORE, or remove this one.')
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(p.name not in ('locks', 'building') and not p.name.startswith('store.') for p in self.folder.iterdir()):
             raise ValueError(f'store {self.folder}: holds other files and no store.json; expected a store or an empty folder. Choose another with --store or SOLAR_STORE.')
 
     def key(self,
@@ -105,20 +118,26 @@ class Store:
     def find(self, kind:str, key:str)->Artifact|None:
         "The artifact under a key, checked against its hashes once per process; a damaged one is moved aside and counts as absent."
         path = self._at(kind, key)
-        if not (path/'manifest.json').is_file(): return None
-        try: m = json.loads((path/'manifest.json').read_text())
-        except ValueError: m = {}
-        if path not in self._checked:
-            if m.get('key') != key or _files(path) != m.get('files') or _content(m['files']) != m['content']: return self._set_aside(path, m)
+        if not path.is_dir(): return None
+        m = _read(path/'manifest.json')
+        if path not in self._checked or m.get('content') != self._checked[path]:
+            if not self._whole(path, m, key): return self._set_aside(path, m)
             self._checked[path] = m['content']
         return Artifact(kind, key, path, m['content'], m)
 
+    def _whole(self, path:Path, m:dict, key:str)->bool:
+        "Whether the files are those that the manifest records, and made for this key."
+        try: files = _files(path)
+        except FileNotFoundError: return False # another process has just set it aside
+        return m.get('key') == key and m.get('files') == files and m.get('content') == _content(files)
+
     def _set_aside(self, path:Path, m:dict)->None:
         "Move a damaged artifact out of the way."
-        _warn(f"store: {m.get('name', path.name)} is damaged (its files do not match their recorded hashes); set aside in damaged/ and built again.")
         with _clear(self.folder):
             (self.folder/'damaged').mkdir(exist_ok=True)
-            os.rename(path, self.folder/'damaged'/f'{path.parent.name}-{path.name}-{time.time_ns()}')
+            try: os.rename(path, self.folder/'damaged'/f'{path.parent.name}-{path.name}-{time.time_ns()}')
+            except FileNotFoundError: return # another process was faster
+        _warn(f"store: {m.get('name', path.name)} is damaged (its files do not match their recorded hashes); set aside in damaged/ and built again.")
 
     def open(self, kind:str, key:str, content:str)->Artifact:
         "An artifact that must be there, with this content."
@@ -130,8 +149,8 @@ class Store:
 
     def entries(self)->list[Artifact]:
         "All artifacts, unchecked, in order of their start."
-        ms = [(p.parent, json.loads(p.read_text())) for p in self.folder.glob('*/*/manifest.json') if p.parent.parent.name not in ('damaged', 'building')]
-        return [Artifact(m['kind'], m['key'], p, m['content'], m) for p, m in sorted(ms, key=lambda x: x[1]['started'])]
+        ms = [(p.parent, _read(p)) for p in self.folder.glob('*/*/manifest.json') if p.parent.parent.name not in ('damaged', 'building')]
+        return [Artifact(m['kind'], m['key'], p, m['content'], m) for p, m in sorted(((p, m) for p, m in ms if m), key=lambda x: x[1]['started'])]
 
     @contextmanager
     def _lock(self, kind:str, key:str, name:str):
@@ -166,10 +185,12 @@ class Store:
                 return self.find(kind, key)
 
     def _create(self)->None:
-        for d in (self.folder, self.folder/'locks', self.folder/'building'): d.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder/'store.json'
         if not mark.exists():
-            part = mark.with_suffix(f'.{os.getpid()}'); part.write_text(json.dumps(dict(format=FORMAT))); os.replace(part, mark)
+            part = self.folder/f'store.{os.getpid()}'
+            part.write_text(json.dumps(dict(format=FORMAT))); _sync(part); os.replace(part, mark)
+        for d in ('locks', 'building'): (self.folder/d).mkdir(exist_ok=True)
 
     def _private(self, kind:str, key:str)->Path:
         "The folder to build in; of an interrupted build only `scratch/` remains."
