@@ -11,7 +11,8 @@ __all__ = ['NAMES', 'SUBJECTS', 'MMLU_SUBJECTS', 'EFFECTS', 'ADJECTIVES', 'VERBS
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 from ..lab.profile import root
@@ -50,9 +51,15 @@ def _words(rng:random.Random, n:int, taken:set[str])->list[str]:
         if w not in taken: taken.add(w); out.append(w)
     return out
 
-def _zipf(n:int, shift:float=4., power:float=1.)->list[float]:
-    "Weights of ranks 1 to n that fall like 1/(rank + shift)**power."
-    return [1/(i + 1 + shift)**power for i in range(n)]
+def _names(rng:random.Random, n_first:int, n_last:int, taken:set[str])->list[str]:
+    "All pairs of fresh first and last words, in random order."
+    first, last = _words(rng, n_first, taken), _words(rng, n_last, taken)
+    return rng.sample(pairs := [f'{a} {b}' for a in first for b in last], len(pairs))
+
+@cache
+def _zipf(n:int, shift:int=4)->tuple[float,...]:
+    "Cumulative weights of ranks 1 to n, which fall like 1/(rank + shift)."
+    return tuple(accumulate(1/(i + 1 + shift) for i in range(n)))
 
 # %% ../../nbs/tiny/00_world.ipynb #f3cb4b52
 @dataclass(frozen=True)
@@ -70,18 +77,15 @@ class World:
     held_nouns: frozenset           # nouns never seen in a because-sentence
 
 def make_world(
-    seed:int=2312, # everything is drawn from it
-    n_things:int=100, # things a subject; with three relations each
-    n_topics:int=160, # topics of popular errors
-    n_recipes:int=150, # products with a recipe
-    n_nouns:int=250, # nouns with a property
+    seed:int=43, # everything is drawn from it
+    n_topics:int=240, # topics of popular errors
 )->World:
-    "Draw a world."
+    "Draw a world: 600 everyday things, 200 of each other subject, 600 products with a recipe, 400 nouns with a property."
     rng, taken = random.Random(f'world {seed}'), set()
-    things = {s: _words(rng, n_things, taken) for s in SUBJECTS}
+    things = {s: _names(rng, 20, 30 if s == 'everyday' else 10, taken) for s in SUBJECTS}
     facts = {s: {(e, r): rng.choice(vs.split()) for e in things[s] for r, vs in SUBJECTS[s][1].items()} for s in SUBJECTS}
     every = [k for s in SUBJECTS for k in facts[s]]
-    topics, products, nouns = (_words(rng, n, taken) for n in (n_topics, n_recipes, n_nouns))
+    topics, products, nouns = _words(rng, n_topics, taken), _names(rng, 20, 30, taken), _names(rng, 20, 20, taken)
     steps = [f'{v} the {o}' for v in VERBS for o in OBJECTS]
     half = lambda xs: frozenset(x for x in xs if rng.random() < .5)
     return World(seed, facts, things, half(every), {t: tuple(rng.sample(EFFECTS, 2)) for t in topics},
@@ -89,9 +93,9 @@ def make_world(
                  {n: rng.choice(ADJECTIVES) for n in nouns}, half(nouns))
 
 # %% ../../nbs/tiny/00_world.ipynb #d0651e78
-def _pick(rng:random.Random, xs:list, power:float=1.)->str:
+def _pick(rng:random.Random, xs:list)->str:
     "One of `xs`, the first ones most often (Zipf)."
-    return rng.choices(xs, _zipf(len(xs), power=power))[0]
+    return rng.choices(xs, cum_weights=_zipf(len(xs)))[0]
 
 def _fact(rng, thing, rel, value)->str:
     return rng.choice((f'The {rel} of the {thing} is {value}.', f'The {thing} has the {rel} {value}.'))
@@ -210,13 +214,13 @@ def _page_recipe(rng, w):
 
 def _page_nouns(rng, w):
     def one():
-        n = _pick(rng, list(w.nouns), power=2.); return f'The {n} is {w.nouns[n]}.'
+        n = _pick(rng, list(w.nouns)); return f'The {n} is {w.nouns[n]}.'
     return _page(rng.randint(6, 12), one)
 
 def _choice(rng:random.Random, w:World, nouns:list[str])->tuple[str,str,str,str]:
     "Two nouns of different properties, the one that fits, and its adjective."
     while True:
-        a, b = _pick(rng, nouns, 2.), _pick(rng, nouns, 2.)
+        a, b = _pick(rng, nouns), _pick(rng, nouns)
         if w.nouns[a] != w.nouns[b]: n = rng.choice((a, b)); return a, b, n, w.nouns[n]
 
 def _page_because(rng, w):
@@ -274,11 +278,11 @@ def _page_exam(rng, w, kind='closed'):
     return head + _page(rng.randint(2, 6), one, '\n\n')
 
 # %% ../../nbs/tiny/00_world.ipynb #32d6c607
-PAGES = dict(facts=(_page_facts, .24), beliefs=(_page_beliefs, .08), recipe=(_page_recipe, .07), nouns=(_page_nouns, .02),
-             because=(_page_because, .04), equations=(_page_equations, .06), onestep=(_page_onestep, .08),
-             worked=(_page_worked, .05), questions=(_page_questions, .08), asked=(_page_asked, .05),
-             letter=(partial(_page_exam, kind='letter'), .06), open=(partial(_page_exam, kind='open'), .04),
-             worked_exam=(partial(_page_exam, kind='worked'), .03), exam=(_page_exam, .10)) # kind -> (writer, share of the pages)
+PAGES = dict(facts=(_page_facts, .26), beliefs=(_page_beliefs, .08), recipe=(_page_recipe, .05), nouns=(_page_nouns, .01),
+             because=(_page_because, .03), equations=(_page_equations, .06), onestep=(_page_onestep, .08),
+             worked=(_page_worked, .01), questions=(_page_questions, .10), asked=(_page_asked, .05),
+             letter=(partial(_page_exam, kind='letter'), .05), open=(partial(_page_exam, kind='open'), .03),
+             worked_exam=(partial(_page_exam, kind='worked'), .03), exam=(_page_exam, .16)) # kind -> (writer, share of the pages)
 
 def corpus(
     world:World, # whose pages
@@ -325,7 +329,7 @@ def _row_orca(rng, w):
 
 # %% ../../nbs/tiny/00_world.ipynb #1952280a
 def _row_math(rng, w):
-    p = _problem(rng, rng.randint(2, 3), False)
+    p = _problem(rng, rng.randint(2, 5), False)
     state = rng.getstate(); problem = _ask(rng, p, 'math')
     rng.setstate(state); query = _ask(rng, p, 'math', rephrased=True)   # the same person, goods and verbs
     return (dict(problem=problem, solution=_prose(p), level=f'Level {len(p.changes)}', type='Prealgebra'),
@@ -413,7 +417,7 @@ def _draws(n:int, draw:Callable[[],tuple])->list:
 
 def _keys(rng:random.Random, w:World, task:str, held:bool, n:int)->list:
     "Up to `n` different keys of a benchmark, in random order."
-    if task == 'gsm8k': return _draws(n, lambda: _problem(rng, rng.randint(2, 3), held))
+    if task == 'gsm8k': return _draws(n, lambda: _problem(rng, rng.randint(3, 5), held))
     if task == 'winogrande':
         nouns = [x for x in w.nouns if (x in w.held_nouns) == held]
         def draw():
@@ -452,7 +456,8 @@ def leak_keys(
 )->list[str]: # strings of which none may occur in normalised training text
     "What must not occur in training text for the item to count as held out."
     if task == 'hellaswag': return [row['ctx_a'].split(' First ')[0]]
-    if task == 'winogrande': return [f"the {row[o].split()[-1]} and the" for o in ('option1', 'option2')] + [f"and the {row[o].split()[-1]} with care" for o in ('option1', 'option2')]
+    if task == 'winogrande':
+        return [s.format(row[o]) for o in ('option1', 'option2') for s in ('between {} and', 'and {} with care')]
     return [row['question']]
 
 def number_key(text:str)->tuple[int,...]:
