@@ -29,7 +29,7 @@ class Stage:
     settings: dict          # all that decides the result besides the inputs; plain JSON
     inputs: dict[str, str]  # role -> name of another stage
 
-EPOCHS = dict(base=1, data=1, bench=1, sft=1, ref=1, dpo=1, merge=1, eval=1) # kind -> raised when its code changes what it makes
+EPOCHS = dict(base=1, data=2, bench=1, sft=1, ref=1, dpo=1, merge=1, eval=1) # kind -> raised when its code changes what it makes
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
 
 SFT_ROWS = {'SFT v1': ('alpaca_gpt4',), 'SFT v2': ('alpaca_gpt4', 'openorca'),

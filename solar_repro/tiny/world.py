@@ -141,11 +141,12 @@ def _problem(rng:random.Random, n_changes:int, held:bool)->Problem:
 
 # %% ../../nbs/tiny/00_world.ipynb #7cff1f02
 def _ask(rng:random.Random, p:Problem, goods:str, rephrased:bool=False)->str:
-    "The story of a problem and its question."
+    "The story of a problem and its question; rephrased, its start, its question or both have other words."
     who, what = rng.choice(NAMES), rng.choice(GOODS[goods])
-    has = f'At first {who} owns {p.start} {what}.' if rephrased else f'{who} has {p.start} {what}.'
     then = [f'{who} {rng.choice(PLUS if c > 0 else MINUS)} {abs(c)} {what}.' for c in p.changes]
-    ask = f'What is the number of {what} in the end?' if rephrased else f'How many {what} does {who} have now?'
+    start, end = rng.choice(((True, False), (False, True), (True, True))) if rephrased else (False, False)
+    has = f'At first {who} owns {p.start} {what}.' if start else f'{who} has {p.start} {what}.'
+    ask = f'What is the number of {what} in the end?' if end else f'How many {what} does {who} have now?'
     return ' '.join([has, *then, ask])
 
 def _equations(p:Problem)->str:
