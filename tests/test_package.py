@@ -164,7 +164,7 @@ def test_notebook_parameters(name):
         assert tagged, f'{name} is part of the story, which -p profile NAME chooses the scale of'
     for c in tagged:
         for stmt in ast.parse(''.join(c['source'])).body:
-            assert isinstance(stmt, ast.Assign) and isinstance(ast.literal_eval(stmt.value), (str, int, float))
+            assert isinstance(stmt, ast.Assign) and isinstance(ast.literal_eval(stmt.value), (str, int, float, type(None)))
 
 
 @pytest.mark.parametrize('name', NAMES)
