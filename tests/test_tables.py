@@ -200,11 +200,24 @@ def test_no_such_table(n):
 S, C, N = 'supported', 'contradicted', 'within the noise'
 
 
-@pytest.mark.parametrize('op,d,verdict', [
-    ('>', 2.1, S), ('>', 1.9, N), ('>', -1.9, N), ('>', -2.1, C), ('<', -2.1, S), ('<', 1.9, N), ('<', 2.1, C),
-    ('≈', 0, S), ('≈', 1.9, S), ('≈', -2.1, C), ('≈', 2.1, C), ('≥', 0, S), ('≥', -1.9, S), ('≥', -2.1, C), ('≥', 9, S)])
-def test_judge(op, d, verdict):
-    assert tables.judge(op, d, 1.) == verdict
+@pytest.mark.parametrize('op,d,se,verdict', [
+    ('>', .021, .01, S), ('>', .019, .01, N), ('>', -.019, .01, N), ('>', -.021, .01, C), ('<', -.021, .01, S), ('<', .019, .01, N), ('<', .021, .01, C),
+    ('≈', 0, .009, S), ('≈', .009, .005, S), ('≈', -.011, .005, N), ('≈', .029, .005, N), ('≈', .031, .005, C), ('≈', -.031, .005, C),
+    ('≥', 0, .009, S), ('≥', -.009, .005, S), ('≥', -.011, .005, N), ('≥', -.031, .005, C), ('≥', .09, .04, S)])
+def test_judge(op, d, se, verdict):
+    "The interval d ± 2 se against where the claim puts it; the margin of ≈ and ≥ is two points."
+    assert tables.MARGIN == .02
+    assert tables.judge(op, d, se) == verdict
+
+
+@pytest.mark.parametrize('op', ['>', '<', '≈', '≥'])
+def test_noise_decides_nothing(op):
+    "Where the standard error is large, no small difference supports or contradicts a claim, of sameness least of all."
+    for d in (-.05, -.02, 0, .02, .05): assert tables.judge(op, d, .04) == N
+
+
+def test_unknown_comparison():
+    with pytest.raises(ValueError, match='expected one of'): tables.judge('=', 0., .01)
 
 
 @pytest.mark.parametrize('parts,verdict', [([S], S), ([S, N], N), ([S, N, C], C), ([N, N], N), ([C], C)])
@@ -212,12 +225,14 @@ def test_overall(parts, verdict):
     assert tables.overall(parts) == verdict
 
 
-def test_claims_on_equal_scores():
-    "Where nothing differs, every claim of a difference is undecided and every claim of none is supported."
-    c = tables.claims(frame(se=.01)).set_index('claim')
+@pytest.mark.parametrize('se,same', [(.005, S), (.01, N)])
+def test_claims_on_equal_scores(se, same):
+    "Where nothing differs, a claim of a difference is undecided; one of none is supported if a difference of two points would have shown (2·√2·se below .02)."
+    c = tables.claims(frame(se=se)).set_index('claim')
     assert list(c.index) == [x.name for x in paper.CLAIMS]
     for x in paper.CLAIMS:
-        assert c.loc[x.name, 'on_ours'] == (N if {'>', '<'} & {p[2] for p in x.parts} else S), x.name
+        if {'>', '<'} & {p[2] for p in x.parts}: assert c.loc[x.name, 'on_ours'] == N, x.name
+        elif any(p[0] != 'h6' for p in x.parts): assert c.loc[x.name, 'on_ours'] == same, x.name
 
 
 def test_claims_follow_the_scores():
