@@ -175,6 +175,13 @@ def test_bold_and_ties():
     assert tables.printed(t, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
 
 
+@pytest.mark.parametrize('markup', ['html', 'md', 'tex'])
+def test_plain_words_stand_beside_truthfulqa(markup):
+    heads = list(tables.printed(tables.table(6, frame(plain=True)), markup))
+    assert heads[heads.index('TruthfulQA'):][:3] == ['TruthfulQA', 'plain words', 'Winogrande']
+    assert list(tables.printed(tables.table(6, frame()), markup)) == ['Model', *TITLES]
+
+
 @pytest.mark.parametrize('n,gone', [(3, 'SFT v4'), (4, 'DPO v1 + v2'), (7, 'Merge v4')])
 def test_a_model_without_scores_is_named(n, gone):
     with pytest.raises(ValueError) as e: tables.table(n, frame(models=[m for m in MODELS if m != gone]))
@@ -255,6 +262,32 @@ def test_claims_on_the_paper_do_not_depend_on_ours():
     assert a['DPO v2 is a strict improvement'] != S          # three of its scores are lower
 
 
+def test_a_claim_shows_the_numbers_that_decide_it():
+    s = frame(se=.03, **{'SFT v3|gsm8k': .65})
+    r = tables.claims(s).set_index('claim').loc['Math data lifts GSM8K']
+    assert r['our_numbers'] == 'GSM8K, SFT v3 > SFT v2: +15.00 ± 4.24, supported'     # .03·√2 = .0424
+    # 64.14 - 57.32; √(.6414·.3586/1319 + .5732·.4268/1319) = .0190
+    assert r['paper_numbers'] == 'GSM8K, SFT v3 > SFT v2: +6.82 ± 1.90, supported'
+    assert r['our_parts'] == r['paper_parts'] == (S,)
+
+
+@pytest.mark.parametrize('n', COUNTS)
+def test_a_figure_sets_paper_and_ours_each_about_its_own_mean(n):
+    "The pattern down a column can be read however far apart the levels are: dots of each side add up to nothing, a point is equally wide in all panels."
+    fig = tables.figure(n, frame(.1, **{f'{paper.models(n)[0]}|arc': .2}), 'invented')
+    axes = fig.axes
+    assert [a.get_title(loc='left') for a in axes] == TITLES
+    for a in axes:
+        for dots in (c.lines[0].get_xdata() for c in a.containers):
+            assert len(dots) == COUNTS[n] and abs(sum(dots)) < 1e-6
+    theirs = [r.scores[1] for r in paper.ROWS if r.table == n]
+    assert axes[1].containers[0].lines[0].get_xdata() == pytest.approx([x - sum(theirs)/len(theirs) for x in theirs])
+    fig.canvas.draw()
+    points = [a.get_window_extent().width/(a.get_xlim()[1] - a.get_xlim()[0]) for a in axes]
+    assert max(points) < 1.02*min(points)
+    tables.plt.close(fig)
+
+
 # ---- files
 
 class References(HTMLParser):
@@ -297,6 +330,7 @@ def test_html_md_and_tex_hold_the_same_rows(n, published):
     for e in ('html', 'md', 'tex'):
         text = (published[0]/'tables'/f'table{n}.{e}').read_text(encoding='utf-8')
         assert [m for m in paper.models(n) if m not in text] == [], e
+        assert {'html': 'a &lt;label&gt; &amp; more', 'md': 'a <label> & more', 'tex': r'a <label> \& more'}[e] in text, e   # says what the scores are of
     assert len(pd.read_html(published[0]/'tables'/f'table{n}.html')[0]) == COUNTS[n]
 
 
