@@ -259,6 +259,7 @@ _CSS = '''
 @media(prefers-color-scheme:dark){:root{--ink:#e5e7eb;--soft:#9ca3af;--line:#374151;--back:#111827}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:70rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+.claims td{min-width:24rem}.claims td:first-child{min-width:14rem}
 .paper,.soft{color:var(--soft)}img{max-width:100%;background:#fff;border-radius:4px}h2{margin-top:2.5rem}
 .supported{color:#059669}.contradicted{color:#dc2626}.within{color:var(--soft)}
 '''
@@ -273,7 +274,7 @@ the paper's numbers are of a 10.7 B model and stand beside them for direction on
 if it lies wholly elsewhere, and otherwise <span class="within">within the noise</span>; ≈ and ≥ allow {{ margin }} points. A claim is supported if all its comparisons are, contradicted if one is.
 Standard errors count the noise of the test items only; the noise of training comes on top.</p>
 <p><img alt="Verdict on each claim, on the paper's numbers and on ours" src="data:image/png;base64,{{ claims_image }}"></p>
-<table><tr><th>claim</th><th>on the paper's numbers</th><th>on ours, {{ label }}</th></tr>
+<table class="claims"><tr><th>claim</th><th>on the paper's numbers</th><th>on ours, {{ label }}</th></tr>
 {% for c in claims %}<tr><td><b>{{ c.claim }}</b><br><span class="soft">“{{ c.quote }}”</span></td>
 {% for verdict, numbers in c.sides %}<td><b class="{{ verdict.split()[0] }}">{{ verdict }}</b>{% for x in numbers %}<br><span class="soft">{{ x }}</span>{% endfor %}</td>{% endfor %}</tr>
 {% endfor %}</table><h2>What was run</h2>{{ provenance }}</body></html>

@@ -62,7 +62,10 @@ def test_what_is_quoted_stands_in_the_text():
     flat = lambda s: re.sub(r'\s+', ' ', re.sub(r"[‘’'\"“”]", '', s))
     text = flat(re.sub(r'^(\|.*|Table \d:.*)\n', '', PAPER_TEXT.read_text(encoding='utf-8'), flags=re.M))
     wrong = [(c.name, part) for c in paper.CLAIMS for part in c.quote.split(' ... ') if flat(part) not in text]
+    wrong += [quote for quote, _ in paper.STATEMENTS if flat(quote) not in text]
     assert not wrong
+    assert [x for *_, x in paper.TYPED if f'{x:.2f}' not in text] == []
+    assert {f'{x:.2f}' for *_, x in paper.TYPED} == set(re.findall(r'\d+\.\d\d', text))   # every such number of the text is checked
 
 
 @needs_text
@@ -108,6 +111,8 @@ def test_text_against_tables():
     "DPO v2 is below DPO v1 on three benchmarks, so it is no strict improvement; SFT v4 is above SFT v3 everywhere."
     what = ' | '.join(paper.audit().query('where == "text"')['what'])
     assert 'strict improvement' in what and 'not negatively impacted' in what and 'higher scores than SFT v3 for all tasks' not in what
+    strict = paper.audit().set_index('what').loc['DPO v2 is a strict improvement over DPO v1', 'recomputed']
+    assert strict == 'HellaSwag 88.28 and 88.49; MMLU 65.97 and 66.14; TruthfulQA 71.71 and 72.04'
 
 
 def test_at_least_ten_claims_each_of_rows_and_scores_that_exist():
@@ -116,6 +121,22 @@ def test_at_least_ten_claims_each_of_rows_and_scores_that_exist():
         assert c.parts
         for task, a, op, b in c.parts:
             assert task in TASKS and {a, b} <= set(MODELS) and a != b and op in '><≈≥'
+
+
+def test_audit_reports_what_is_made_wrong(monkeypatch):
+    "A bold mark moved, a mean, a number of the text and a score changed: each is found, with the right value."
+    from dataclasses import replace
+    rows = list(paper.ROWS)
+    rows[0] = replace(rows[0], bold=rows[0].bold - {'arc'})
+    rows[1] = replace(rows[1], scores=(69.31, *rows[1].scores[1:]))
+    monkeypatch.setattr(paper, 'ROWS', tuple(rows))
+    monkeypatch.setattr(paper, 'TYPED', paper.TYPED + (('arc', 'DPO v1', 'DPO v2', .08),))
+    found = {tuple(x) for x in paper.audit().values}
+    assert ('Table 3, SFT v2', 'H6', '69.31', '69.210') in found
+    assert ('Table 3', 'bold in ARC', 'none', 'SFT v1') in found
+    assert ('text', 'ARC of DPO v1 above DPO v2', '0.08', '-0.08') in found
+    assert ('text', 'H6 (Avg.) of SFT v2', '69.21', '69.31') in found
+    assert len(found) == 4 + 4
 
 
 # ---- H6 by hand
