@@ -62,7 +62,10 @@ def test_what_is_quoted_stands_in_the_text():
     flat = lambda s: re.sub(r'\s+', ' ', re.sub(r"[‘’'\"“”]", '', s))
     text = flat(re.sub(r'^(\|.*|Table \d:.*)\n', '', PAPER_TEXT.read_text(encoding='utf-8'), flags=re.M))
     wrong = [(c.name, part) for c in paper.CLAIMS for part in c.quote.split(' ... ') if flat(part) not in text]
+    wrong += [quote for quote, _ in paper.STATEMENTS if flat(quote) not in text]
     assert not wrong
+    assert [x for *_, x in paper.TYPED if f'{x:.2f}' not in text] == []
+    assert {f'{x:.2f}' for *_, x in paper.TYPED} == set(re.findall(r'\d+\.\d\d', text))   # every such number of the text is checked
 
 
 @needs_text
@@ -108,6 +111,8 @@ def test_text_against_tables():
     "DPO v2 is below DPO v1 on three benchmarks, so it is no strict improvement; SFT v4 is above SFT v3 everywhere."
     what = ' | '.join(paper.audit().query('where == "text"')['what'])
     assert 'strict improvement' in what and 'not negatively impacted' in what and 'higher scores than SFT v3 for all tasks' not in what
+    strict = paper.audit().set_index('what').loc['DPO v2 is a strict improvement over DPO v1', 'recomputed']
+    assert strict == 'HellaSwag 88.28 and 88.49; MMLU 65.97 and 66.14; TruthfulQA 71.71 and 72.04'
 
 
 def test_at_least_ten_claims_each_of_rows_and_scores_that_exist():
@@ -116,6 +121,22 @@ def test_at_least_ten_claims_each_of_rows_and_scores_that_exist():
         assert c.parts
         for task, a, op, b in c.parts:
             assert task in TASKS and {a, b} <= set(MODELS) and a != b and op in '><≈≥'
+
+
+def test_audit_reports_what_is_made_wrong(monkeypatch):
+    "A bold mark moved, a mean, a number of the text and a score changed: each is found, with the right value."
+    from dataclasses import replace
+    rows = list(paper.ROWS)
+    rows[0] = replace(rows[0], bold=rows[0].bold - {'arc'})
+    rows[1] = replace(rows[1], scores=(69.31, *rows[1].scores[1:]))
+    monkeypatch.setattr(paper, 'ROWS', tuple(rows))
+    monkeypatch.setattr(paper, 'TYPED', paper.TYPED + (('arc', 'DPO v1', 'DPO v2', .08),))
+    found = {tuple(x) for x in paper.audit().values}
+    assert ('Table 3, SFT v2', 'H6', '69.31', '69.210') in found
+    assert ('Table 3', 'bold in ARC', 'none', 'SFT v1') in found
+    assert ('text', 'ARC of DPO v1 above DPO v2', '0.08', '-0.08') in found
+    assert ('text', 'H6 (Avg.) of SFT v2', '69.21', '69.31') in found
+    assert len(found) == 4 + 4
 
 
 # ---- H6 by hand
@@ -175,6 +196,13 @@ def test_bold_and_ties():
     assert tables.printed(t, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
 
 
+@pytest.mark.parametrize('markup', ['html', 'md', 'tex'])
+def test_plain_words_stand_beside_truthfulqa(markup):
+    heads = list(tables.printed(tables.table(6, frame(plain=True)), markup))
+    assert heads[heads.index('TruthfulQA'):][:3] == ['TruthfulQA', 'plain words', 'Winogrande']
+    assert list(tables.printed(tables.table(6, frame()), markup)) == ['Model', *TITLES]
+
+
 @pytest.mark.parametrize('n,gone', [(3, 'SFT v4'), (4, 'DPO v1 + v2'), (7, 'Merge v4')])
 def test_a_model_without_scores_is_named(n, gone):
     with pytest.raises(ValueError) as e: tables.table(n, frame(models=[m for m in MODELS if m != gone]))
@@ -200,11 +228,24 @@ def test_no_such_table(n):
 S, C, N = 'supported', 'contradicted', 'within the noise'
 
 
-@pytest.mark.parametrize('op,d,verdict', [
-    ('>', 2.1, S), ('>', 1.9, N), ('>', -1.9, N), ('>', -2.1, C), ('<', -2.1, S), ('<', 1.9, N), ('<', 2.1, C),
-    ('≈', 0, S), ('≈', 1.9, S), ('≈', -2.1, C), ('≈', 2.1, C), ('≥', 0, S), ('≥', -1.9, S), ('≥', -2.1, C), ('≥', 9, S)])
-def test_judge(op, d, verdict):
-    assert tables.judge(op, d, 1.) == verdict
+@pytest.mark.parametrize('op,d,se,verdict', [
+    ('>', .021, .01, S), ('>', .019, .01, N), ('>', -.019, .01, N), ('>', -.021, .01, C), ('<', -.021, .01, S), ('<', .019, .01, N), ('<', .021, .01, C),
+    ('≈', 0, .009, S), ('≈', .009, .005, S), ('≈', -.011, .005, N), ('≈', .029, .005, N), ('≈', .031, .005, C), ('≈', -.031, .005, C),
+    ('≥', 0, .009, S), ('≥', -.009, .005, S), ('≥', -.011, .005, N), ('≥', -.031, .005, C), ('≥', .09, .04, S)])
+def test_judge(op, d, se, verdict):
+    "The interval d ± 2 se against where the claim puts it; the margin of ≈ and ≥ is two points."
+    assert tables.MARGIN == .02
+    assert tables.judge(op, d, se) == verdict
+
+
+@pytest.mark.parametrize('op', ['>', '<', '≈', '≥'])
+def test_noise_decides_nothing(op):
+    "Where the standard error is large, no small difference supports or contradicts a claim, of sameness least of all."
+    for d in (-.05, -.02, 0, .02, .05): assert tables.judge(op, d, .04) == N
+
+
+def test_unknown_comparison():
+    with pytest.raises(ValueError, match='expected one of'): tables.judge('=', 0., .01)
 
 
 @pytest.mark.parametrize('parts,verdict', [([S], S), ([S, N], N), ([S, N, C], C), ([N, N], N), ([C], C)])
@@ -212,12 +253,14 @@ def test_overall(parts, verdict):
     assert tables.overall(parts) == verdict
 
 
-def test_claims_on_equal_scores():
-    "Where nothing differs, every claim of a difference is undecided and every claim of none is supported."
-    c = tables.claims(frame(se=.01)).set_index('claim')
+@pytest.mark.parametrize('se,same', [(.005, S), (.01, N)])
+def test_claims_on_equal_scores(se, same):
+    "Where nothing differs, a claim of a difference is undecided; one of none is supported if a difference of two points would have shown (2·√2·se below .02)."
+    c = tables.claims(frame(se=se)).set_index('claim')
     assert list(c.index) == [x.name for x in paper.CLAIMS]
     for x in paper.CLAIMS:
-        assert c.loc[x.name, 'on_ours'] == (N if {'>', '<'} & {p[2] for p in x.parts} else S), x.name
+        if {'>', '<'} & {p[2] for p in x.parts}: assert c.loc[x.name, 'on_ours'] == N, x.name
+        elif any(p[0] != 'h6' for p in x.parts): assert c.loc[x.name, 'on_ours'] == same, x.name
 
 
 def test_claims_follow_the_scores():
@@ -238,6 +281,32 @@ def test_claims_on_the_paper_do_not_depend_on_ours():
     a = a.set_index('claim')['on_paper']
     assert a['Math data lifts GSM8K'] == S and a['DPO costs GSM8K'] == S and a['OpenOrca leaves H6 as it is'] == S
     assert a['DPO v2 is a strict improvement'] != S          # three of its scores are lower
+
+
+def test_a_claim_shows_the_numbers_that_decide_it():
+    s = frame(se=.03, **{'SFT v3|gsm8k': .65})
+    r = tables.claims(s).set_index('claim').loc['Math data lifts GSM8K']
+    assert r['our_numbers'] == 'GSM8K, SFT v3 > SFT v2: +15.00 ± 4.24, supported'     # .03·√2 = .0424
+    # 64.14 - 57.32; √(.6414·.3586/1319 + .5732·.4268/1319) = .0190
+    assert r['paper_numbers'] == 'GSM8K, SFT v3 > SFT v2: +6.82 ± 1.90, supported'
+    assert r['our_parts'] == r['paper_parts'] == (S,)
+
+
+@pytest.mark.parametrize('n', COUNTS)
+def test_a_figure_sets_paper_and_ours_each_about_its_own_mean(n):
+    "The pattern down a column can be read however far apart the levels are: dots of each side add up to nothing, a point is equally wide in all panels."
+    fig = tables.figure(n, frame(.1, **{f'{paper.models(n)[0]}|arc': .2}), 'invented')
+    axes = fig.axes
+    assert [a.get_title(loc='left') for a in axes] == TITLES
+    for a in axes:
+        for dots in (c.lines[0].get_xdata() for c in a.containers):
+            assert len(dots) == COUNTS[n] and abs(sum(dots)) < 1e-6
+    theirs = [r.scores[1] for r in paper.ROWS if r.table == n]
+    assert axes[1].containers[0].lines[0].get_xdata() == pytest.approx([x - sum(theirs)/len(theirs) for x in theirs])
+    fig.canvas.draw()
+    points = [a.get_window_extent().width/(a.get_xlim()[1] - a.get_xlim()[0]) for a in axes]
+    assert max(points) < 1.02*min(points)
+    tables.plt.close(fig)
 
 
 # ---- files
@@ -282,6 +351,7 @@ def test_html_md_and_tex_hold_the_same_rows(n, published):
     for e in ('html', 'md', 'tex'):
         text = (published[0]/'tables'/f'table{n}.{e}').read_text(encoding='utf-8')
         assert [m for m in paper.models(n) if m not in text] == [], e
+        assert {'html': 'a &lt;label&gt; &amp; more', 'md': 'a <label> & more', 'tex': r'a <label> \& more'}[e] in text, e   # says what the scores are of
     assert len(pd.read_html(published[0]/'tables'/f'table{n}.html')[0]) == COUNTS[n]
 
 
