@@ -1,5 +1,6 @@
 "What every test stands on: no network, no display, and threads that do not fight over two cores."
 import os
+import signal
 import socket
 
 import pytest
@@ -21,3 +22,7 @@ def no_network(monkeypatch):
             raise RuntimeError(f'a test tried to connect to {address}; tests work offline')
         return connect(self, address)
     monkeypatch.setattr(socket.socket, 'connect', only_here)
+
+
+# A job that a shell starts in the background ignores Ctrl-C, and so would everything it starts; the tests that press it need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)

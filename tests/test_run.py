@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
@@ -257,7 +258,7 @@ def test_show_says_what_made_it(full):
     m = lab.show('DPO v2')
     assert m['settings']['dpo']['learning_rate'] == lab.profile.dpo.learning_rate and m['seed'] == 0 == m['settings']['seed']
     assert m['inputs']['start']['name'] == 'DPO v1' and m['inputs']['start']['content'] == lab.build('DPO v1').content
-    assert m['seconds'] > 0 and m['started'].endswith('Z') and m['versions']['torch'] == __import__('torch').__version__
+    assert m['seconds'] > 0 and m['started'].endswith('Z') and m['versions']['torch'] == version('torch')
     assert json.dumps(m)
 
 
