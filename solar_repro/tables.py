@@ -147,8 +147,10 @@ def finding(
     t = t.set_index('model')
     first, second = t['h6'].sort_values(ascending=False, kind='stable').index[:2]
     gap, se = t.loc[first, 'h6'] - t.loc[second, 'h6'], (t.loc[first, 'h6_se']**2 + t.loc[second, 'h6_se']**2)**.5
-    how = 'is ahead of' if gap > 2*se else 'is not resolved from'
-    return (f'Table {n}, {label}: {first} has the highest H6 ({t.loc[first, "h6"]:.1f}) and {how} {second} ({gap:+.1f} ± {se:.1f} points)\n'
+    best, top = t['h6'].max(), t.index[t['h6'] == t['h6'].max()]
+    ours = f'{first} has the highest H6 ({best:.1f}) and {"is ahead of" if gap > 2*se else "is not resolved from"} {second} ({gap:+.1f} ± {se:.1f} points)'
+    if len(top) > 1: ours = f'{", ".join(top[:-1])} and {top[-1]} share the highest H6 ({best:.1f})'
+    return (f'Table {n}, {label}: {ours}\n'
             f'In the paper {t["h6_paper"].idxmax()} has the highest ({t["h6_paper"].max():.2f})')
 
 # %% ../nbs/06_tables.ipynb #b85dbe9e

@@ -62,7 +62,7 @@ def test_what_is_quoted_stands_in_the_text():
     flat = lambda s: re.sub(r'\s+', ' ', re.sub(r"[‘’'\"“”]", '', s))
     text = flat(re.sub(r'^(\|.*|Table \d:.*)\n', '', PAPER_TEXT.read_text(encoding='utf-8'), flags=re.M))
     wrong = [(c.name, part) for c in paper.CLAIMS for part in c.quote.split(' ... ') if flat(part) not in text]
-    wrong += [quote for quote, _ in paper.STATEMENTS if flat(quote) not in text]
+    wrong += [quote for quote, _ in (*paper.STATEMENTS, paper.STRENGTHS) if flat(quote) not in text]
     assert not wrong
     assert [x for *_, x in paper.TYPED if f'{x:.2f}' not in text] == []
     assert {f'{x:.2f}' for *_, x in paper.TYPED} == set(re.findall(r'\d+\.\d\d', text))   # every such number of the text is checked
@@ -115,6 +115,21 @@ def test_text_against_tables():
     assert strict == 'HellaSwag 88.28 and 88.49; MMLU 65.97 and 66.14; TruthfulQA 71.71 and 72.04'
 
 
+def test_scores_that_are_no_share_of_whole_items():
+    "Recounted in whole numbers: of the four benchmarks that count items, one printed score is impossible."
+    bad = {(r.model, t) for r in paper.ROWS for t, x in zip(TASKS, r.scores) if t in ('arc', 'hellaswag', 'winogrande', 'gsm8k')
+           if not any(abs(10_000*k - round(100*x)*paper.N_ITEMS[t])*2 <= paper.N_ITEMS[t] for k in range(paper.N_ITEMS[t] + 1))}
+    assert bad == {('Cand. 2', 'winogrande')}
+    found = paper.audit().set_index('what').loc['Winogrande in whole items']
+    assert tuple(found) == ('Table 6, Cand. 2', '81.99', 'not 1038/1267, 81.93; not 1039/1267, 82.00')
+
+
+def test_different_strengths():
+    "SFT v4 is above SFT v3 on every benchmark, so the text's contrast has no ground in Table 3."
+    found = paper.audit().set_index('what').loc['the models had different strengths and weaknesses']
+    assert found['recomputed'] == 'ahead on 0 of 6 benchmarks'
+
+
 def test_at_least_ten_claims_each_of_rows_and_scores_that_exist():
     assert len(paper.CLAIMS) >= 10 and len({c.name for c in paper.CLAIMS}) == len(paper.CLAIMS)
     for c in paper.CLAIMS:
@@ -136,7 +151,7 @@ def test_audit_reports_what_is_made_wrong(monkeypatch):
     assert ('Table 3', 'bold in ARC', 'none', 'SFT v1') in found
     assert ('text', 'ARC of DPO v1 above DPO v2', '0.08', '-0.08') in found
     assert ('text', 'H6 (Avg.) of SFT v2', '69.21', '69.31') in found
-    assert len(found) == 4 + 4
+    assert len(found) == 6 + 4
 
 
 # ---- H6 by hand
@@ -221,6 +236,13 @@ def test_claims_need_all_models():
 @pytest.mark.parametrize('n', [2, 8, '3'])
 def test_no_such_table(n):
     with pytest.raises(ValueError, match='expected one of'): tables.table(n, frame())
+
+
+def test_a_shared_first_place_is_said():
+    said = tables.finding(7, tables.table(7, frame(**{'Merge v1|arc': .8, 'Merge v3|arc': .8})), 'invented').splitlines()[0]
+    assert said == 'Table 7, invented: Merge v1 and Merge v3 share the highest H6 (55.0)'
+    said = tables.finding(7, tables.table(7, frame(**{'Merge v1|arc': .8})), 'invented').splitlines()[0]
+    assert said.startswith('Table 7, invented: Merge v1 has the highest H6 (55.0) and is not resolved from Merge v2')
 
 
 # ---- verdicts
