@@ -84,24 +84,88 @@ def _read(file:Path)->dict:
 def _warn(text:str)->None: print(text, file=sys.stderr, flush=True)
 
 # %% ../../nbs/lab/01_store.ipynb #b6628958
+_ELSEWHERE = 'another folder with --store or SOLAR_STORE'
+
+def _check_folder(folder:Path)->None:
+    "Raise unless the folder is a store of this format, or empty, or absent."
+    mark = folder/'store.json'
+    if folder.is_file(): raise ValueError(f'store {folder}: is a file; expected a folder. Choose {_ELSEWHERE}.')
+    if mark.is_file():
+        have = _read(mark).get('format')
+        if have is None:
+            raise ValueError(f'store {folder}: store.json is damaged; expected the format of the store. '
+                             f'If this is a store of this version, write {{"format": {FORMAT}}} into it, or choose {_ELSEWHERE}.')
+        if have != FORMAT:
+            raise ValueError(f'store {folder}: written in format {have}, this version reads format {FORMAT}. Choose {_ELSEWHERE}, or remove this one.')
+    elif folder.is_dir() and any(p.name not in ('locks', 'building') and not p.name.startswith('store.') for p in folder.iterdir()):
+        raise ValueError(f'store {folder}: holds other files and no store.json; expected a store or an empty folder. Choose {_ELSEWHERE}.')
+
+def _create(folder:Path)->None:
+    "Make the folder a store; nothing happens if it is one."
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder/'store.json'
+    if not mark.exists():
+        part = folder/f'store.{os.getpid()}'
+        part.write_text(json.dumps(dict(format=FORMAT))); _sync(part); os.replace(part, mark)
+    for d in ('locks', 'building'): (folder/d).mkdir(exist_ok=True)
+
+# %% ../../nbs/lab/01_store.ipynb #e1c4c4ab
+@contextmanager
+def _lock(folder:Path, kind:str, key:str, name:str):
+    "Only one process builds a key at a time."
+    with open(folder/'locks'/f'{kind}-{key[:32]}', 'w') as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _warn(f'store: {name} is being built by another process; waiting for it.')
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+def _private(folder:Path, kind:str, key:str)->Path:
+    "The folder to build in; of an interrupted build only `scratch/` remains."
+    d = folder/'building'/f'{kind}-{key[:32]}'
+    d.mkdir(exist_ok=True)
+    for p in d.iterdir():
+        if p.name != 'scratch': shutil.rmtree(p) if p.is_dir() else p.unlink()
+    return d
+
+def _publish(private:Path, final:Path, manifest:dict)->None:
+    "Sync everything, then make it visible by one rename."
+    (private/'manifest.json').write_text(json.dumps(manifest, indent=1))
+    for p in sorted(private.rglob('*')): _sync(p)
+    _sync(private)
+    final.parent.mkdir(exist_ok=True)
+    os.rename(private, final); _sync(final.parent)
+
+# %% ../../nbs/lab/01_store.ipynb #8a00e419
+def _whole(path:Path, m:dict, key:str)->bool:
+    "Whether the files are those that the manifest records, and made for this key."
+    try: files = _files(path)
+    except FileNotFoundError: return False # another process has just set it aside
+    return m.get('key') == key and m.get('files') == files and m.get('content') == _content(files)
+
+def _set_aside(folder:Path, path:Path, m:dict)->None:
+    "Move a damaged artifact out of the way."
+    with _clear(folder):
+        (folder/'damaged').mkdir(exist_ok=True)
+        try: os.rename(path, folder/'damaged'/f'{path.parent.name}-{path.name}-{time.time_ns()}')
+        except FileNotFoundError: return # another process was faster
+    _warn(f"store: {m.get('name', path.name)} is damaged (its files do not match their recorded hashes); set aside in damaged/ and built again.")
+
+def _manifest(a:dict, files:dict, inputs:dict[str,Artifact], began:float)->dict:
+    "What made an artifact: its own facts, files and inputs by hash, versions, machine, times."
+    return dict(**a, content=_content(files), files=files,
+                inputs={r: dict(kind=i.kind, key=i.key, content=i.content, name=i.manifest['name']) for r, i in inputs.items()},
+                versions=_versions(), host=dict(cpus=os.cpu_count(), machine=platform.machine(), system=platform.system()),
+                started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(began)), seconds=round(time.time() - began, 2))
+
+# %% ../../nbs/lab/01_store.ipynb #3f6ae568
 class Store:
     "A folder of artifacts; made when something is first written."
     def __init__(self,
         folder:Path, # where it lies
     ):
         self.folder, self._checked = Path(folder).resolve(), {}
-        mark = self.folder/'store.json'
-        if self.folder.is_file(): raise ValueError(f'store {self.folder}: is a file; expected a folder. Choose another with --store or SOLAR_STORE.')
-        if mark.is_file():
-            have = _read(mark).get('format')
-            if have is None:
-                raise ValueError(f'store {self.folder}: store.json is damaged; expected the format of the store. '
-                                 f'If this is a store of this version, write {{"format": {FORMAT}}} into it, or choose another folder with --store or SOLAR_STORE.')
-            if have != FORMAT:
-                raise ValueError(f'store {self.folder}: written in format {have}, this version reads format {FORMAT}. '
-                                 'Choose another folder with --store or SOLAR_STORE, or remove this one.')
-        elif self.folder.is_dir() and any(p.name not in ('locks', 'building') and not p.name.startswith('store.') for p in self.folder.iterdir()):
-            raise ValueError(f'store {self.folder}: holds other files and no store.json; expected a store or an empty folder. Choose another with --store or SOLAR_STORE.')
+        _check_folder(self.folder)
 
     def key(self,
         kind:str, # of the stage
@@ -121,23 +185,9 @@ class Store:
         if not path.is_dir(): return None
         m = _read(path/'manifest.json')
         if path not in self._checked or m.get('content') != self._checked[path]:
-            if not self._whole(path, m, key): return self._set_aside(path, m)
+            if not _whole(path, m, key): return _set_aside(self.folder, path, m)
             self._checked[path] = m['content']
         return Artifact(kind, key, path, m['content'], m)
-
-    def _whole(self, path:Path, m:dict, key:str)->bool:
-        "Whether the files are those that the manifest records, and made for this key."
-        try: files = _files(path)
-        except FileNotFoundError: return False # another process has just set it aside
-        return m.get('key') == key and m.get('files') == files and m.get('content') == _content(files)
-
-    def _set_aside(self, path:Path, m:dict)->None:
-        "Move a damaged artifact out of the way."
-        with _clear(self.folder):
-            (self.folder/'damaged').mkdir(exist_ok=True)
-            try: os.rename(path, self.folder/'damaged'/f'{path.parent.name}-{path.name}-{time.time_ns()}')
-            except FileNotFoundError: return # another process was faster
-        _warn(f"store: {m.get('name', path.name)} is damaged (its files do not match their recorded hashes); set aside in damaged/ and built again.")
 
     def open(self, kind:str, key:str, content:str)->Artifact:
         "An artifact that must be there, with this content."
@@ -152,60 +202,21 @@ class Store:
         ms = [(p.parent, _read(p)) for p in self.folder.glob('*/*/manifest.json') if p.parent.parent.name not in ('damaged', 'building')]
         return [Artifact(m['kind'], m['key'], p, m['content'], m) for p, m in sorted(((p, m) for p, m in ms if m), key=lambda x: x[1]['started'])]
 
-    @contextmanager
-    def _lock(self, kind:str, key:str, name:str):
-        "Only one process builds a key at a time."
-        with open(self.folder/'locks'/f'{kind}-{key[:32]}', 'w') as f:
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _warn(f'store: {name} is being built by another process; waiting for it.')
-                fcntl.flock(f, fcntl.LOCK_EX)
-            yield
-
     def build(self, kind:str, key:str,
         fn:Callable[[Path],None], # writes the files into the folder it is given
         *, settings:dict, inputs:dict[str,Artifact], name:str, epoch:int, seed:int|None=None, # for the manifest
     )->Artifact:
         "Find or build; visible only when whole."
         with _clear(self.folder):
-            self._create()
-            with self._lock(kind, key, name):
+            _create(self.folder)
+            with _lock(self.folder, kind, key, name):
                 if a := self.find(kind, key): return a
-                private = self._private(kind, key)
-                began = time.time()
+                private, began, final = _private(self.folder, kind, key), time.time(), self._at(kind, key)
                 fn(private)
                 shutil.rmtree(private/'scratch', ignore_errors=True)
                 files = _files(private)
                 if not files: raise RuntimeError(f'store: the builder of {name} wrote nothing.')
-                manifest = dict(kind=kind, key=key, name=name, settings=settings, epoch=epoch, seed=seed, content=_content(files), files=files,
-                                inputs={r: dict(kind=a.kind, key=a.key, content=a.content, name=a.manifest['name']) for r, a in inputs.items()},
-                                versions=_versions(), host=dict(cpus=os.cpu_count(), machine=platform.machine(), system=platform.system()),
-                                started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(began)), seconds=round(time.time() - began, 2))
-                self._publish(private, manifest)
+                m = _manifest(dict(kind=kind, key=key, name=name, settings=settings, epoch=epoch, seed=seed), files, inputs, began)
+                _publish(private, final, m)
+                self._checked[final] = m['content']
                 return self.find(kind, key)
-
-    def _create(self)->None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        mark = self.folder/'store.json'
-        if not mark.exists():
-            part = self.folder/f'store.{os.getpid()}'
-            part.write_text(json.dumps(dict(format=FORMAT))); _sync(part); os.replace(part, mark)
-        for d in ('locks', 'building'): (self.folder/d).mkdir(exist_ok=True)
-
-    def _private(self, kind:str, key:str)->Path:
-        "The folder to build in; of an interrupted build only `scratch/` remains."
-        d = self.folder/'building'/f'{kind}-{key[:32]}'
-        d.mkdir(exist_ok=True)
-        for p in d.iterdir():
-            if p.name != 'scratch': shutil.rmtree(p) if p.is_dir() else p.unlink()
-        return d
-
-    def _publish(self, private:Path, manifest:dict)->None:
-        "Sync everything, then make it visible by one rename."
-        (private/'manifest.json').write_text(json.dumps(manifest, indent=1))
-        for p in sorted(private.rglob('*')): _sync(p)
-        _sync(private)
-        final = self._at(manifest['kind'], manifest['key'])
-        final.parent.mkdir(exist_ok=True)
-        os.rename(private, final); _sync(final.parent)
-        self._checked[final] = manifest['content']
