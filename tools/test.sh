@@ -10,4 +10,4 @@ export STEP_CHECK=$?
 echo 'test: every notebook'
 nbdev_test --n_workers 2
 export STEP_NOTEBOOKS=$?
-exec python -m pytest tests
+exec python -m pytest -n 2 --dist loadfile tests
