@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'FEWSHOT_SEED', 'PROTOCOLS', 'true_mass', 'mc2', 'task_folder', 'Asked', 'build_requests', 'answer',
-           'collect', 'mean_se', 'correct_2023', 'mean_of_groups', 'score_as', 'evaluate', 'h6_se']
+           'collect', 'mean_se', 'correct_2023', 'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'h6_se']
 
 # %% ../nbs/05_eval.ipynb #2a353266
 import hashlib
@@ -219,6 +219,15 @@ def mean_of_groups(
     var = [np.var(v, ddof=1)/len(v) if len(v) > 1 else squares/free for v in of.values()]
     return float(np.mean([np.mean(v) for v in of.values()])), math.sqrt(sum(var))/len(of)
 
+# %% ../nbs/05_eval.ipynb #0fcc87f0
+def allowed(
+    coder:Coder, # what the requests were encoded with
+)->tuple[str,...]: # of `PROTOCOLS`
+    "The protocols under which answers can be counted."
+    plain, default = (coder.tokenizer('a', **kw)['input_ids'] for kw in (dict(add_special_tokens=False), {}))
+    if plain == default: return PROTOCOLS
+    return PROTOCOLS[1:] if coder.add_bos is False else PROTOCOLS[:1]
+
 # %% ../nbs/05_eval.ipynb #5d29f0c5
 def score_as(
     protocol:str, # one of `PROTOCOLS`
@@ -253,9 +262,8 @@ def evaluate(
         lm = SharedPrefixLM(materialize(point, device) if model is None else model, _coder(point.base, add_bos), batch_size, scratch=scratch, tick=tick)
         answer(lm, task, asked)
         records = collect(task, asked)
-    score, se = score_as('modern', task, records)
-    out = dict(metric=METRICS[task], score=score, se=se, n=len(records),
-               protocols={p: dict(zip(('score', 'se'), score_as(p, task, records))) for p in PROTOCOLS})
+    by = {p: dict(zip(('score', 'se'), score_as(p, task, records))) for p in allowed(lm.coder)}
+    out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(records), protocols=by)
     if task == 'truthfulqa': out['plain'], out['plain_se'] = mean_se([r['plain'] for r in records])
     return out, records
 
