@@ -394,7 +394,7 @@ def generate(
     max_new:int, # tokens at most
     done:Callable[[list[int]],bool], # tokens generated so far -> is the text complete
     n_tok:int=4096, # tokens of a forward pass at most
-)->list[tuple[int,list[int]]]: # (request, tokens), the token that ended it included
+)->list[list[int]]: # tokens of each row, the one that ended it included
     "Go on greedily from each context."
     (chunk,) = batch.chunks
     d, rows = model.device, [r for _, r in chunk]
@@ -418,7 +418,7 @@ def generate(
             keep = torch.tensor(stay, device=d)
             for l in cache.layers: l.keep(keep)
             tokens, positions, mask, live = tokens[keep], positions[keep], mask[keep], [live[k] for k in stay]
-    return [(r.spots[0][0], out[b]) for b, r in enumerate(rows)]
+    return out
 
 # %% ../../nbs/lab/09_backend.ipynb #77ad44d7
 def chain_batches(
@@ -621,8 +621,8 @@ def _generate(lm:SharedPrefixLM, contexts:tuple[str,...], kwargs:dict)->list[str
             ((chunk),) = b.chunks
             if all(i in journal.known for _, r in chunk for i, _ in r.spots): continue
             got = generate(lm.model, b, room, done, lm.limits.n_tok)
-            journal.add([(i, lm.tokenizer.decode(t, skip_special_tokens=True)) for i, t in got])
-            lm.tokens_computed += len(b.stems)*max(map(len, b.stems)) + len(chunk)*(max(len(r.tokens) for _, r in chunk) - 1) + sum(len(t) for _, t in got)
+            journal.add([(i, lm.tokenizer.decode(t, skip_special_tokens=True)) for (_, r), t in zip(chunk, got) for i, _ in r.spots])    # equal contexts have one row
+            lm.tokens_computed += len(b.stems)*max(map(len, b.stems)) + len(chunk)*(max(len(r.tokens) for _, r in chunk) - 1) + sum(map(len, got))
             lm.tick(len(journal.known), len(ids))
     _within_memory(lm, work)
     lm.tokens_asked += sum(map(len, ids))
