@@ -131,7 +131,8 @@ class NumFewshot(Strict):
 class Eval(Strict):
     "The six benchmarks."
     n_items: Positive # test items a benchmark
-    batch_size: Positive
+    batch_size: Positive # items a forward pass at most
+    protocol: Literal['modern', 'leaderboard-2023'] = 'modern' # how answers are asked and counted: today's lm-eval, or the leaderboard of the paper's time
     num_fewshot: NumFewshot
 
 class Profile(Strict):

@@ -29,7 +29,7 @@ class Stage:
     settings: dict          # all that decides the result besides the inputs; plain JSON
     inputs: dict[str, str]  # role -> name of another stage
 
-EPOCHS = dict(base=1, data=2, bench=1, sft=1, ref=1, dpo=1, merge=1, eval=1) # kind -> raised when its code changes what it makes
+EPOCHS = dict(base=1, data=2, bench=1, sft=1, ref=1, dpo=1, merge=1, eval=2) # kind -> raised when its code changes what it makes
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
 
 SFT_ROWS = {'SFT v1': ('alpaca_gpt4',), 'SFT v2': ('alpaca_gpt4', 'openorca'),
@@ -81,6 +81,11 @@ def _dpo_stages(p:Profile, row:str)->list[Stage]:
     return first + _dpo_step(p, row, row, middle, sets[1:])
 
 # %% ../../nbs/lab/03_recipe.ipynb #156181c0
+def _bos(p:Profile)->dict:
+    "What an evaluation has to know of the protocol."
+    return dict(add_bos=False) if p.eval.protocol == 'leaderboard-2023' and p.base.source not in ('tiny', 'random') else {}
+
+# %% ../../nbs/lab/03_recipe.ipynb #79a8f98f
 def recipe(
     p:Profile, # what to run
 )->dict[str,Stage]: # name -> stage; inputs stand before what uses them
@@ -89,7 +94,7 @@ def recipe(
               *(s for r in DPO_STARTS for s in _dpo_stages(p, r)), *(_average(m) for m in AVERAGES if m != 'SFT v3 + v4'),
               Stage('Merge v4', 'merge', dict(method='slerp', t=p.merge.slerp_t, threshold=p.merge.slerp_threshold), dict(a='Cand. 1', b='Cand. 2'))]
     shots = p.eval.num_fewshot.model_dump()
-    stages += [Stage(f'eval/{m}/{t}', 'eval', dict(task=t, num_fewshot=shots[t], batch_size=p.eval.batch_size, machine=_machine(p)),
+    stages += [Stage(f'eval/{m}/{t}', 'eval', dict(task=t, num_fewshot=shots[t], batch_size=p.eval.batch_size, machine=_machine(p), **_bos(p)),
                      dict(model=m, bench=f'bench/{t}')) for m in ('base', *MODELS) for t in H6_TASKS]
     graph = {}
     for s in stages:
@@ -212,7 +217,7 @@ def build_eval(out, settings, inputs, tools):
     from solar_repro.eval import evaluate
     point = point_of(inputs['model'], tools.store)
     score, items = evaluate(point, settings['task'], inputs['bench'].path, settings['num_fewshot'], settings['batch_size'],
-                            settings['machine']['device'], tools.materialize(point))
+                            settings['machine']['device'], tools.materialize(point), settings.get('add_bos'), out/'scratch', tools.tick)
     (out/'score.json').write_text(json.dumps(score)); write_rows(items, out/'items.jsonl')
 
 BUILDERS = dict(base=build_base, data=build_data, bench=build_bench, sft=build_sft, ref=build_ref, dpo=build_dpo, merge=build_merge, eval=build_eval)

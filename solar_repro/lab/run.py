@@ -120,7 +120,7 @@ class Lab:
         elif seed is not None: profile = profile.model_copy(update=dict(seed=seed))
         self.profile, self.store, self.recipe = profile, Store(store or default_store()), recipe(profile)
         self._built: dict[str, Artifact] = {}
-        self._model = (None, None)
+        self._resident = None
 
     def _stage(self, name:str)->Stage:
         if name not in self.recipe:
@@ -189,12 +189,11 @@ class Lab:
         return self._built[name]
 
     def materialized(self, point):
-        "The point as a model in evaluation mode; the last one is kept."
-        if self._model[0] != point:
-            from solar_repro.lab.model import materialize
-            self._prepare(); self._model = (None, None)
-            self._model = (point, materialize(point, self.profile.machine.device))
-        return self._model[1]
+        "The point as a model in evaluation mode, until the next call: one model in memory becomes one point after another."
+        if self._resident is None:
+            from solar_repro.lab.backend import Resident
+            self._prepare(); self._resident = Resident(self.profile.machine.device)
+        return self._resident.become(point)
 
     def point(self, name:str):
         "A model as base and weighted adapters (`lab.model.Point`)."
@@ -228,9 +227,19 @@ class Lab:
         for m in names:
             for t in H6_TASKS:
                 s = json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())
+                s |= s['protocols'][self.profile.eval.protocol]
                 rows.append(dict(model=m, task=t, **{k: s[k] for k in ('metric', 'score', 'se', 'n')}))
                 if 'plain' in s: rows.append(dict(model=m, task=f'{t}_plain', metric='mc2', score=s['plain'], se=s['plain_se'], n=s['n']))
         return pd.DataFrame(rows)
+
+    def protocols(self,
+        names:list[str]|None=None, # models; None: the base and all rows of Tables 3 to 7
+    )->pd.DataFrame: # model, task, and the score under each protocol that the stored answers allow; fractions
+        "The same answers, counted by each protocol."
+        names = ['base', *MODELS] if names is None else list(names)
+        self.scores(names)
+        read = lambda m, t: json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())['protocols']
+        return pd.DataFrame([dict(model=m, task=t, **{p: s['score'] for p, s in read(m, t).items()}) for m in names for t in H6_TASKS])
 
     def table(self, n:int)->pd.DataFrame:
         "Table 3 to 7 of the paper, rebuilt (`tables.table`)."

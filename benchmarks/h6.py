@@ -1,0 +1,158 @@
+"""Our scoring backend against lm-eval's own (`HFLM`): the same items in one process, a line for each of the six benchmarks.
+
+    python benchmarks/h6.py [--items 4] [--tasks arc mmlu] [--hf_batch 1 8] [--shape smollm2-135m] [--device cpu] [--dtype float32] [--out NAME]
+
+The model has random weights and the shape of a known one, so that nothing is fetched. Items are random words, as long as those of the real benchmarks
+are on average in tokens (LENGTHS); shots are the leaderboard's (25, 10, 5, 0 with the six fixed pairs, 5, 5) and drawn by lm-eval's default sampler, other
+examples for each item except in MMLU, whose items are all of one subject: its real subjects have 246 items on average, so few items here understate
+what sharing its examples saves. A random model never writes a stop string, so GSM8K generates all its 256 tokens.
+
+Each backend answers one request first, to warm up. A hook counts tokens that go through the model and positions that get logits, padding included. The
+share of the matmul rate is the time that the model's matrix products take by themselves, each shape timed as a bare `torch.mm` in the same process,
+divided by the time measured; attention over cached keys is left out of it. With several sizes of HFLM's batch the fastest counts, task by task.
+"""
+import argparse
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', PYTHONWARNINGS='ignore').items(): os.environ.setdefault(k, v)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+SHAPES = {
+    'smoke': dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024, tie_word_embeddings=True),
+    'smollm2-135m': dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    'llama-1b': dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
+    'solar-10.7b': dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False)}
+SHOTS = dict(arc=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
+LENGTHS = dict(arc=(26, 6), hellaswag=(45, 28), mmlu=(45, 12), truthfulqa=(13, 11), winogrande=(12, 10), gsm8k=(60, 120))  # words of question and answer
+
+
+def words(rng: random.Random, vocab: list[str], mean: int) -> str:
+    return ' '.join(rng.choice(vocab) for _ in range(max(1, round(rng.uniform(.5, 1.5)*mean))))
+
+
+def row(task: str, rng: random.Random, vocab: list[str], preamble: str) -> dict:
+    "One item in the hub's columns."
+    q, a = LENGTHS[task]
+    say = lambda n: words(rng, vocab, n)
+    if task == 'arc': return dict(id='1', question=say(q), choices=dict(text=[say(a) for _ in range(4)], label=list('ABCD')), answerKey='B')
+    if task == 'hellaswag': return dict(activity_label=say(2), ctx=say(q), endings=[say(a) for _ in range(4)], label='1')
+    if task == 'mmlu': return dict(subject='botany', question=say(q), choices=[say(a) for _ in range(4)], answer=1)
+    if task == 'winogrande': return dict(sentence=f'{say(q)} _ {say(a)}', option1=say(2), option2=say(2), answer='1')
+    if task == 'gsm8k': return dict(question=say(q), answer=f'{say(a)} #### 7')
+    n = rng.randint(4, 11)
+    return dict(question=preamble + say(q), mc2_targets=dict(choices=[say(a) for _ in range(n)], labels=[1]*2 + [0]*(n - 2)), plain=[True]*n)
+
+
+def items(task: str, n: int, vocab: list[str]) -> dict[str, list[dict]]:
+    rng = random.Random(f'{task} {n}')
+    preamble = ''.join(f'{words(rng, vocab, 9)}\nAnswer: {words(rng, vocab, 11)}\n\nQuestion: ' for _ in range(6))
+    return dict(train=[row(task, rng, vocab, '') for _ in range(max(SHOTS[task], 60))], test=[row(task, rng, vocab, preamble) for _ in range(n)])
+
+
+def run(lm, requests: list, model) -> dict:
+    "Answers, seconds, tokens, positions with logits and products of one backend."
+    import torch
+    from tiny_tables import products
+    seen, count = Counter(), Counter()
+    ask = getattr(lm, requests[0].request_type)
+    few = [type(r)(r.request_type, r.doc, (r.args[0][-300:], dict(r.args[1], max_gen_toks=2)) if r.request_type == 'generate_until' else r.args, r.idx) for r in requests[:1]]
+    ask(few, disable_tqdm=True)
+    sync = torch.cuda.synchronize if model.device.type == 'cuda' else lambda: None
+    hooks = [model.register_forward_pre_hook(lambda m, a, kw: count.update(tokens=(a[0] if a else kw['input_ids']).numel()), with_kwargs=True),
+             model.get_output_embeddings().register_forward_hook(lambda m, a, out: count.update(logits=out.numel()//out.shape[-1]))]
+    try:
+        with products(seen):
+            sync(); began = time.perf_counter()
+            answers = ask(requests, disable_tqdm=True)
+            sync(); seconds = time.perf_counter() - began
+    finally:
+        for h in hooks: h.remove()
+    return dict(answers=answers, seconds=seconds, seen=seen, **count)
+
+
+def compare(a: argparse.Namespace) -> dict:
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from solar_repro.eval import build_requests
+    from solar_repro.lab.backend import Coder, SharedPrefixLM
+    from solar_repro.lab.model import load_tokenizer, quiet
+    from solar_repro.paper import H6_TASKS
+    from solar_repro.tiny.world import shipped_base
+    from tiny_tables import arithmetic, bucket, time_products
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.set_num_threads(a.threads); torch.manual_seed(0); torch.set_flush_denormal(True)
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    tok = load_tokenizer(shipped_base())
+    vocab = sorted(w for w in tok.get_vocab() if w.isalpha())
+    torch.set_default_dtype(getattr(torch, a.dtype))
+    with torch.device(a.device):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[a.shape], max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=0)).eval()
+    torch.set_default_dtype(torch.float32)
+    lines, sides, rates = [], {}, set()
+    for t in a.tasks or H6_TASKS:
+        requests = [r for x in build_requests(t, items(t, a.items, vocab), SHOTS[t]).tasks for r in x.instances]
+        if t == 'gsm8k': requests = [type(r)(r.request_type, r.doc, (r.args[0], dict(r.args[1], max_gen_toks=a.generate)), r.idx) for r in requests]
+        got = {}
+        for n in a.hf_batch:
+            with quiet(): got[n] = run(HFLM(pretrained=model, tokenizer=tok, batch_size=n), requests, model)
+            print(f'  {t}: HFLM, batches of {n}: {got[n]["seconds"]:.1f} s', file=sys.stderr, flush=True)
+        ours = run(SharedPrefixLM(model, Coder(tok), a.batch), requests, model)
+        best = min(got, key=lambda n: got[n]['seconds'])
+        sides[t] = got[best], ours
+        same = [x == y for x, y in zip(got[best]['answers'], ours['answers'])] if t == 'gsm8k' else [x[1] == y[1] for x, y in zip(got[best]['answers'], ours['answers'])]
+        gap = 0. if t == 'gsm8k' else max(abs(x[0] - y[0]) for x, y in zip(got[best]['answers'], ours['answers']))
+        lines.append(dict(task=t, shots=SHOTS[t], items=a.items, requests=len(requests), hf_batch=best, hf_s=got[best]['seconds'], ours_s=ours['seconds'],
+                          ratio=got[best]['seconds']/ours['seconds'], hf_tok=got[best]['tokens'], ours_tok=ours['tokens'], hf_logits=got[best]['logits'],
+                          ours_logits=ours['logits'], max_difference_nats=gap, equal=sum(same), hf_s_by_batch={n: g['seconds'] for n, g in got.items()}))
+        print(f'  {t}: ours: {ours["seconds"]:.1f} s, ratio {lines[-1]["ratio"]:.2f}', file=sys.stderr, flush=True)
+        rates |= {bucket(s) for side in sides[t] for s in side['seen']}
+    if a.device == 'cpu':
+        rate = time_products(rates)
+        for l in lines:
+            for name, side in zip(('hf', 'ours'), sides[l['task']]): l[f'{name}_share'] = arithmetic(side['seen'], rate)/side['seconds']
+    flags = Path('/proc/cpuinfo').read_text() if a.device == 'cpu' and Path('/proc/cpuinfo').exists() else ''
+    where = f'{a.threads} of {os.cpu_count()} CPU cores{" with AMX" if "amx_tile" in flags else ""}' if a.device == 'cpu' else torch.cuda.get_device_name()
+    return dict(machine=where, load_before=round(a.load, 1), shape=a.shape, dtype=a.dtype, torch=torch.__version__, rows_at_most=a.batch, generated_tokens=a.generate, tasks=lines,
+                ratio=sum(l['hf_s'] for l in lines)/sum(l['ours_s'] for l in lines), worst=min(l['ratio'] for l in lines))
+
+
+def show(r: dict) -> str:
+    head = (f'{"task":<12}{"shots":>6}{"items":>6}{"requests":>9}{"HFLM s":>9}{"batch":>6}{"ours s":>8}{"ratio":>7}{"HFLM tok":>10}{"ours tok":>9}{"HFLM log.":>10}{"ours log.":>10}'
+            f'{"HFLM mm":>8}{"ours mm":>8}{"max diff":>10}{"equal":>9}')
+    out = [f"{r['shape']}, random weights, {r['dtype']}; {r['machine']}, load {r['load_before']} before; torch {r['torch']}; GSM8K generates {r['generated_tokens']} tokens", head, '-'*len(head)]
+    for l in r['tasks']:
+        mm = ''.join(f'{l[k]:>8.0%}' if k in l else f'{"":>8}' for k in ('hf_share', 'ours_share'))
+        out.append(f"{l['task']:<12}{l['shots']:>6}{l['items']:>6}{l['requests']:>9}{l['hf_s']:>9.2f}{l['hf_batch']:>6}{l['ours_s']:>8.2f}{l['ratio']:>7.2f}{l['hf_tok']:>10}{l['ours_tok']:>9}"
+                   f"{l['hf_logits']:>10}{l['ours_logits']:>10}{mm}{l['max_difference_nats']:>10.1e}{str(l['equal']) + '/' + str(l['requests']):>9}")
+    out += ['-'*len(head), f"all {len(r['tasks'])}: {sum(l['hf_s'] for l in r['tasks']):.1f} s against {sum(l['ours_s'] for l in r['tasks']):.1f} s, ratio {r['ratio']:.2f}; the worst task {r['worst']:.2f}",
+            'tok: through the model; log.: positions with logits; mm: share of the measured matmul rate; diff in nats; equal: greedy flags, or texts']
+    return '\n'.join(out)
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description='Our backend against HFLM on the six benchmarks.')
+    p.add_argument('--items', type=int, default=4, help='items a benchmark')
+    p.add_argument('--tasks', nargs='*', help='only these')
+    p.add_argument('--hf_batch', type=int, nargs='+', default=[1, 8], help="HFLM's batch sizes; the fastest counts")
+    p.add_argument('--batch', type=int, default=64, help='rows of our forward passes at most')
+    p.add_argument('--generate', type=int, default=256, help='tokens of a GSM8K answer')
+    p.add_argument('--shape', choices=SHAPES, default='smollm2-135m')
+    p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    p.add_argument('--threads', type=int, default=os.cpu_count())
+    p.add_argument('--out', help='also write benchmarks/results/NAME.txt and .json')
+    a = p.parse_args()
+    a.load = os.getloadavg()[0]
+    r = compare(a)
+    print(show(r))
+    if a.out:
+        out = Path(__file__).resolve().parent/'results'
+        out.mkdir(exist_ok=True)
+        (out/f'{a.out}.txt').write_text(show(r) + '\n'); (out/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')

@@ -1,0 +1,331 @@
+"""Our backend against lm-eval's own on every request of all six benchmarks, and what interruptions, memory and the next model leave behind."""
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from solar_repro.data import load_benchmark, write_rows
+from solar_repro.eval import PROTOCOLS, allowed, build_requests, evaluate, score_as
+from solar_repro.lab import backend
+from solar_repro.lab.backend import (Coder, Journal, Limits, Request, Resident, SharedPrefixLM, batches, divide, encode_pairs, grow, halved, limits_of, stopper,
+                                     weights_digest)
+from solar_repro.lab.model import Point, load_tokenizer, materialize, quiet, save_adapter
+from solar_repro.lab.profile import load_profile
+from solar_repro.lab.recipe import recipe
+from solar_repro.lab.run import Lab
+from solar_repro.paper import H6_TASKS
+from solar_repro.tiny.base import random_base
+
+SHOTS = dict(arc=3, hellaswag=1, mmlu=3, truthfulqa=1, winogrande=2, gsm8k=2)
+CLOSE = 1e-4 # nats: float32 sums in another order
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    with quiet(): return random_base(tmp_path_factory.mktemp('base')/'base')
+
+@pytest.fixture(scope='module')
+def tok(base): return load_tokenizer(base)
+
+@pytest.fixture(scope='module')
+def bos(base):
+    "A tokenizer that begins every text with a BOS, as Llama's do."
+    t = load_tokenizer(base)
+    t.add_special_tokens(dict(bos_token='<bos>'))
+    t.backend_tokenizer.post_processor = TemplateProcessing(single='<bos> $A', pair='<bos> $A $B', special_tokens=[('<bos>', t.bos_token_id)])
+    return t
+
+def shaped(vocab, kind=(LlamaConfig, LlamaForCausalLM), tied=False, **more):
+    "A model with fewer key heads than heads and large random weights, so that its log-likelihoods differ much."
+    torch.manual_seed(3)
+    config = kind[0](vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                     max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0, pad_token_id=0, initializer_range=.4, **more)
+    return kind[1](config).eval()
+
+@pytest.fixture(scope='module')
+def model(tok): return shaped(len(tok) + 1)
+
+def theirs(model, tok, **kwargs):
+    with quiet(): return HFLM(pretrained=model, tokenizer=tok, logits_cache=False, **kwargs)
+
+def requests_of(task, n=8):
+    return [r for t in build_requests(task, load_benchmark(task, 'tiny', n), SHOTS[task]).tasks for r in t.instances]
+
+def same(requests, model, tok, batch, add_bos=None, window=None):
+    ours = SharedPrefixLM(model, Coder(tok, add_bos), batch, window)
+    hf = theirs(model, tok, batch_size=batch, add_bos_token=add_bos, max_length=window)
+    if requests[0].request_type == 'generate_until':
+        assert ours.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
+    else:
+        for (a, g), (b, h) in zip(ours.loglikelihood(requests), hf.loglikelihood(requests, disable_tqdm=True), strict=True):
+            assert a == pytest.approx(b, abs=CLOSE) and g == h
+    return ours
+
+# ---- parity -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('batch', (1, 32))
+@pytest.mark.parametrize('task', H6_TASKS)
+def test_every_request_of_every_benchmark(task, batch, model, tok):
+    lm = same(requests_of(task), model, tok, batch)
+    assert lm.tokens_computed < lm.tokens_asked or task == 'gsm8k'
+
+@pytest.mark.parametrize('add_bos', (None, True, False))
+@pytest.mark.parametrize('task', ('arc', 'mmlu', 'gsm8k'))
+def test_with_a_bos_and_without(task, add_bos, model, bos):
+    same(requests_of(task, 4), model, bos, 8, add_bos)
+
+@pytest.mark.parametrize('kind', ((LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)))
+@pytest.mark.parametrize('tied', (True, False))
+def test_tied_and_untied_embeddings(tied, kind, tok):
+    m = shaped(len(tok), kind, tied, **(dict(sliding_window=None) if kind[0] is MistralConfig else {}))
+    assert (m.lm_head.weight is m.model.embed_tokens.weight) == tied
+    for task in ('truthfulqa', 'gsm8k'): same(requests_of(task, 4), m, tok, 8)
+
+@pytest.mark.parametrize('over', (-2, -1, 0, 1, 2, 30))
+def test_contexts_about_the_window_are_cut_alike(over, model, tok):
+    requests = requests_of('arc', 3)
+    longest = max(len(tok(''.join(r.args))['input_ids']) for r in requests)
+    same(requests, model, tok, 8, window=longest - over)
+
+def test_generation_cuts_its_context_alike(model, tok):
+    requests = requests_of('gsm8k', 4)
+    for window in (60, 100): same(requests, model, tok, 1, window=window)
+
+def test_empty_contexts_and_whole_texts(model, tok, bos):
+    texts = ['the pot is red.', ' the pot', 'a', ' '.join(['the red pot is near the box'] * 9)]
+    for t in (tok, bos):
+        same([Instance('loglikelihood', {}, ('', x), i) for i, x in enumerate(texts)], model, t, 4)
+        whole = [Instance('loglikelihood_rolling', {}, (x,), i) for i, x in enumerate(texts)]
+        for window in (512, 9):
+            got = SharedPrefixLM(model, Coder(t), max_length=window).loglikelihood_rolling(whole)
+            assert got == pytest.approx(theirs(model, t, batch_size=1, max_length=window).loglikelihood_rolling(whole, disable_tqdm=True), abs=1e-3)
+
+def test_bfloat16_runs_and_stays_near(model, tok):
+    half = shaped(len(tok) + 1).to(torch.bfloat16)
+    requests = requests_of('truthfulqa', 3)
+    exact = SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    got = SharedPrefixLM(half, Coder(tok)).loglikelihood(requests)
+    wrong = HFLM(pretrained=half, tokenizer=tok, logits_cache=False).loglikelihood(requests, disable_tqdm=True)
+    miss = lambda xs: sum(abs(a - b) for (a, _), (b, _) in zip(xs, exact))
+    assert miss(got) < 1.5*miss(wrong)          # no further from float32 than lm-eval's own bfloat16
+
+def test_eager_attention_too(tok):
+    m = shaped(len(tok)); m.set_attn_implementation('eager')
+    same(requests_of('mmlu', 3), m, tok, 8)
+
+def test_what_cannot_be_right_is_refused(tok):
+    m = shaped(len(tok), (MistralConfig, MistralForCausalLM), sliding_window=64)
+    with pytest.raises(ValueError, match='slides over 64 tokens'): SharedPrefixLM(m, Coder(tok))
+    m = shaped(len(tok)); m.generation_config.repetition_penalty = 1.3
+    with pytest.raises(ValueError, match='repetition_penalty'): SharedPrefixLM(m, Coder(tok)).generate_until(requests_of('gsm8k', 2))
+
+# ---- what is computed -------------------------------------------------------------------------------------------------
+
+def test_a_context_is_computed_once_for_all_choices(model, tok):
+    requests = requests_of('arc', 6)
+    lm = SharedPrefixLM(model, Coder(tok), 1)                  # batches of one: nothing is padding
+    lm.loglikelihood(requests)
+    contexts = {r.args[0] for r in requests}
+    once = sum(len(tok(c)['input_ids']) for c in contexts) + sum(len(tok(r.args[1].strip())['input_ids']) - 1 for r in requests)
+    assert lm.tokens_computed <= once < lm.tokens_asked/2
+
+def test_the_examples_of_a_subject_are_computed_once(model, tok):
+    row = lambda q: dict(subject='botany', question=q, choices=list('wxyz'), answer=0)
+    bench = dict(train=[row('the red pot')]*3, test=[row(f'the {c} pot') for c in ('red', 'blue', 'green', 'big', 'old')])
+    requests = build_requests('mmlu', bench, 3).tasks[0].instances
+    lm = SharedPrefixLM(model, Coder(tok), 64); lm.loglikelihood(requests)
+    lengths = [len(tok(c)['input_ids']) for c in {r.args[0] for r in requests}]
+    assert lm.tokens_computed < 1.9*max(lengths) < sum(lengths)/2
+
+def test_only_scored_positions_have_logits(model, tok, monkeypatch):
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[-2]))
+    requests = requests_of('truthfulqa', 3)
+    try: SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    finally: hook.remove()
+    assert 0 < sum(seen) <= sum(len(c) for _, c in encode_pairs(Coder(tok), [r.args for r in requests]))
+
+def test_rows_that_are_done_leave(model, tok, monkeypatch):
+    widths = []
+    run = backend.forward
+    monkeypatch.setattr(backend, 'forward', lambda m, ids, *a, **k: widths.append(ids.shape[0]) or run(m, ids, *a, **k))
+    texts = [f'the {w} pot' for w in 'red blue green big old new small'.split()]
+    ask = lambda until: [Instance('generate_until', {}, (t, dict(until=until, max_gen_toks=30)), i) for i, t in enumerate(texts)]
+    free = SharedPrefixLM(model, Coder(tok)).generate_until(ask([]))
+    widths.clear()
+    words = [t.split()[k] for t, k in zip(free, (1, 3, 9, 12)) if len(t.split()) > k]
+    cut = SharedPrefixLM(model, Coder(tok)).generate_until(ask(words))
+    assert [c == f for c, f in zip(cut, free)].count(False) >= 3
+    steps = widths[1:]
+    assert steps[-1] < steps[0] and all(a >= b for a, b in pairwise(steps))
+
+def test_neighbours_share_only_what_pays():
+    shots = tuple(range(100, 150))
+    far = [(*shots, i, *range(10 + i, 40 + i)) for i in range(4)]
+    assert divide(far)[1] == [(0, 4, 50)]
+    assert divide([(1, 2, i, *range(10, 60)) for i in range(4)])[1] == [(i, i + 1, 52) for i in range(4)]
+    both = sorted([(9, *shots, i, 7) for i in range(3)] + [(9, 8, *shots, i, 7) for i in range(3)])
+    assert [p for _, _, p in divide(both)[1]] == [52, 51]
+
+def test_batches_hold_no_more_than_their_limits():
+    requests = [Request(tuple(range(i % 7, 40 + i)), (1, 2)) for i in range(40)]
+    x = Limits(150, 9, 5, 1000)
+    scored = 0
+    for b in batches(grow(requests), x):
+        n = max(map(len, b.stems))
+        assert len(b.stems) == 1 or len(b.stems)*n <= x.n_tok
+        for c in b.chunks:
+            scored += sum(len(r.spots) for _, r in c)
+            assert len(c) <= x.n_rows and (len(c) == 1 or len(c)*max(len(r.tokens) for _, r in c) <= x.n_tok)
+            assert len(c) == 1 or sum(len(s) for _, r in c for _, s in r.spots) <= x.n_logits
+    assert scored == len(requests)
+
+@pytest.mark.parametrize('limits', (Limits(2048, 4, 64, 10**5), Limits(64, 10**4, 64, 256), Limits(2048, 10**4, 3, 10**5)))
+def test_answers_do_not_depend_on_the_limits(limits, model, tok):
+    for task in ('truthfulqa', 'gsm8k'):
+        requests = requests_of(task, 5)
+        a, b = SharedPrefixLM(model, Coder(tok)), SharedPrefixLM(model, Coder(tok))
+        b.limits = limits
+        if task == 'gsm8k': assert a.generate_until(requests) == b.generate_until(requests)
+        else: assert [x for x, _ in a.loglikelihood(requests)] == pytest.approx([x for x, _ in b.loglikelihood(requests)], abs=CLOSE)
+
+# ---- memory and interruptions -----------------------------------------------------------------------------------------
+
+def test_too_little_memory_halves_the_batches(model, tok, monkeypatch):
+    requests, run, refused = requests_of('hellaswag', 6), backend.forward, []
+    expected = SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    def small(m, ids, *a, **k):
+        if ids.numel() > 150: refused.append(ids.shape); raise torch.OutOfMemoryError('no')
+        return run(m, ids, *a, **k)
+    monkeypatch.setattr(backend, 'forward', small)
+    lm = SharedPrefixLM(model, Coder(tok)); before = lm.limits
+    assert [x for x, _ in lm.loglikelihood(requests)] == pytest.approx([x for x, _ in expected], abs=CLOSE)
+    assert refused and lm.limits.n_tok < before.n_tok
+    monkeypatch.setattr(backend, 'forward', lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError('never')))
+    with pytest.raises(MemoryError, match='smaller model'): SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+
+@pytest.mark.parametrize('task', ('truthfulqa', 'gsm8k'))
+def test_an_interrupted_benchmark_goes_on_where_it_stopped(task, model, tok, tmp_path, monkeypatch):
+    monkeypatch.setattr(Journal.__init__, '__defaults__', (0.,))
+    ask = lambda lm, requests: getattr(lm, requests[0].request_type)(requests)
+    requests = requests_of(task, 6)
+    expected = ask(SharedPrefixLM(model, Coder(tok), 2), requests)
+    def stop(done, total):
+        if done >= total/2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): ask(SharedPrefixLM(model, Coder(tok), 2, scratch=tmp_path, tick=stop), requests)
+    first = sum(len(json.loads(l)) for f in tmp_path.iterdir() for l in f.read_text().splitlines())
+    assert len(requests)/2 <= first < len(requests)
+    progress = []
+    lm = SharedPrefixLM(model, Coder(tok), 2, scratch=tmp_path, tick=lambda done, total: progress.append(done))
+    assert ask(lm, requests) == expected                        # bit for bit: the batches are the same
+    assert progress[0] > first and progress[-1] == len(requests)
+    other = SharedPrefixLM(model, Coder(tok), 2, scratch=tmp_path, max_length=400)
+    before = len(list(tmp_path.iterdir())); ask(other, requests)
+    assert len(list(tmp_path.iterdir())) == before + 1          # another window has a file of its own
+
+def test_plans_are_made_once_for_all_models(model, tok, monkeypatch):
+    requests = requests_of('winogrande', 7)
+    SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    monkeypatch.setattr(backend, 'grow', lambda *a: pytest.fail('planned again'))
+    monkeypatch.setattr(Coder, 'encode', lambda *a, **k: pytest.fail('encoded again'))
+    other = shaped(len(tok) + 1, tied=True)
+    SharedPrefixLM(other, Coder(tok)).loglikelihood(requests)
+
+def test_a_stop_string_is_seen_at_its_last_token(tok):
+    text = 'the pot is red.\n#### 4\n\nQuestion: What is'
+    ids = tok.encode(text)
+    for stop in ('Question:', '####', '#### 4', 'is red', '.', 'pot is', '\n\n', '\n'):
+        done, k = stopper(tok, [stop], []), next(k for k in range(1, len(ids) + 1) if stop in tok.decode(ids[:k]))
+        assert [done(ids[:j]) for j in range(1, k + 1)] == [False]*(k - 1) + [True], stop
+
+# ---- one base, many points --------------------------------------------------------------------------------------------
+
+def adapter(out, model, seed, r=4, only=''):
+    g = torch.Generator().manual_seed(seed)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and 'lm_head' not in n and only in n}
+    return save_adapter({f'base_model.model.{n}.lora_{x}.weight': torch.randn((r, m.in_features) if x == 'A' else (m.out_features, r), generator=g)
+                         for n, m in linear.items() for x in 'AB'}, r, 2*r, out)
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_fifteen_models_cost_one_load_and_the_base_comes_back(dtype, base, tok, tmp_path, monkeypatch):
+    m = materialize(Point(base)).to(getattr(torch, dtype))
+    m.save_pretrained(tmp_path/'base'); tok.save_pretrained(tmp_path/'base')
+    a, b, c = (adapter(tmp_path/f'a{i}', m, i, only=o) for i, o in enumerate(('', 'mlp', 'q_proj')))
+    plain = Point(tmp_path/'base')
+    points = [Point(plain.base, t) for t in (((a, 1.),), ((b, .4), (c, .6)), ((c, -1.),), ((a, .5), (b, .5)))]
+    expected = {p: weights_digest(materialize(p)) for p in (plain, *points)}
+    assert len(set(expected.values())) == 5
+    loads = []
+    load = backend.materialize
+    monkeypatch.setattr(backend, 'materialize', lambda *x: loads.append(x) or load(*x))
+    resident = Resident()
+    for p in (plain, *points, plain, *reversed(points), plain):
+        got = resident.become(p)
+        assert weights_digest(got) == expected[p] and not got.training and not any(w.requires_grad for w in got.parameters())
+    assert len(loads) == 1
+
+def test_a_model_half_written_is_written_again(base, tmp_path, monkeypatch):
+    m = materialize(Point(base))
+    one, two = (Point(base, ((adapter(tmp_path/f'{i}', m, i), 1.),)) for i in range(2))
+    resident, write, left = Resident(), backend.shifted, [5]
+    resident.become(one)
+    def stop(*x):
+        left[0] -= 1
+        if not left[0]: raise KeyboardInterrupt
+        return write(*x)
+    monkeypatch.setattr(backend, 'shifted', stop)
+    with pytest.raises(KeyboardInterrupt): resident.become(two)
+    monkeypatch.setattr(backend, 'shifted', write)
+    for p in (one, Point(base), two): assert weights_digest(resident.become(p)) == weights_digest(materialize(p))
+
+def test_a_checkpoint_of_its_own_takes_the_same_memory(base, tmp_path):
+    with quiet(): other = random_base(tmp_path/'other', seed=5)
+    a = adapter(tmp_path/'a', materialize(Point(base)), 1)
+    resident = Resident()
+    first = resident.become(Point(base, ((a, 1.),)))
+    for p in (Point(other), Point(base), Point(other, ((a, .5),)), Point(base)):
+        assert resident.become(p) is first and weights_digest(first) == weights_digest(materialize(p))
+    broken = save_adapter({f'base_model.model.model.layers.99.mlp.up_proj.lora_{x}.weight': torch.ones(4, 4) for x in 'AB'}, 4, 4, tmp_path/'b')
+    with pytest.raises(ValueError, match='adapters change'): resident.become(Point(base, ((broken, 1.),)))
+
+# ---- protocols --------------------------------------------------------------------------------------------------------
+
+def test_both_protocols_from_one_record(tok, bos):
+    assert allowed(Coder(tok)) == PROTOCOLS
+    assert allowed(Coder(bos)) == ('modern',) and allowed(Coder(bos, False)) == ('leaderboard-2023',)
+    says = [('2 + 2 = 4.\n#### 4', 1., 1.), ('so: 4.\n#### 4', 1., 0.), ('#### $4', 0., 0.), ('#### 4.', 1., 0.), ('#### 1,004', 1., 1.)]
+    golds = ['4', '4', '4', '4', '1,004']
+    records = [dict(text=t, gold=g, score=m) for (t, m, _), g in zip(says, golds)]
+    assert score_as('modern', 'gsm8k', records)[0] == pytest.approx(sum(m for _, m, _ in says)/5)
+    assert score_as('leaderboard-2023', 'gsm8k', records)[0] == pytest.approx(2/5)
+
+def test_the_2023_text_is_what_its_stops_would_have_given(model, tok, base):
+    "One run with today's stops, cut afterwards, is the run with the stops of 2023."
+    requests = requests_of('gsm8k', 5)
+    colon = lambda r, until: Instance('generate_until', r.doc, (r.args[0], dict(r.args[1], until=until)), r.idx)
+    word = tok.decode([int(torch.argmax(model(torch.tensor([tok.encode(requests[0].args[0])])).logits[0, -1]))])
+    lm = SharedPrefixLM(model, Coder(tok))
+    long, short = (lm.generate_until([colon(r, until) for r in requests]) for until in (['Question:'], [':', 'Question:', 'Question', word]))
+    for stop in (':', 'Question:', 'Question', word): long = [t.split(stop)[0] for t in long]
+    assert long == short and short[0] == ''
+
+def test_a_change_of_protocol_runs_only_what_it_must(tmp_path):
+    p = load_profile('smoke')
+    then = p.model_copy(update=dict(eval=p.eval.model_copy(update=dict(protocol='leaderboard-2023'))))
+    assert recipe(then) == recipe(p)
+    foreign = lambda x: x.model_copy(update=dict(base=x.base.model_copy(update=dict(source='llama'))))
+    again = {n for n, s in recipe(foreign(then)).items() if s != recipe(foreign(p))[n]}
+    assert again == {n for n in recipe(p) if n.startswith('eval/')}     # a tokenizer that adds a BOS: all prompts change, no training does
+    lab, other = Lab(p, store=tmp_path), Lab(then, store=tmp_path)
+    a = lab.scores(['base'])
+    lab.store.build = None                                              # nothing may be built from here on
+    other.store.build = None
+    b = other.scores(['base'])
+    both = other.protocols(['base']).set_index('task')
+    assert list(a[a.task == 'mmlu'].score) == [both.loc['mmlu', 'modern']] and list(b[b.task == 'mmlu'].score) == [both.loc['mmlu', 'leaderboard-2023']]
+    assert set(both.columns) == {'model', *PROTOCOLS}
