@@ -21,7 +21,7 @@ from .run import Lab
 def run(lab:Lab)->None:
     "Build every stage; write tables, figures and the report."
     lab.run()
-    for f in tables.publish(lab.scores(), lab.folder, lab.label, lab.provenance()): print(f)
+    for f in tables.publish(lab.scores(), lab.folder, lab.label, lab.provenance(), lab.own): print(f)
 
 def status(lab:Lab)->None:
     "Say what is built and what is missing."
