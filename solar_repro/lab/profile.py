@@ -11,6 +11,7 @@ __all__ = ['Positive', 'Share', 'Rate', 'Dtype', 'DPO_ROWS', 'root', 'Strict', '
 import difflib
 import tomllib
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -195,7 +196,7 @@ def _extended(raw:dict, path:Path, seen:tuple=())->dict:
     return _over(_extended(tomllib.loads(below.read_text(encoding='utf-8')), below, (*seen, below)), {'name': path.stem, **raw})
 
 # %% ../../nbs/lab/00_profile.ipynb #66729873
-_SHIPPED = Path(__file__).parent.parent/'profiles' if '__file__' in globals() else root()/'solar_repro'/'profiles'
+_SHIPPED = Path(__file__).parent.parent/'profiles' if '__file__' in globals() else Path(find_spec('solar_repro').origin).parent/'profiles'
 
 def profiles()->list[str]: # names
     "The shipped profiles."

@@ -204,7 +204,7 @@ class Lab:
     def _make(self, s:Stage, progress:Progress)->Artifact:
         self._prepare()
         inputs = {r: self._built[i] for r, i in s.inputs.items()}
-        tools = Tools(self.store, progress.tick, self.materialized)
+        tools = Tools(self.store, progress.tick, self.materialized, s.file)
         return self.store.build(s.kind, self._key(s), lambda out: BUILDERS[s.kind](out, s.settings, inputs, tools), settings=s.settings,
                                 inputs=inputs, name=s.name, epoch=EPOCHS[s.kind], seed=s.settings.get('seed'))
 
