@@ -170,10 +170,10 @@ def offline(site: Path) -> None:
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument('--profile', default='tiny', help='the run in runs/ whose executed notebooks are shown (default: tiny)')
+    ap.add_argument('--profile', default='tiny', help='name or file: the run in runs/ whose executed notebooks are shown (default: tiny)')
     args = ap.parse_args()
     refresh_quarto_yml()                       # nbs/nbdev.yml from settings.ini
-    nbs, proc, run = cfg.nbs_path.resolve(), cfg.config_path / '_proc', cfg.config_path / 'runs' / args.profile / 'notebooks'
+    nbs, proc, run = cfg.nbs_path.resolve(), cfg.config_path / '_proc', cfg.config_path / 'runs' / Path(args.profile).stem / 'notebooks'
     print(f'outputs: {run.relative_to(cfg.config_path) if run.is_dir() else "as stored in nbs/ (run `make tables` first to have a run shown)"}')
     shutil.rmtree(proc, ignore_errors=True)
     proc.mkdir()

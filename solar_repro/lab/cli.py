@@ -14,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 
 from .. import tables
-from .book import lay_out
 from .profile import root
 from .run import Lab
 
@@ -53,6 +52,7 @@ def base(lab:Lab, rebuild:bool)->None:
 # %% ../../nbs/lab/06_cli.ipynb #ba68dc77
 def init(folder:Path)->None:
     "Lay out the notebooks in a new folder, to run and to change without a clone."
+    from solar_repro.lab.book import lay_out
     made = lay_out(folder)
     print(f'{len(made)} notebooks in {folder/"nbs"}. Go there, then:\n  jupyter lab nbs\n  python -m solar_repro.lab.book --profile tiny')
 
