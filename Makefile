@@ -1,8 +1,9 @@
 # make tables   rebuild Tables 3 to 7, results in runs/PROFILE/; PROFILE=tiny, SEED=the profile's own (0)
 # make test     notebooks in sync with the library, every notebook, every test
 # make lab      explore in JupyterLab
-# make docs     the documentation site, in _docs/
+# make docs     the documentation site, in _docs/, with the outputs of runs/PROFILE/ where that was run
 # make notebooks  run the notebooks again and keep their outputs in nbs/
+# make record   put the pictures, tables and times of runs/PROFILE/ on the front page and into README.md
 # make check    only: are notebooks, library and README in sync?
 # make clean    remove .venv, the site and caches; results in runs/ stay
 # Each sets up what it needs in .venv, on a machine with no more than python3.11 and make.
@@ -13,7 +14,7 @@ SEED    ?=
 BIN     := .venv/bin
 
 .DEFAULT_GOAL := tables
-.PHONY: setup tables test lab docs notebooks check clean
+.PHONY: setup tables test lab docs notebooks record check clean
 
 setup:
 	@PYTHON='$(PYTHON)' sh tools/setup.sh
@@ -28,10 +29,13 @@ lab: setup
 	@$(BIN)/python -m jupyterlab nbs
 
 docs: setup
-	@$(BIN)/python tools/build_docs.py
+	@$(BIN)/python tools/build_docs.py --profile '$(PROFILE)'
 
 notebooks: setup
 	@$(BIN)/python tools/run_nb.py --all
+
+record: setup
+	@$(BIN)/python tools/record_run.py --profile '$(PROFILE)'
 
 check: setup
 	@sh tools/check.sh

@@ -2,14 +2,30 @@
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup, find_packages
+from setuptools.command.build_py import build_py
 import shlex
+import shutil
 
 cfg = ConfigParser(delimiters=['='], interpolation=None)
 cfg.read('settings.ini', encoding='utf-8')
 c = cfg['DEFAULT']
 lib = c['lib_path']
 
+
+class BuildWithNotebooks(build_py):
+    "The notebooks travel in the package, from where `solar-repro init` lays them out."
+
+    def run(self):
+        super().run()
+        for nb in sorted(Path('nbs').rglob('*.ipynb')):
+            target = Path(self.build_lib, lib, 'notebooks', nb.relative_to('nbs'))
+            if not self.editable_mode and not any(p.startswith(('.', '_')) for p in nb.parts):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(nb, target)
+
+
 setup(
+    cmdclass={'build_py': BuildWithNotebooks},
     name=c['lib_name'], version=c['version'], description=c['description'],
     author=c['author'], author_email=c['author_email'], keywords=c['keywords'].split(), url=c['git_url'],
     license={'apache2': 'Apache-2.0', 'mit': 'MIT', 'bsd3': 'BSD-3-Clause'}[c['license']],

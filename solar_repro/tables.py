@@ -46,16 +46,17 @@ def models(
 def table(
     n:int, # 3 to 7
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
+    own:Sequence[str]=(), # rows of one's own, below the paper's; nothing is printed of them there
 )->pd.DataFrame: # model, h6, arc ... gsm8k; the same with _se; the same with _paper; percent
     "A table of section 4.3, ours beside the paper's; plainly worded TruthfulQA (`truthfulqa_plain`) last where scored."
-    rows = models(n)
+    rows = (*models(n), *own)
     _require(scores['model'], rows, f'table {n}')
     ours = with_h6(scores[scores['model'].isin(rows)])
     printed = paper.scores().query('table == @n').set_index(['model', 'task'])['score']
     tasks = list(TITLES)
     columns = {t: [100*ours.loc[(m, t), 'score'] for m in rows] for t in tasks}
     columns |= {f'{t}_se': [100*ours.loc[(m, t), 'se'] for m in rows] for t in tasks}
-    columns |= {f'{t}_paper': [100*printed[m, t] for m in rows] for t in tasks}
+    columns |= {f'{t}_paper': [100*printed.get((m, t), math.nan) for m in rows] for t in tasks}
     if 'truthfulqa_plain' in set(scores['task']): columns['truthfulqa_plain'] = [100*ours.loc[(m, 'truthfulqa_plain'), 'score'] for m in rows]
     return pd.DataFrame(dict(model=list(rows), **columns)).round(2)
 
@@ -71,7 +72,7 @@ def printed(
     bold, se, ours = _MARKUP[markup]
     def cell(row, task):
         best = row[task] == t[task].max()
-        return (bold if best else '{}').format(f'{row[task]:.2f}') + se.format(row[f'{task}_se']) + ours.format(row[f'{task}_paper'])
+        return (bold if best else '{}').format(f'{row[task]:.2f}') + se.format(row[f'{task}_se']) + ('' if math.isnan(row[f'{task}_paper']) else ours.format(row[f'{task}_paper']))
     out = pd.DataFrame({'Model': t['model'], **{title: [cell(r, task) for _, r in t.iterrows()] for task, title in TITLES.items()}})
     if 'truthfulqa_plain' in t: out.insert(list(out).index(TITLES['truthfulqa']) + 1, 'plain words', [f'{x:.2f}' for x in t['truthfulqa_plain']])
     return out
@@ -155,8 +156,10 @@ def finding(
 
 # %% ../nbs/06_tables.ipynb #b85dbe9e
 def _centred(t:pd.DataFrame, column:str)->pd.Series:
-    "A column as distances from its mean over the rows, in points."
-    return t[column] - t[column].mean()
+    "A column as distances from its mean over the paper's rows, in points."
+    return t[column] - _mean(t, column)
+
+def _mean(t:pd.DataFrame, column:str)->float: return t.loc[t['h6_paper'].notna(), column].mean()
 
 def _reach(t:pd.DataFrame, task:str, paper_se:pd.Series)->float:
     "Half the width of a panel, in points: what its dots and bars need."
@@ -171,18 +174,19 @@ def _panel(ax, t:pd.DataFrame, task:str, paper_se:pd.Series, label:str)->None:
     ax.errorbar(_centred(t, f'{task}_paper'), y - .16, xerr=paper_se, mfc='white', mec=PAPER, ecolor=PAPER, label='paper, SOLAR 10.7B', **look)
     ax.errorbar(_centred(t, task), y + .16, xerr=t[f'{task}_se'], color=OURS, label=f'ours, {label}', **look)
     ax.set_title(TITLES[task], loc='left', fontweight='bold', pad=29)
-    for text, color, height in ((f'{t[f"{task}_paper"].mean():.1f} %', PAPER, 17), (f'{t[task].mean():.1f} %', OURS, 5)):
+    for text, color, height in ((f'{_mean(t, f"{task}_paper"):.1f} %', PAPER, 17), (f'{_mean(t, task):.1f} %', OURS, 5)):
         ax.annotate(text, (0, 1), (0, height), xycoords='axes fraction', textcoords='offset points', color=color, fontsize=8)
 
 def figure(
     n:int, # 3 to 7
     scores:pd.DataFrame, # model, task, metric, score, se, n
     label:str, # what the scores are of, e.g. the profile's label
+    own:Sequence[str]=(), # rows of one's own, below the paper's
 )->plt.Figure:
     "A table as a picture: rows of models, a panel a benchmark, ours filled, the paper hollow, each about its own mean."
     style()
-    t = table(n, scores); theirs = paper_scores()['se']
-    paper_se = {task: pd.Series([100*theirs[m, task] for m in t['model']]) for task in TITLES}
+    t = table(n, scores, own); theirs = paper_scores()['se']
+    paper_se = {task: pd.Series([100*theirs.get((m, task), math.nan) for m in t['model']]) for task in TITLES}
     reach = {task: _reach(t, task, paper_se[task]) for task in TITLES}
     reach = {task: max(r, .11*sum(reach.values())) for task,r in reach.items()}   # room for the panel's name
     fig, axes = plt.subplots(1, len(TITLES), figsize=(11.5, 1.9 + .42*len(t)), sharey=True, width_ratios=list(reach.values()))
@@ -309,16 +313,17 @@ def publish(
     out:Path, # the run's folder
     label:str, # what the scores are of
     provenance:pd.DataFrame, # what was run, one row a stage
+    own:dict[int,list[str]]={}, # table -> rows of one's own
 )->list[Path]: # files written
     "Tables, figures and report.html of a run."
     for d in ('tables', 'figures'): (out/d).mkdir(parents=True, exist_ok=True)
     files, c = [], claims(scores)
-    figures = {f'table{n}': figure(n, scores, label) for n in paper.MADE} | {'claims': claims_figure(c, label)}
+    figures = {f'table{n}': figure(n, scores, label, own.get(n, ())) for n in paper.MADE} | {'claims': claims_figure(c, label)}
     for name, fig in figures.items():
         fig.savefig(out/'figures'/f'{name}.png', metadata={'Software': None}); plt.close(fig); files.append(out/'figures'/f'{name}.png')
     shown = []
     for n in paper.MADE:
-        t = table(n, scores); files += _write_table(n, t, out/'tables', label)
+        t = table(n, scores, own.get(n, ())); files += _write_table(n, t, out/'tables', label)
         shown.append((n, _html(printed(t, 'html')), _embed(out/'figures'/f'table{n}.png'), html.escape(finding(n, t, label))))
     page = Environment(autoescape=False).from_string(_PAGE).render(
         label=html.escape(label), css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_escaped(c), claims_image=_embed(out/'figures'/'claims.png'),

@@ -1,4 +1,10 @@
-"Build the documentation site without Quarto: nbdev applies the directives, smalldocs renders, nothing is fetched."
+"""Build the documentation site without Quarto: nbdev applies the directives, smalldocs renders, nothing is fetched.
+
+Outputs are those of a run (`runs/PROFILE/notebooks/`, as `make tables` leaves them) where its notebooks are still the
+ones in nbs/; otherwise the outputs stored in nbs/, which may be none. Code is not run here.
+"""
+import argparse
+import ast
 import os
 import re
 import shutil
@@ -11,7 +17,7 @@ os.environ['IN_TEST'] = '1'          # what nbdev itself sets while it processes
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
-from execnb.nbio import read_nb, write_nb
+from execnb.nbio import mk_cell, read_nb, write_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.processors import FilterDefaults
@@ -22,7 +28,8 @@ from smalldocs.site import build
 os.chdir(Path(__file__).resolve().parents[1])
 cfg = get_config()
 BASE = re.escape((cfg.doc_host + cfg.doc_baseurl).rstrip('/') + '/')
-FLOORS = (('.', 'The story'), ('lab', 'The machinery'), ('tiny', 'The tiny world'))
+FLOORS = {'.': 'The story', 'lab': 'The machinery', 'tiny': 'The tiny world'}   # another folder goes by its own name
+EXPORT = re.compile(r'^#\|\s*exports?\b.*\n?', flags=re.M)
 
 
 def fix_md(s: str, up: str) -> str:
@@ -34,11 +41,76 @@ def fix_md(s: str, up: str) -> str:
     return ''.join(parts)
 
 
-def process(src: Path, nbs: Path, proc: Path) -> str:
+def run_outputs(nb, executed: Path) -> bool:
+    "Take over the outputs of an executed copy, by cell id; False, and nothing taken, if its cells are not these."
+    if not executed.is_file():
+        return False
+    done = {c.id: c for c in read_nb(executed).cells}
+    if any(c.id not in done or done[c.id].source != c.source for c in nb.cells):
+        return False
+    for c in nb.cells:
+        if c.cell_type == 'code':
+            c.outputs = done[c.id].get('outputs', [])
+    return True
+
+
+def parsed(source: str) -> list[ast.stmt]:
+    "The statements of a cell; none if it holds a magic."
+    try:
+        return ast.parse(source).body
+    except SyntaxError:
+        return []
+
+
+def show_exports(nb, reference: str) -> None:
+    "Exported code is shown as it stands, under links to its reference; imports are folded, in one place."
+    cells, imports = [], None
+    for c in nb.cells:
+        body = parsed(c.source) if c.cell_type == 'code' else []
+        if "environ.get('IN_TEST')" in c.source and len(body) == 1:          # for nbdev_test only
+            continue
+        if body and EXPORT.search(c.source):
+            c.source = EXPORT.sub('', c.source, count=1)
+            names = [d.name for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef)) and d.name[0] != '_']
+            links = ' '.join(f'<a id="{n}" href="{reference}#{n}"><code>{n}</code></a>' for n in names)
+            if links:
+                cells.append(mk_cell(f'<p class="defines">reference: {links}</p>', cell_type='markdown'))
+        if body and all(isinstance(b, (ast.Import, ast.ImportFrom)) for b in body) and '#| hide' not in c.source:
+            if imports and imports is cells[-1]:
+                imports.source += f'\n\n{c.source}'
+                continue
+            c.source = f'#| code-fold: true\n#| code-summary: "imports"\n{c.source}'
+            imports = c
+        cells.append(c)
+    nb.cells[:] = cells
+
+
+def alt_texts(nb) -> None:
+    "A figure without a text of its own is described by the heading and the prose that lead to it."
+    heading = prose = ''
+    for c in nb.cells:
+        if c.cell_type == 'markdown':
+            for block in re.split(r'\n\s*\n|\n(?=#)', c.source):
+                if m := re.match(r'#+\s+(.*)', block):
+                    heading, prose = m[1], ''
+                elif not block.startswith(('<', '|', '```')):
+                    prose = block
+        elif any('image/png' in o.get('data', {}) for o in c.get('outputs', [])) and 'fig-alt' not in c.source:
+            first = re.split(r'(?<=[.:])\s', ' '.join(prose.split()))[0]
+            alt = re.sub(r'[*`$\\"]|\[|\]\([^)]*\)', '', f'Figure under {heading}: {first}').strip(': ')
+            c.source = f'#| fig-alt: "{alt}"\n{c.source}'
+
+
+def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) -> str:
     "Run nbdev's processors on one notebook and write it under its output name; returns that, relative to the site."
     folder = src.relative_to(nbs).parent
     up = '../' * len(folder.parts)
     nb = read_nb(src)
+    if not run_outputs(nb, run / src.relative_to(nbs)) and run.is_dir() and src.name != 'index.ipynb':
+        print(f'{src.relative_to(nbs)}: not as it was executed for {run.parent.name}; shown with the outputs stored in it')
+    module = next((m[1] for c in nb.cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, flags=re.M))), '')
+    show_exports(nb, f"{up}{pages.get(f'{cfg.lib_name}.{module}', '')}")
+    alt_texts(nb)
     FilterDefaults()(nb)
     raw = bool(nb.cells) and nb.cells[0].cell_type == 'raw'
     front = yaml.safe_load(nb.cells[0].source.strip().strip('-')) if raw else {}
@@ -47,7 +119,7 @@ def process(src: Path, nbs: Path, proc: Path) -> str:
         nb.cells[0].source = f'---\n{yaml.safe_dump(front)}---\n'
     for c in nb.cells:
         if c.cell_type == 'markdown':
-            c.source = fix_md(c.source, up)
+            c.source = fix_md(c.source, up).replace('<details>', '<details open>')
         for o in c.get('outputs', []):
             d = o.get('data', {})
             if 'text/markdown' in d:
@@ -59,21 +131,21 @@ def process(src: Path, nbs: Path, proc: Path) -> str:
     return out.as_posix()
 
 
-def api_pages() -> list[str]:
+def api_pages() -> dict[str, str]: # module -> its page in the site
     "The reference pages that smalldocs will write, by its own rule for names."
     mods = [m.__name__ for m in package_modules(cfg.lib_name)]
     short = [m.rpartition('.')[2] for m in mods]
-    return [f'api/{s if short.count(s) == 1 else m}.qmd' for m, s in zip(mods, short)]
+    return {m: f'api/{s if short.count(s) == 1 else m}.html' for m, s in zip(mods, short)}
 
 
 def sidebar(pages: list[str]) -> list:
-    "Front page, then the notebooks floor by floor in story order, then the reference."
+    "Front page, then the notebooks folder by folder in story order, then the reference."
+    folders = {p: Path(p).parent.as_posix() for p in pages if p != 'index.ipynb'}
+    known = [f for f in FLOORS if f in folders.values()]
     side = ['index.ipynb']
-    for folder, title in FLOORS:
-        inside = [p for p in pages if Path(p).parent == Path(folder) and p != 'index.ipynb']
-        if inside:
-            side.append(dict(section=title, contents=inside))
-    return [*side, dict(section='API reference', contents=api_pages())]
+    for f in [*known, *sorted(set(folders.values()) - set(known))]:
+        side.append(dict(section=FLOORS.get(f, f.capitalize()), contents=[p for p in pages if folders.get(p) == f]))
+    return [*side, dict(section='API reference', contents=[p.replace('.html', '.qmd') for p in api_pages().values()])]
 
 
 def offline(site: Path) -> None:
@@ -97,15 +169,22 @@ def offline(site: Path) -> None:
 
 
 def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument('--profile', default='tiny', help='name or file: the run in runs/ whose executed notebooks are shown (default: tiny)')
+    args = ap.parse_args()
     refresh_quarto_yml()                       # nbs/nbdev.yml from settings.ini
-    nbs, proc = cfg.nbs_path, cfg.config_path / '_proc'
+    nbs, proc, run = cfg.nbs_path.resolve(), cfg.config_path / '_proc', cfg.config_path / 'runs' / Path(args.profile).stem / 'notebooks'
+    print(f'outputs: {run.relative_to(cfg.config_path) if run.is_dir() else "as stored in nbs/ (run `make tables` first to have a run shown)"}')
     shutil.rmtree(proc, ignore_errors=True)
     proc.mkdir()
-    sources = sorted(nbglob(as_path=True), key=lambda p: p.relative_to(nbs).as_posix())
+    sources = sorted(nbglob(as_path=True), key=lambda p: p.resolve().relative_to(nbs).as_posix())
     os.chdir(nbs)
-    pages = [process(f.resolve(), nbs.resolve(), proc) for f in sources]
+    reference = api_pages()
+    pages = [process(f.resolve(), nbs, proc, run, reference) for f in sources]
     for name in ('_quarto.yml', 'nbdev.yml', 'styles.css'):
         shutil.copy2(nbs / name, proc / name)
+    if (nbs / 'recorded').is_dir():
+        shutil.copytree(nbs / 'recorded', proc / 'recorded')
     side = {'website': {'sidebar': {'contents': sidebar(pages)}}}
     (proc / 'sidebar.yml').write_text(yaml.safe_dump(side, sort_keys=False), encoding='utf-8')
     site = build(str(proc))

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def cell_text(cell: dict) -> str:
     "One cell as markdown; directives and empty cells give nothing."
     source = ''.join(cell['source'])
-    if cell['cell_type'] == 'markdown':
-        return source.strip()
+    if cell['cell_type'] == 'markdown':                     # pictures lie beside the notebook
+        return source.strip().replace('](recorded/', '](nbs/recorded/')
     source = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     return f'```python\n{source}\n```' if cell['cell_type'] == 'code' and source else ''
 

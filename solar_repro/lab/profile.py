@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Rate', 'Dtype', 'DPO_ROWS', 'root', 'Strict', 'Machine', 'Base', 'Template', 'Rows', 'Data',
-           'Numerics', 'Training', 'Sft', 'DpoRow', 'Dpo', 'Merge', 'NumFewshot', 'Eval', 'Profile', 'profiles',
-           'load_profile']
+           'Numerics', 'Training', 'Sft', 'DpoRow', 'Dpo', 'Merge', 'OwnSet', 'OwnRow', 'NumFewshot', 'Eval', 'Profile',
+           'profiles', 'load_profile']
 
 # %% ../../nbs/lab/00_profile.ipynb #918e79ca
 import difflib
 import tomllib
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% ../../nbs/lab/00_profile.ipynb #3fae5807
 def root()->Path:
@@ -119,6 +120,34 @@ class Merge(Strict):
     slerp_threshold: Annotated[float, Field(gt=0, le=1)] # |cosine| above it: linear
 
 # %% ../../nbs/lab/00_profile.ipynb #fcb5c4cb
+class OwnSet(Strict):
+    "A training set of one's own: JSON lines of prompt and completion, or of prompt, chosen and rejected."
+    file: str # path, beside the profile
+    n: Positive | None = None # rows drawn; None: all, in the file's order
+
+class OwnRow(DpoRow):
+    "A row of one's own in one of Tables 3 to 7; what it does not set is as in the profile."
+    table: Literal[3, 4, 5, 6, 7] | None = None # where it is shown; None: SFT in 3, DPO in 4, merges in 7
+    sets: list[str] | None = None # trained on these
+    start: str | None = None # the model that DPO starts from; None: SFT on the base
+    weights: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = None # merged from these two models, which sum to 1
+    method: Literal['linear', 'slerp'] = 'linear' # of a merge; SLERP's t is the second weight
+
+    @model_validator(mode='after')
+    def _one_thing(self):
+        own = self.start or self.learning_rate or self.beta or self.epochs
+        if bool(self.sets) == bool(self.weights): raise ValueError('must have either sets (a training) or weights (a merge)')
+        if self.weights and (own or len(self.weights) != 2 or abs(sum(self.weights.values()) - 1) > 1e-9):
+            raise ValueError('must weigh two models, in weights that sum to 1, and set nothing of a training')
+        if self.sets and (self.method != 'linear' or self.beta and not self.start): raise ValueError('is a training: method is for merges, beta for DPO (with a start)')
+        return self
+
+    @property
+    def shown_in(self)->int:
+        "The table that shows it."
+        return self.table or (7 if self.weights else 4 if self.start else 3)
+
+# %% ../../nbs/lab/00_profile.ipynb #07dac1c8
 class NumFewshot(Strict):
     "Worked examples before the question."
     arc: Annotated[int, Field(ge=0)]
@@ -148,9 +177,27 @@ class Profile(Strict):
     dpo: Dpo
     merge: Merge
     eval: Eval
+    sets: dict[str, OwnSet] = {} # training sets of one's own, by name
+    rows: dict[str, OwnRow] = {} # rows of one's own, by name
+
+# %% ../../nbs/lab/00_profile.ipynb #5ed826f0
+def _over(below:dict, above:dict)->dict:
+    "One TOML document over another, table by table."
+    return {**below, **{k: _over(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}}
+
+def _extended(raw:dict, path:Path, seen:tuple=())->dict:
+    "A document with what it extends under it."
+    for s in raw.get('sets', {}).values():
+        if isinstance(s, dict) and isinstance(s.get('file'), str): s['file'] = str(path.resolve().parent/s['file'])
+    if 'extends' not in raw: return raw
+    name = str(raw.pop('extends'))
+    below = _SHIPPED/f'{name}.toml' if (_SHIPPED/f'{name}.toml').is_file() else path.resolve().parent/name
+    if not below.is_file(): raise ValueError(f'profile {path}: extends {name!r}; expected one of {profiles()} or a file beside it. Correct the name.')
+    if below in seen: raise ValueError(f'profile {path}: extends {name!r}, which extends it; expected no circle. Let one of them stand alone.')
+    return _over(_extended(tomllib.loads(below.read_text(encoding='utf-8')), below, (*seen, below)), {'name': path.stem, **raw})
 
 # %% ../../nbs/lab/00_profile.ipynb #66729873
-_SHIPPED = Path(__file__).parent.parent/'profiles' if '__file__' in globals() else root()/'solar_repro'/'profiles'
+_SHIPPED = Path(__file__).parent.parent/'profiles' if '__file__' in globals() else Path(find_spec('solar_repro').origin).parent/'profiles'
 
 def profiles()->list[str]: # names
     "The shipped profiles."
@@ -158,6 +205,7 @@ def profiles()->list[str]: # names
 
 def _keys_at(model:type[BaseModel], path:tuple)->list[str]:
     "The valid keys of the section at `path`."
+    if path[:1] in (('rows',), ('sets',)): return list((OwnRow if path[0] == 'rows' else OwnSet).model_fields)
     for p in path:
         kind = model.model_fields[p].annotation
         if not isinstance(kind, type) or not issubclass(kind, BaseModel): return list(DPO_ROWS) if len(path) == 2 else list(DpoRow.model_fields)
@@ -186,7 +234,7 @@ def load_profile(
         near = difflib.get_close_matches(str(name_or_path), profiles(), 1)
         hint = f"; did you mean '{near[0]}'?" if near else '.'
         raise ValueError(f"profile {str(name_or_path)!r}: neither a shipped profile {profiles()} nor a file{hint}")
-    try: raw = tomllib.loads(path.read_text(encoding='utf-8'))
+    try: raw = _extended(tomllib.loads(path.read_text(encoding='utf-8')), path)
     except tomllib.TOMLDecodeError as e: raise ValueError(f'profile {path}: not valid TOML: {e}') from None
     if seed is not None: raw['seed'] = seed
     try: return Profile.model_validate(raw)
