@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUPPORTED', 'CONTRADICTED', 'NOISE', 'MARGIN', 'OURS', 'PAPER', 'VERDICT_COLORS', 'MARKS', 'MIN_SEEDS', 'with_h6',
-           'models', 'table', 'printed', 'judge', 'overall', 'paper_scores', 'claims', 'style', 'finding', 'figure',
-           'claims_figure', 'over_seeds', 'seeds_figure', 'publish']
+           'models', 'table', 'printed', 'plain_words', 'judge', 'overall', 'paper_scores', 'claims', 'style',
+           'finding', 'figure', 'claims_figure', 'over_seeds', 'seeds_figure', 'publish']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import base64
@@ -48,7 +48,7 @@ def table(
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     own:Sequence[str]=(), # rows of one's own, below the paper's; nothing is printed of them there
 )->pd.DataFrame: # model, h6, arc ... gsm8k; the same with _se; the same with _paper; percent
-    "A table of section 4.3, ours beside the paper's; plainly worded TruthfulQA (`truthfulqa_plain`) last where scored."
+    "A table of section 4.3, ours beside the paper's."
     rows = (*models(n), *own)
     _require(scores['model'], rows, f'table {n}')
     ours = with_h6(scores[scores['model'].isin(rows)])
@@ -57,25 +57,48 @@ def table(
     columns = {t: [100*ours.loc[(m, t), 'score'] for m in rows] for t in tasks}
     columns |= {f'{t}_se': [100*ours.loc[(m, t), 'se'] for m in rows] for t in tasks}
     columns |= {f'{t}_paper': [100*printed.get((m, t), math.nan) for m in rows] for t in tasks}
-    if 'truthfulqa_plain' in set(scores['task']): columns['truthfulqa_plain'] = [100*ours.loc[(m, 'truthfulqa_plain'), 'score'] for m in rows]
     return pd.DataFrame(dict(model=list(rows), **columns)).round(2)
 
 # %% ../nbs/06_tables.ipynb #d7d12619
-_MARKUP = dict(html=('<b>{}</b>', ' ± {:.1f}', '<br><span class="paper">{:.2f}</span>'), md=('**{}**', ' ± {:.1f}', ' ({:.2f})'),
-               tex=(r'\textbf{{{}}}', r' $\pm$ {:.1f}', ' ({:.2f})'))
+_MARKUP = dict(html=('<b>{}</b>', ' ± {:.1f}', '<br><span class="paper">{}</span>'), md=('**{}**', ' ± {:.1f}', ' ({})'),
+               tex=(r'\textbf{{{}}}', r' $\pm$ {:.1f}', ' ({})'))
+_SIGNS = {'○': r'$\circ$', '✗': r'$\times$'} # in LaTeX
+
+def _made(n:int, rows:Sequence[str], markup:str)->dict[str,list[str]]:
+    "The paper's columns between name and scores; empty for rows that it does not have."
+    made = {r.model: r.made for r in paper.ROWS if r.table == n}
+    sign = lambda x: _SIGNS.get(x, x) if markup == 'tex' else x
+    return {h: [sign(made.get(m, {}).get(h, '')) for m in rows] for h in paper.MADE[n]}
 
 def printed(
-    t:pd.DataFrame, # of `table`
+    n:int, # 3 to 7
+    scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     markup:str, # 'html', 'md' or 'tex'
+    own:Sequence[str]=(), # rows of one's own
 )->pd.DataFrame: # strings
-    "A table as it is printed: best values bold, standard errors, the paper's values in brackets."
-    bold, se, ours = _MARKUP[markup]
+    "A table as it is printed: marks, best values bold, standard errors, the paper's values in brackets."
+    bold, se, theirs = _MARKUP[markup]
+    t = table(n, scores, own)
+    in_bold = {r.model: r.bold for r in paper.ROWS if r.table == n}
     def cell(row, task):
-        best = row[task] == t[task].max()
-        return (bold if best else '{}').format(f'{row[task]:.2f}') + se.format(row[f'{task}_se']) + ('' if math.isnan(row[f'{task}_paper']) else ours.format(row[f'{task}_paper']))
-    out = pd.DataFrame({'Model': t['model'], **{title: [cell(r, task) for _, r in t.iterrows()] for task, title in TITLES.items()}})
-    if 'truthfulqa_plain' in t: out.insert(list(out).index(TITLES['truthfulqa']) + 1, 'plain words', [f'{x:.2f}' for x in t['truthfulqa_plain']])
-    return out
+        best, value = row[task] == t[task].max(), row[f'{task}_paper']
+        ours = (bold if best else '{}').format(f'{row[task]:.2f}') + se.format(row[f'{task}_se'])
+        return ours if math.isnan(value) else ours + theirs.format((bold if task in in_bold[row['model']] else '{}').format(f'{value:.2f}'))
+    out = {'Model': t['model'], **_made(n, t['model'], markup)}
+    for task, title in TITLES.items():
+        out[title] = [cell(r, task) for _, r in t.iterrows()]
+        if task == 'truthfulqa' and 'truthfulqa_plain' in set(scores['task']): out['plain words'] = [f'{x:.2f}' for x in plain_words(scores, t['model'])['plain']]
+    return pd.DataFrame(out)
+
+def plain_words(
+    scores:pd.DataFrame, # model, task, metric, score, se, n; with task 'truthfulqa_plain'
+    models:Sequence[str], # rows
+)->pd.DataFrame: # model, truthfulqa, truthfulqa_se, plain, plain_se; percent
+    "TruthfulQA's mc2 over all answers, and over the plainly worded ones alone, which no style tells apart."
+    s = scores.set_index(['task', 'model'])
+    pick = lambda task, what: [100*s.loc[(task, m), what] for m in models]
+    return pd.DataFrame(dict(model=list(models), truthfulqa=pick('truthfulqa', 'score'), truthfulqa_se=pick('truthfulqa', 'se'),
+                             plain=pick('truthfulqa_plain', 'score'), plain_se=pick('truthfulqa_plain', 'se'))).round(2)
 
 # %% ../nbs/06_tables.ipynb #f7c996aa
 SUPPORTED, CONTRADICTED, NOISE = 'supported', 'contradicted', 'within the noise'
@@ -277,7 +300,7 @@ _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 the paper's numbers are of a 10.7 B model and stand beside them for direction only.</p>
 {% for n, table, image, title in tables %}<h2>Table {{ n }}</h2>{{ table }}<p><img alt="{{ title }}" src="data:image/png;base64,{{ image }}"></p>
 {% endfor %}<h2>Claims</h2><p>A comparison is <span class="supported">supported</span> if the difference, give or take two standard errors, lies where the claim says, <span class="contradicted">contradicted</span>
-if it lies wholly elsewhere, and otherwise <span class="within">within the noise</span>; ≈ and ≥ allow {{ margin }} points. A claim is supported if all its comparisons are, contradicted if one is.
+if it lies wholly elsewhere, and otherwise <span class="within">within the noise</span>; ≈ and ≥ allow {{ margin }} points, a margin of ours (the paper names none). A claim is supported if all its comparisons are, contradicted if one is.
 Standard errors count the noise of the test items only; the noise of training comes on top.</p>
 <p><img alt="Verdict on each claim, on the paper's numbers and on ours" src="data:image/png;base64,{{ claims_image }}"></p>
 <table class="claims"><tr><th>claim</th><th>on the paper's numbers</th><th>on ours, {{ label }}</th></tr>
@@ -291,15 +314,23 @@ def _html(t:pd.DataFrame)->str: return t.to_html(index=False, escape=False, bord
 
 def _tex(s:str)->str: return ''.join('\\'+c if c in '&%$#_{}' else c for c in s)
 
-def _write_table(n:int, t:pd.DataFrame, folder:Path, label:str)->list[Path]:
+def _write_table(n:int, scores:pd.DataFrame, folder:Path, label:str, own:Sequence[str])->list[Path]:
     "One table in four formats; all but the csv, which has no room for it, say what the scores are of."
-    said = f"Table {n}, {label}: percent ± one standard error, the paper's value {{}}; best of each column in bold."
+    said = f"Table {n}, {label}: percent ± one standard error, the paper's value {{}}; best of each column in bold, theirs and ours."
     beside, below = said.format('in brackets'), html.escape(said.format('below, in grey'), quote=False)
-    text = dict(csv=t.to_csv(index=False, float_format='%.2f'), html=_html(printed(t, 'html')).replace('>', f'><caption>{below}</caption>', 1),
-                md=f"{beside}\n\n{printed(t, 'md').to_markdown(index=False, disable_numparse=True)}\n",
-                tex=printed(t, 'tex').to_latex(index=False, escape=False, caption=_tex(beside).replace('±', r'$\pm$')))
+    shown = {m: printed(n, scores, m, own) for m in _MARKUP}
+    text = dict(csv=table(n, scores, own).to_csv(index=False, float_format='%.2f'), html=_html(shown['html']).replace('>', f'><caption>{below}</caption>', 1),
+                md=f"{beside}\n\n{shown['md'].to_markdown(index=False, disable_numparse=True)}\n",
+                tex=shown['tex'].to_latex(index=False, escape=False, caption=_tex(beside).replace('±', r'$\pm$')))
     for ending, s in text.items(): (folder/f'table{n}.{ending}').write_text(s, encoding='utf-8')
     return [folder/f'table{n}.{ending}' for ending in text]
+
+def _write_rest(scores:pd.DataFrame, c:pd.DataFrame, folder:Path)->list[Path]:
+    "What has no place in the five tables: the claims with the numbers that decide them, and TruthfulQA in plain words."
+    c[['claim', 'on_paper', 'on_ours', 'quote', 'paper_numbers', 'our_numbers']].to_csv(folder/'claims.csv', index=False)
+    if 'truthfulqa_plain' not in set(scores['task']): return [folder/'claims.csv']
+    plain_words(scores, list(dict.fromkeys(scores['model']))).to_csv(folder/'truthfulqa_plain.csv', index=False, float_format='%.2f')
+    return [folder/'claims.csv', folder/'truthfulqa_plain.csv']
 
 def _escaped(c:pd.DataFrame)->list[dict]:
     "Claims for the page: text escaped, the comparisons apart."
@@ -323,8 +354,9 @@ def publish(
         fig.savefig(out/'figures'/f'{name}.png', metadata={'Software': None}); plt.close(fig); files.append(out/'figures'/f'{name}.png')
     shown = []
     for n in paper.MADE:
-        t = table(n, scores, own.get(n, ())); files += _write_table(n, t, out/'tables', label)
-        shown.append((n, _html(printed(t, 'html')), _embed(out/'figures'/f'table{n}.png'), html.escape(finding(n, t, label))))
+        rows = own.get(n, ()); files += _write_table(n, scores, out/'tables', label, rows)
+        shown.append((n, _html(printed(n, scores, 'html', rows)), _embed(out/'figures'/f'table{n}.png'), html.escape(finding(n, table(n, scores, rows), label))))
+    files += _write_rest(scores, c, out/'tables')
     page = Environment(autoescape=False).from_string(_PAGE).render(
         label=html.escape(label), css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_escaped(c), claims_image=_embed(out/'figures'/'claims.png'),
         provenance=provenance.to_html(index=False, border=0, na_rep=''))

@@ -188,7 +188,7 @@ def test_standard_errors_of_the_paper():
 def test_columns_and_rows(n, plain):
     t = tables.table(n, frame(plain=plain))
     want = ['model', *TASKS, *(f'{x}_se' for x in TASKS), *(f'{x}_paper' for x in TASKS)]
-    assert list(t.columns)[:22] == want and list(t.columns)[22:] == ['truthfulqa_plain']*plain
+    assert list(t.columns) == want
     assert list(t['model']) == list(paper.models(n)) and len(t) == COUNTS[n]
 
 
@@ -198,24 +198,34 @@ def test_row_order_does_not_depend_on_the_frame():
 
 
 def test_bold_and_ties():
-    "The best of each column is bold; two that print alike are both bold; the paper's values never are."
+    "The best of each column is bold; two that print alike are both bold; the paper's values where the paper has them bold."
     s = frame(**{'Merge v1|arc': .8, 'Merge v3|arc': .800001, 'Merge v2|gsm8k': .9})
-    t = tables.table(7, s)
-    md = tables.printed(t, 'md').set_index('Model')
+    md = tables.printed(7, s, 'md').set_index('Model')
     bold = lambda title: {m for m, c in md[title].items() if c.startswith('**')}
     assert bold('ARC') == {'Merge v1', 'Merge v3'}
     assert bold('GSM8K') == {'Merge v2'}
     assert bold('MMLU') == set(md.index)                     # all alike
-    assert md.loc['Merge v1', 'ARC'] == '**80.00** ± 5.0 (71.16)' and md.loc['Merge v2', 'ARC'] == '50.00 ± 5.0 (71.08)'
-    assert tables.printed(t, 'tex').set_index('Model').loc['Merge v2', 'GSM8K'] == r'\textbf{90.00} $\pm$ 5.0 (64.52)'
-    assert tables.printed(t, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
+    assert md.loc['Merge v1', 'ARC'] == '**80.00** ± 5.0 (**71.16**)' and md.loc['Merge v2', 'ARC'] == '50.00 ± 5.0 (71.08)'
+    assert tables.printed(7, s, 'tex').set_index('Model').loc['Merge v2', 'GSM8K'] == r'\textbf{90.00} $\pm$ 5.0 (64.52)'
+    assert tables.printed(7, s, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
 
 
 @pytest.mark.parametrize('markup', ['html', 'md', 'tex'])
 def test_plain_words_stand_beside_truthfulqa(markup):
-    heads = list(tables.printed(tables.table(6, frame(plain=True)), markup))
+    heads = list(tables.printed(6, frame(plain=True), markup))
     assert heads[heads.index('TruthfulQA'):][:3] == ['TruthfulQA', 'plain words', 'Winogrande']
-    assert list(tables.printed(tables.table(6, frame()), markup)) == ['Model', *TITLES]
+    assert list(tables.printed(6, frame(), markup)) == ['Model', *TITLES]
+
+
+def test_the_papers_own_columns_and_bold_are_printed():
+    "Marks, base and method stand where the paper has them, in every format; its bold values are bold."
+    three = tables.printed(3, frame(), 'md').set_index('Model')
+    assert list(three.loc['SFT v4'])[:3] == ['○', '✗', '○'] and list(three.columns[:3]) == ['Alpaca-GPT4', 'OpenOrca', 'Synth. Math-Instruct']
+    assert list(tables.printed(5, frame(), 'html')['Base SFT Model']) == ['SFT v3', 'SFT v3 + v4']
+    assert list(tables.printed(7, frame(), 'tex')['Merge Method'])[3] == 'SLERP' and r'$\times$' in set(tables.printed(4, frame(), 'tex')['Synth. Math-Alignment'])
+    for row in paper.ROWS:
+        cells = tables.printed(row.table, frame(), 'md').set_index('Model').loc[row.model]
+        for task, title in zip(TASKS, TITLES): assert cells[title].endswith('**)') == (task in row.bold), (row.model, task)
 
 
 @pytest.mark.parametrize('n,gone', [(3, 'SFT v4'), (4, 'DPO v1 + v2'), (7, 'Merge v4')])
@@ -353,7 +363,7 @@ def published(tmp_path_factory):
 def test_what_is_published(published):
     out, files = published
     want = {f'tables/table{n}.{e}' for n in COUNTS for e in ('csv', 'html', 'md', 'tex')} | {f'figures/table{n}.png' for n in COUNTS}
-    want |= {'figures/claims.png', 'report.html'}
+    want |= {'figures/claims.png', 'report.html', 'tables/claims.csv', 'tables/truthfulqa_plain.csv'}
     assert {f.relative_to(out).as_posix() for f in files} == want == {f.relative_to(out).as_posix() for f in out.rglob('*') if f.is_file()}
     assert all(f.stat().st_size for f in files)
 
@@ -361,7 +371,7 @@ def test_what_is_published(published):
 @pytest.mark.parametrize('n', COUNTS)
 def test_csv(n, published):
     with open(published[0]/'tables'/f'table{n}.csv', encoding='utf-8', newline='') as f: head, *rows = csv.reader(f)
-    assert head[:22] == ['model', *TASKS, *(f'{x}_se' for x in TASKS), *(f'{x}_paper' for x in TASKS)]
+    assert head == ['model', *TASKS, *(f'{x}_se' for x in TASKS), *(f'{x}_paper' for x in TASKS)]
     assert [r[0] for r in rows] == list(paper.models(n))
     assert all(re.fullmatch(r'\d+\.\d\d', x) for r in rows for x in r[1:])
     printed = [r for r in paper.ROWS if r.table == n]
