@@ -188,11 +188,12 @@ def collect(
 
 # %% ../nbs/05_eval.ipynb #1da6665d
 def mean_se(
-    xs:Sequence[float], # score of each item; two or more
+    xs:Sequence[float], # score of each item, in [0, 1]; two or more
 )->tuple[float,float]: # mean, standard error of the mean
-    "Mean and its standard error over items."
+    "Mean and its standard error over items; of shares of right answers not below that of Agresti and Coull (doi:10.1080/00031305.1998.10480550)."
     xs = np.asarray(xs, float)
-    return float(xs.mean()), float(xs.std(ddof=1)/math.sqrt(len(xs)))
+    se, padded = xs.std(ddof=1)/math.sqrt(len(xs)), np.array([*xs, 0, 0, 1, 1])
+    return float(xs.mean()), float(max(se, padded.std()/math.sqrt(len(padded))) if set(xs) <= {0., 1.} else se)
 
 # %% ../nbs/05_eval.ipynb #8532c5eb
 PROTOCOLS = 'modern', 'leaderboard-2023'
@@ -215,7 +216,7 @@ def mean_of_groups(
     of = defaultdict(list)
     for x, g in zip(xs, groups, strict=True): of[g].append(x)
     squares, free = sum(len(v)*np.var(v) for v in of.values()), len(xs) - len(of)
-    if not free: return mean_se(xs)                     # one item each: the items are the groups
+    if not free or not squares: return float(np.mean([np.mean(v) for v in of.values()])), mean_se(xs)[1] # one item each, or all of a group alike
     var = [np.var(v, ddof=1)/len(v) if len(v) > 1 else squares/free for v in of.values()]
     return float(np.mean([np.mean(v) for v in of.values()])), math.sqrt(sum(var))/len(of)
 
