@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUPPORTED', 'CONTRADICTED', 'NOISE', 'MARGIN', 'OURS', 'PAPER', 'VERDICT_COLORS', 'MARKS', 'MIN_SEEDS', 'with_h6',
-           'models', 'table', 'printed', 'plain_words', 'judge', 'overall', 'paper_scores', 'claims', 'style',
-           'finding', 'figure', 'claims_figure', 'over_seeds', 'seeds_figure', 'publish']
+           'models', 'table', 'pair', 'compared', 'comparisons', 'unresolved', 'printed', 'plain_words', 'judge',
+           'overall', 'paper_scores', 'claims', 'style', 'finding', 'figure', 'claims_figure', 'over_seeds',
+           'seeds_figure', 'publish']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import base64
@@ -20,6 +21,7 @@ from matplotlib.ticker import MultipleLocator
 from jinja2 import Environment
 
 from . import paper
+from .lab.stats import Paired, holm, paired, paired_mean, resolvable
 from .paper import CLAIMS, H6_TASKS, TITLES, Claim, h6
 
 # %% ../nbs/06_tables.ipynb #ef4550a2
@@ -60,29 +62,77 @@ def table(
     return pd.DataFrame(dict(model=list(rows), **columns)).round(2)
 
 # %% ../nbs/06_tables.ipynb #d7d12619
+def pair(
+    records:pd.DataFrame, # model, task, doc_id, score; one row an item
+    task:str, # 'h6' or one of the six
+    a:str, b:str, # models
+)->Paired: # difference a - b, its standard error, p
+    "Two models on the items of one benchmark, or of all six."
+    of = {m: {t: g.sort_values('doc_id') for t, g in records[records['model'] == m].groupby('task')} for m in (a, b)}
+    tasks = H6_TASKS if task == 'h6' else (task,)
+    for m in of:
+        lacking = [t for t in tasks if t not in of[m]]
+        if lacking: raise ValueError(f'pair: no items of {m} on {lacking}; expected records of both models. Evaluate it first, e.g. with lab.records([{m!r}]).')
+    x, y = ({t: of[m][t]['score'].to_numpy() for t in tasks} for m in (a, b))
+    return paired_mean(x, y) if task == 'h6' else paired(x[task], y[task])
+
+def compared(
+    n:int, # 3 to 7
+)->list[tuple[str,str,str]]: # (task, model, other model)
+    "What the claims on a table compare, and in it every row with the best one of the paper's H6; a claim on rows of two tables belongs to the later."
+    place = {m: max(t for t in paper.MADE if m in models(t)) for t in paper.MADE for m in models(t)}
+    pairs = [(t, a, b) for c in CLAIMS for t, a, _, b in c.parts if max(place[a], place[b]) == n]
+    theirs = paper.scores().query("table == @n and task == 'h6'").set_index('model')['score']
+    pairs += [('h6', theirs.idxmax(), m) for m in theirs.index if m != theirs.idxmax()]
+    seen = {}
+    for t, a, b in pairs: seen.setdefault((t, frozenset((a, b))), (t, a, b))
+    return list(seen.values())
+
+def comparisons(
+    n:int, # 3 to 7
+    records:pd.DataFrame, # model, task, doc_id, score
+)->pd.DataFrame: # compares, difference, se, p, p_holm, resolvable; differences in points
+    "The paired tests on a table, with Holm's correction over it and the smallest difference that so many items could have shown."
+    tests = [(f'{TITLES[t]}, {a} - {b}', pair(records, t, a, b)) for t, a, b in compared(n)]
+    out = pd.DataFrame([dict(compares=what, difference=100*x.difference, se=100*x.se, p=x.p) for what, x in tests])
+    return out.assign(p_holm=holm(out['p']), resolvable=[resolvable(e) for e in out['se']])
+
+# %% ../nbs/06_tables.ipynb #0baf6c75
 _MARKUP = dict(html=('<b>{}</b>', ' ± {:.1f}', '<br><span class="paper">{}</span>'), md=('**{}**', ' ± {:.1f}', ' ({})'),
                tex=(r'\textbf{{{}}}', r' $\pm$ {:.1f}', ' ({})'))
-_SIGNS = {'○': r'$\circ$', '✗': r'$\times$'} # in LaTeX
+_SIGNS = {'○': r'$\circ$', '✗': r'$\times$', '≈': r'$\approx$'} # in LaTeX
+
+def _in_markup(sign:str, markup:str)->str: return _SIGNS.get(sign, sign) if markup == 'tex' else sign
 
 def _made(n:int, rows:Sequence[str], markup:str)->dict[str,list[str]]:
     "The paper's columns between name and scores; empty for rows that it does not have."
     made = {r.model: r.made for r in paper.ROWS if r.table == n}
-    sign = lambda x: _SIGNS.get(x, x) if markup == 'tex' else x
-    return {h: [sign(made.get(m, {}).get(h, '')) for m in rows] for h in paper.MADE[n]}
+    return {h: [_in_markup(made.get(m, {}).get(h, ''), markup) for m in rows] for h in paper.MADE[n]}
+
+def unresolved(
+    t:pd.DataFrame, # of `table`
+    records:pd.DataFrame, # model, task, doc_id, score
+    alpha:float=.05, # two-sided
+)->frozenset[str]: # 'h6' and the six
+    "The columns whose best row no paired test tells from the runner-up."
+    best = {task: list(t.sort_values(task, ascending=False, kind='stable')['model'][:2]) for task in TITLES}
+    return frozenset(task for task, (a, b) in best.items() if pair(records, task, a, b).p >= alpha)
 
 def printed(
     n:int, # 3 to 7
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     markup:str, # 'html', 'md' or 'tex'
     own:Sequence[str]=(), # rows of one's own
+    records:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
 )->pd.DataFrame: # strings
-    "A table as it is printed: marks, best values bold, standard errors, the paper's values in brackets."
+    "A table as it is printed: marks, best values bold, ≈ where not resolved, standard errors, the paper's values in brackets."
     bold, se, theirs = _MARKUP[markup]
     t = table(n, scores, own)
+    close = frozenset() if records is None else unresolved(t, records)
     in_bold = {r.model: r.bold for r in paper.ROWS if r.table == n}
     def cell(row, task):
         best, value = row[task] == t[task].max(), row[f'{task}_paper']
-        ours = (bold if best else '{}').format(f'{row[task]:.2f}') + se.format(row[f'{task}_se'])
+        ours = (bold if best else '{}').format(f'{row[task]:.2f}') + (_in_markup('≈', markup) if best and task in close else '') + se.format(row[f'{task}_se'])
         return ours if math.isnan(value) else ours + theirs.format((bold if task in in_bold[row['model']] else '{}').format(f'{value:.2f}'))
     out = {'Model': t['model'], **_made(n, t['model'], markup)}
     for task, title in TITLES.items():
@@ -123,12 +173,14 @@ def overall(
     return CONTRADICTED if CONTRADICTED in verdicts else NOISE if NOISE in verdicts else SUPPORTED
 
 # %% ../nbs/06_tables.ipynb #1b3ab45d
-def _compare(c:Claim, s:pd.DataFrame)->pd.DataFrame:
+def _compare(c:Claim, s:pd.DataFrame, records:pd.DataFrame|None=None)->pd.DataFrame:
     "A claim's comparisons on indexed scores: what, difference and standard error in points, verdict."
     rows = []
     for task, a, op, b in c.parts:
         x, y = s.loc[(a, task)], s.loc[(b, task)]
         d, se = x['score'] - y['score'], (x['se']**2 + y['se']**2)**.5
+        if records is not None:     # where two answer all alike, their scores' own errors tell what that is worth
+            se = (pair(records, task, a, b).se or se)
         rows.append(dict(compares=f'{TITLES[task]}, {a} {op} {b}', difference=100*d, se=100*se, verdict=judge(op, d, se)))
     return pd.DataFrame(rows)
 
@@ -140,6 +192,7 @@ def paper_scores()->pd.DataFrame: # indexed by (model, task): score, se
 def claims(
     scores:pd.DataFrame, # model, task, score, se; fractions
     which:Sequence[Claim]=CLAIMS,
+    records:pd.DataFrame|None=None, # model, task, doc_id, score; None: errors of two models count as independent
 )->pd.DataFrame: # claim, on_paper, on_ours, quote, the numbers that decide (points ± standard error), and the verdict on each comparison
     "Claims of section 4.3, each with its verdict on the paper's numbers and on ours."
     _require(scores['model'], sorted({m for c in which for _, a, _, b in c.parts for m in (a, b)}), 'claims')
@@ -147,7 +200,7 @@ def claims(
     numbers = lambda d: '; '.join(f'{r.compares}: {r.difference:+.2f} ± {r.se:.2f}, {r.verdict}' for r in d.itertuples())
     rows = []
     for c in which:
-        p, o = _compare(c, theirs), _compare(c, ours)
+        p, o = _compare(c, theirs), _compare(c, ours, records)
         rows.append(dict(claim=c.name, on_paper=overall(list(p['verdict'])), on_ours=overall(list(o['verdict'])), quote=c.quote,
                          paper_numbers=numbers(p), our_numbers=numbers(o), paper_parts=tuple(p['verdict']), our_parts=tuple(o['verdict'])))
     return pd.DataFrame(rows)
@@ -255,10 +308,11 @@ MIN_SEEDS = 3 # fewer make no statement
 
 def over_seeds(
     runs:dict[int,pd.DataFrame], # seed -> scores
+    records:dict[int,pd.DataFrame]={}, # seed -> model, task, doc_id, score
 )->pd.DataFrame: # claim, on_paper, a column a seed, agreed ('' where seeds disagree or are too few)
     "The verdicts on all claims, seed by seed."
     out = claims(next(iter(runs.values())))[['claim', 'on_paper']]
-    seen = {f'seed {s}': list(claims(x)['on_ours']) for s, x in runs.items()}
+    seen = {f'seed {s}': list(claims(x, records=records.get(s))['on_ours']) for s, x in runs.items()}
     agreed = [v[0] if len(set(v)) == 1 and len(v) >= MIN_SEEDS else '' for v in zip(*seen.values())]
     return out.assign(**seen, agreed=agreed)
 
@@ -296,7 +350,7 @@ table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}th
 _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>Tables 3 to 7, {{ label }}</title><style>{{ css }}</style></head><body>
 <h1>Section 4.3 of SOLAR 10.7B, rebuilt: {{ label }}</h1>
-<p>Scores in percent ± standard error; the paper's value is below each, in grey. Bold is the best of a column. These are results of <b>{{ label }}</b>;
+<p>Scores in percent ± standard error; the paper's value is below each, in grey. Bold is the best of a column; ≈ marks one that no paired test tells from the runner-up. These are results of <b>{{ label }}</b>;
 the paper's numbers are of a 10.7 B model and stand beside them for direction only.</p>
 {% for n, table, image, title in tables %}<h2>Table {{ n }}</h2>{{ table }}<p><img alt="{{ title }}" src="data:image/png;base64,{{ image }}"></p>
 {% endfor %}<h2>Claims</h2><p>A comparison is <span class="supported">supported</span> if the difference, give or take two standard errors, lies where the claim says, <span class="contradicted">contradicted</span>
@@ -306,7 +360,8 @@ Standard errors count the noise of the test items only; the noise of training co
 <table class="claims"><tr><th>claim</th><th>on the paper's numbers</th><th>on ours, {{ label }}</th></tr>
 {% for c in claims %}<tr><td><b>{{ c.claim }}</b><br><span class="soft">“{{ c.quote }}”</span></td>
 {% for verdict, numbers in c.sides %}<td><b class="{{ verdict.split()[0] }}">{{ verdict }}</b>{% for x in numbers %}<br><span class="soft">{{ x }}</span>{% endfor %}</td>{% endfor %}</tr>
-{% endfor %}</table><h2>What was run</h2>{{ provenance }}</body></html>
+{% endfor %}</table>{% if tests %}<h2>Paired tests</h2><p>Differences in points on the same items; McNemar's exact test for right or wrong, swapped signs for TruthfulQA and H6. <i>p_holm</i> is
+corrected over a table; <i>resolvable</i> is the true difference that so many items would show four times in five.</p>{{ tests }}{% endif %}<h2>What was run</h2>{{ provenance }}</body></html>
 '''
 
 # %% ../nbs/06_tables.ipynb #92a10abc
@@ -314,23 +369,24 @@ def _html(t:pd.DataFrame)->str: return t.to_html(index=False, escape=False, bord
 
 def _tex(s:str)->str: return ''.join('\\'+c if c in '&%$#_{}' else c for c in s)
 
-def _write_table(n:int, scores:pd.DataFrame, folder:Path, label:str, own:Sequence[str])->list[Path]:
+def _write_table(n:int, scores:pd.DataFrame, folder:Path, label:str, own:Sequence[str], records:pd.DataFrame|None)->list[Path]:
     "One table in four formats; all but the csv, which has no room for it, say what the scores are of."
-    said = f"Table {n}, {label}: percent ± one standard error, the paper's value {{}}; best of each column in bold, theirs and ours."
+    said = f"Table {n}, {label}: percent ± one standard error, the paper's value {{}}; best of each column in bold, theirs and ours{'' if records is None else '; ≈: not resolved from the runner-up'}."
     beside, below = said.format('in brackets'), html.escape(said.format('below, in grey'), quote=False)
-    shown = {m: printed(n, scores, m, own) for m in _MARKUP}
+    shown = {m: printed(n, scores, m, own, records) for m in _MARKUP}
     text = dict(csv=table(n, scores, own).to_csv(index=False, float_format='%.2f'), html=_html(shown['html']).replace('>', f'><caption>{below}</caption>', 1),
                 md=f"{beside}\n\n{shown['md'].to_markdown(index=False, disable_numparse=True)}\n",
-                tex=shown['tex'].to_latex(index=False, escape=False, caption=_tex(beside).replace('±', r'$\pm$')))
+                tex=shown['tex'].to_latex(index=False, escape=False, caption=_tex(beside).replace('±', r'$\pm$').replace('≈', r'$\approx$')))
     for ending, s in text.items(): (folder/f'table{n}.{ending}').write_text(s, encoding='utf-8')
     return [folder/f'table{n}.{ending}' for ending in text]
 
-def _write_rest(scores:pd.DataFrame, c:pd.DataFrame, folder:Path)->list[Path]:
-    "What has no place in the five tables: the claims with the numbers that decide them, and TruthfulQA in plain words."
-    c[['claim', 'on_paper', 'on_ours', 'quote', 'paper_numbers', 'our_numbers']].to_csv(folder/'claims.csv', index=False)
-    if 'truthfulqa_plain' not in set(scores['task']): return [folder/'claims.csv']
-    plain_words(scores, list(dict.fromkeys(scores['model']))).to_csv(folder/'truthfulqa_plain.csv', index=False, float_format='%.2f')
-    return [folder/'claims.csv', folder/'truthfulqa_plain.csv']
+def _write_rest(scores:pd.DataFrame, c:pd.DataFrame, tests:pd.DataFrame|None, folder:Path)->list[Path]:
+    "What has no place in the five tables: claims with the numbers that decide them, paired tests, TruthfulQA in plain words."
+    rest = dict(claims=c[['claim', 'on_paper', 'on_ours', 'quote', 'paper_numbers', 'our_numbers']])
+    if tests is not None: rest['comparisons'] = tests
+    if 'truthfulqa_plain' in set(scores['task']): rest['truthfulqa_plain'] = plain_words(scores, list(dict.fromkeys(scores['model'])))
+    for name, x in rest.items(): x.to_csv(folder/f'{name}.csv', index=False, float_format='%.4g')
+    return [folder/f'{name}.csv' for name in rest]
 
 def _escaped(c:pd.DataFrame)->list[dict]:
     "Claims for the page: text escaped, the comparisons apart."
@@ -345,20 +401,23 @@ def publish(
     label:str, # what the scores are of
     provenance:pd.DataFrame, # what was run, one row a stage
     own:dict[int,list[str]]={}, # table -> rows of one's own
+    records:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
 )->list[Path]: # files written
     "Tables, figures and report.html of a run."
     for d in ('tables', 'figures'): (out/d).mkdir(parents=True, exist_ok=True)
-    files, c = [], claims(scores)
+    files, c = [], claims(scores, records=records)
+    tests = None if records is None else pd.concat([comparisons(n, records).assign(table=n) for n in paper.MADE], ignore_index=True)
     figures = {f'table{n}': figure(n, scores, label, own.get(n, ())) for n in paper.MADE} | {'claims': claims_figure(c, label)}
     for name, fig in figures.items():
         fig.savefig(out/'figures'/f'{name}.png', metadata={'Software': None}); plt.close(fig); files.append(out/'figures'/f'{name}.png')
     shown = []
     for n in paper.MADE:
-        rows = own.get(n, ()); files += _write_table(n, scores, out/'tables', label, rows)
-        shown.append((n, _html(printed(n, scores, 'html', rows)), _embed(out/'figures'/f'table{n}.png'), html.escape(finding(n, table(n, scores, rows), label))))
-    files += _write_rest(scores, c, out/'tables')
+        rows = own.get(n, ()); files += _write_table(n, scores, out/'tables', label, rows, records)
+        shown.append((n, _html(printed(n, scores, 'html', rows, records)), _embed(out/'figures'/f'table{n}.png'), html.escape(finding(n, table(n, scores, rows), label))))
+    files += _write_rest(scores, c, tests, out/'tables')
     page = Environment(autoescape=False).from_string(_PAGE).render(
         label=html.escape(label), css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_escaped(c), claims_image=_embed(out/'figures'/'claims.png'),
+        tests='' if tests is None else tests.to_html(index=False, border=0, float_format='%.2g'),
         provenance=provenance.to_html(index=False, border=0, na_rep=''))
     (out/'report.html').write_text(page, encoding='utf-8')
     return [*files, out/'report.html']

@@ -169,6 +169,7 @@ class Profile(Strict):
     name: str
     label: str # printed wherever results appear
     seed: Annotated[int, Field(ge=0)] # of every training stage
+    seeds: list[Annotated[int, Field(ge=0)]] = [] # more seeds, with which 06_tables repeats every training
     machine: Machine
     base: Base
     template: Template

@@ -287,13 +287,13 @@ def build_merge(out, settings, inputs, tools):
     _write_point(out, base, average_terms([ta, tb], settings['weights']))
 
 def build_eval(out, settings, inputs, tools):
-    "score.json and items.jsonl, one line an item."
-    from solar_repro.data import write_rows
+    "score.json and items.parquet, one row an item."
+    import pandas as pd
     from solar_repro.eval import evaluate
     point = point_of(inputs['model'], tools.store)
     score, items = evaluate(point, settings['task'], inputs['bench'].path, settings['num_fewshot'], settings['batch_size'],
                             settings['machine']['device'], tools.materialize(point), settings.get('add_bos'), out/'scratch', tools.tick)
-    (out/'score.json').write_text(json.dumps(score)); write_rows(items, out/'items.jsonl')
+    (out/'score.json').write_text(json.dumps(score)); pd.DataFrame(items).to_parquet(out/'items.parquet', index=False)
 
 BUILDERS = dict(base=build_base, data=build_data, bench=build_bench, sft=build_sft, ref=build_ref, dpo=build_dpo, merge=build_merge, eval=build_eval)
 

@@ -279,7 +279,15 @@ class Lab:
 
     def items(self, name:str, task:str)->pd.DataFrame: # one row an item
         "What a model did on each item of a benchmark."
-        return pd.read_json(self.build(f'eval/{name}/{task}').path/'items.jsonl', lines=True)
+        return pd.read_parquet(self.build(f'eval/{name}/{task}').path/'items.parquet')
+
+    def records(self,
+        names:list[str]|None=None, # models; None: all of `models`
+    )->pd.DataFrame: # model, task, doc_id, score; one row an item
+        "What each item scored, for paired tests."
+        names = self.models if names is None else list(names)
+        self.scores(names)
+        return pd.concat([self.items(m, t)[['doc_id', 'score']].assign(model=m, task=t) for m in names for t in H6_TASKS], ignore_index=True)
 
     def scores(self,
         names:list[str]|None=None, # models; None: all of `models`
