@@ -189,6 +189,11 @@ class Limits:
     n_logits: int  # positions with logits
     n_rows: int    # rows
     n_kv: int      # tokens with keys and values, while generating
+    n_full: int = 512 # tokens after which shorter rows get a pass of their own instead of padding
+
+    def uneven(self, longest:int, n:int, n_rows:int)->bool:
+        "Whether a row of `n` tokens better stays out of a pass of `n_rows` rows, the longest as given."
+        return 5*n < 4*longest and n_rows*longest >= self.n_full
 
 def free_bytes(
     device:torch.device,
@@ -216,13 +221,14 @@ def limits_of(
     work = kv + (12*c.hidden_size + 4*c.intermediate_size)*size
     cap_tok, cap_kv = (4096, 65536) if model.device.type == 'cpu' else (65536, 2**20)
     floor = lambda n, least: 1 << (max(n, least).bit_length() - 1)
-    return Limits(floor(min(cap_tok, free//4//work), 256), floor(min(2**28, free//8)//(8*c.vocab_size), 64), n_rows, floor(min(cap_kv, free//2//kv), 1024))
+    return Limits(floor(min(cap_tok, free//4//work), 256), floor(min(2**28, free//8)//(8*c.vocab_size), 64), n_rows, floor(min(cap_kv, free//2//kv), 1024),
+                  512 if model.device.type == 'cpu' else 8192)
 
 # %% ../../nbs/lab/09_backend.ipynb #a34ac8ae
 def halved(x:Limits)->Limits:
     "Half as much memory."
     if x.n_tok < 128: raise MemoryError(f'backend: memory does not hold {x.n_tok} tokens at a time; expected it to. Take a smaller model or a shorter context.')
-    return Limits(x.n_tok//2, max(1, x.n_logits//2), max(1, x.n_rows//2), x.n_kv//2)
+    return Limits(x.n_tok//2, max(1, x.n_logits//2), max(1, x.n_rows//2), x.n_kv//2, x.n_full)
 
 # %% ../../nbs/lab/09_backend.ipynb #de4ec5e4
 @dataclass(frozen=True)
@@ -232,9 +238,11 @@ class Batch:
     chunks: tuple[tuple[tuple[int,Row],...],...] # of each forward pass: (stem, row)
 
 def _full(pairs:list[tuple[int,Row]], n_stem:int, x:Limits)->bool:
-    "Whether rows, the first of them the longest, are more than one forward pass may hold."
+    "Whether rows, longest first, are more than one forward pass may hold, or the last is much shorter."
     n, t = len(pairs), len(pairs[0][1].tokens)
-    return n > 1 and (n > x.n_rows or n*t > x.n_tok or n*(n_stem + t) > 4*x.n_tok or sum(len(s) for _, r in pairs for _, s in r.spots) > x.n_logits)
+    if n == 1: return False
+    return (x.uneven(t, len(pairs[-1][1].tokens), n - 1) or n > x.n_rows or n*t > x.n_tok or n*(n_stem + t) > 4*x.n_tok
+            or sum(len(s) for _, r in pairs for _, s in r.spots) > x.n_logits)
 
 def _chunks(pairs:list[tuple[int,Row]], n_stem:int, x:Limits)->tuple:
     out = [[]]
@@ -251,7 +259,8 @@ def batches(
     out, now = [], []
     close = lambda: out.append(Batch(tuple(g.stem for g in now), _chunks([(k, r) for k, g in enumerate(now) for r in g.rows], len(now[0].stem), x)))
     for g in sorted(groups, key=lambda g: -len(g.stem)):
-        if now and ((len(now) + 1)*len(now[0].stem) > x.n_tok or sum(len(n.rows) for n in now) + len(g.rows) > x.n_rows): close(); now = []
+        if now and ((len(now) + 1)*len(now[0].stem) > x.n_tok or sum(len(n.rows) for n in now) + len(g.rows) > x.n_rows
+                    or x.uneven(len(now[0].stem), len(g.stem), len(now))): close(); now = []
         now.append(g)
     if now: close()
     return out
@@ -361,42 +370,41 @@ class BufferLayer(DynamicLayer):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 def _room(model:PreTrainedModel, n_rows:int, n:int)->list[tuple[Tensor,Tensor]]:
-    "Empty keys and values of each layer."
+    "Keys and values of each layer, zero: what the mask hides is still multiplied by a weight of zero."
     n_layers, heads, dim = kv_shape(model)
-    return [tuple(torch.empty(n_rows, heads, n, dim, dtype=model.dtype, device=model.device) for _ in range(2)) for _ in range(n_layers)]
+    return [tuple(torch.zeros(n_rows, heads, n, dim, dtype=model.dtype, device=model.device) for _ in range(2)) for _ in range(n_layers)]
 
-def _spans(lengths:Sequence[int], n_tok:int)->Iterator[tuple[int,int]]:
-    "Neighbours that go through the model together: (first, one after the last)."
-    lo, longest = 0, 0
+def _spans(lengths:Sequence[int], x:Limits)->Iterator[tuple[int,int]]:
+    "Which of these, longest first, go through the model together: (first, one after the last); empty ones need not."
+    lengths, lo = [n for n in lengths if n], 0
     for i, n in enumerate(lengths):
-        if i > lo and (i + 1 - lo)*max(longest, n) > n_tok: yield lo, i; lo, longest = i, 0
-        longest = max(longest, n)
+        if i > lo and ((i + 1 - lo)*lengths[lo] > x.n_tok or x.uneven(lengths[lo], n, i - lo)): yield lo, i; lo = i
     if lengths: yield lo, len(lengths)
 
 # %% ../../nbs/lab/09_backend.ipynb #43d10a08
 def prefill(
     model:PreTrainedModel,
-    batch:Batch, # one chunk; each row a chain of one context, its last token included
+    batch:Batch, # one chunk, longest first; each row a chain of one context, its last token included
     room:int, # tokens to be generated
-    n_tok:int, # tokens of a forward pass at most
+    x:Limits,
 )->tuple[Cache,Tensor]: # keys and values of all but the last tokens; which of them are real, (rows, filled)
     "Compute contexts, with room for what follows."
     (chunk,) = batch.chunks
     d, of, rows = model.device, torch.tensor([k for k, _ in chunk]), [r.tokens[:-1] for _, r in chunk]
     n_stem, n = max(map(len, batch.stems)), max(map(len, rows))
     layers = _room(model, len(rows), n_stem + n + room)
-    for lo, hi in _spans(list(map(len, batch.stems)), n_tok):
+    for lo, hi in _spans(list(map(len, batch.stems)), x):
         stems, mine = run_stems(model, batch.stems[lo:hi]), ((of >= lo) & (of < hi)).nonzero()[:, 0]
         for (keys, values), l in zip(layers, stems.layers if stems else ()):
             keys[mine.to(d), :, :l.keys.shape[2]], values[mine.to(d), :, :l.keys.shape[2]] = l.keys[(of[mine] - lo).to(d)], l.values[(of[mine] - lo).to(d)]
     lengths = [len(batch.stems[k]) for k, _ in chunk]
-    for lo, hi in _spans([n]*len(rows) if n else [], n_tok): _extend(model, layers, rows[lo:hi], lengths[lo:hi], n_stem, n, lo)
+    for lo, hi in _spans(list(map(len, rows)), x): _extend(model, layers, rows[lo:hi], lengths[lo:hi], n_stem, lo)
     real = torch.tensor([[j < s for j in range(n_stem)] + [j < len(r) for j in range(n)] for s, r in zip(lengths, rows)], dtype=torch.bool, device=d)
     return Cache(layers=[BufferLayer(k, v, n_stem + n) for k, v in layers]), real.reshape(len(rows), n_stem + n)
 
-def _extend(model:PreTrainedModel, layers:list, rows:list, lengths:list[int], n_stem:int, n:int, lo:int)->None:
+def _extend(model:PreTrainedModel, layers:list, rows:list, lengths:list[int], n_stem:int, lo:int)->None:
     "Write keys and values of what some rows add to their stems."
-    chain = [Row(r, tuple(range(len(r))), (len(r),)*len(r), ()) for r in rows]
+    n, chain = len(rows[0]), [Row(r, tuple(range(len(r))), (len(r),)*len(r), ()) for r in rows]
     ids = torch.tensor([[*r, *[0]*(n - len(r))] for r in rows], device=model.device)
     positions = torch.arange(n, device=model.device) + torch.tensor(lengths, device=model.device)[:, None]
     cache = Cache(layers=[BufferLayer(k[lo:lo + len(rows)], v[lo:lo + len(rows)], n_stem) for k, v in layers])
@@ -409,12 +417,12 @@ def generate(
     batch:Batch, # of `prefill`
     max_new:int, # tokens at most
     done:Callable[[list[int]],bool], # tokens generated so far -> is the text complete
-    n_tok:int=4096, # tokens of a forward pass at most
+    x:Limits,
 )->list[list[int]]: # tokens of each row, the one that ended it included
     "Go on greedily from each context."
     (chunk,) = batch.chunks
     d, rows = model.device, [r for _, r in chunk]
-    cache, real = prefill(model, batch, max_new, n_tok)
+    cache, real = prefill(model, batch, max_new, x)
     mask = torch.zeros(len(rows), 1, 1, real.shape[1] + max_new, dtype=model.dtype, device=d)
     mask[:, 0, 0, :real.shape[1]].masked_fill_(~real, torch.finfo(model.dtype).min)
     tokens, out, live = torch.tensor([r.tokens[-1] for r in rows], device=d), [[] for _ in rows], list(range(len(rows)))
@@ -446,7 +454,7 @@ def chain_batches(
     out, now = [], []
     def close():
         stems = list(dict.fromkeys(s for s, _ in now))
-        out.append(Batch(tuple(stems), (tuple((stems.index(s), r) for s, r in now),)))
+        out.append(Batch(tuple(stems), (tuple((stems.index(s), r) for s, r in sorted(now, key=lambda p: -len(p[1].tokens))),)))
     for stem, row in [(g.stem, r) for g in sorted(grow([Request(c, (0,)) for c in contexts]), key=lambda g: -len(g.stem)) for r in g.rows]:
         longest = max([len(r.tokens) for _, r in now] + [len(row.tokens)]) + len((now[0] if now else (stem,))[0])
         if now and (len(now) == x.n_rows or (len(now) + 1)*(longest + room) > x.n_kv): close(); now = []
@@ -601,10 +609,10 @@ def _score(lm:SharedPrefixLM, requests:tuple[Request,...], journal:Journal)->lis
             chunks = [c for c in b.chunks if any(i not in journal.known for _, r in c for i, _ in r.spots)]
             if not chunks: continue
             stems = run_stems(lm.model, b.stems)
-            lm.tokens_computed += len(b.stems)*max(map(len, b.stems))
+            lm.tokens_computed += sum(map(len, b.stems))
             for c in chunks:
                 journal.add(run_rows(lm.model, b.stems, stems, c, lambda i: requests[i].scored))
-                lm.tokens_computed += len(c)*max(len(r.tokens) for _, r in c)
+                lm.tokens_computed += sum(len(r.tokens) for _, r in c)
                 lm.tick(len(journal.known), len(requests))
     lm.tokens_asked += sum(len(r.fed) for r in requests)
     _within_memory(lm, work)
@@ -633,9 +641,9 @@ def _generate(lm:SharedPrefixLM, contexts:tuple[str,...], kwargs:dict)->list[str
         for b in _chain_batches(ids, room, lm.limits):
             ((chunk),) = b.chunks
             if all(i in journal.known for _, r in chunk for i, _ in r.spots): continue
-            got = generate(lm.model, b, room, done, lm.limits.n_tok)
+            got = generate(lm.model, b, room, done, lm.limits)
             journal.add([(i, lm.tokenizer.decode(t, skip_special_tokens=True)) for (_, r), t in zip(chunk, got) for i, _ in r.spots])    # equal contexts have one row
-            lm.tokens_computed += len(b.stems)*max(map(len, b.stems)) + len(chunk)*(max(len(r.tokens) for _, r in chunk) - 1) + sum(map(len, got))
+            lm.tokens_computed += sum(map(len, b.stems)) + sum(len(r.tokens) - 1 for _, r in chunk) + sum(map(len, got))
             lm.tick(len(journal.known), len(ids))
     _within_memory(lm, work)
     lm.tokens_asked += sum(map(len, ids))
