@@ -666,6 +666,7 @@ def checkpoint_files(
     out = {}
     for f in sorted(Path(base).glob('*.safetensors')):
         with safe_open(f, 'pt') as t: out |= dict.fromkeys(t.keys(), f)
+    if not out: raise FileNotFoundError(f'resident: no weights in {base}; expected *.safetensors. Save the model with save_pretrained.')
     return out
 
 def _shape_of(base:Path)->dict:
