@@ -1,5 +1,7 @@
 """Our backend against lm-eval's own on every request of all six benchmarks, and what interruptions, memory and the next model leave behind."""
+import argparse
 import json
+import runpy
 from itertools import pairwise
 from pathlib import Path
 
@@ -174,7 +176,7 @@ def test_neighbours_share_only_what_pays():
 
 def test_batches_hold_no_more_than_their_limits():
     requests = [Request(tuple(range(i % 7, 40 + i)), (1, 2)) for i in range(40)]
-    x = Limits(150, 9, 5, 1000)
+    x = Limits(150, 9, 5, 1000, 50)
     scored = 0
     for b in batches(grow(requests), x):
         n = max(map(len, b.stems))
@@ -329,3 +331,19 @@ def test_a_change_of_protocol_runs_only_what_it_must(tmp_path):
     both = other.protocols(['base']).set_index('task')
     assert list(a[a.task == 'mmlu'].score) == [both.loc['mmlu', 'modern']] and list(b[b.task == 'mmlu'].score) == [both.loc['mmlu', 'leaderboard-2023']]
     assert set(both.columns) == {'model', *PROTOCOLS}
+
+# ---- the benchmark ----------------------------------------------------------------------------------------------------
+
+def test_the_benchmark_compares_the_same_answers():
+    bench = runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'h6.py'))
+    threads = torch.get_num_threads()
+    try:
+        r = bench['compare'](argparse.Namespace(items=2, tasks=['arc', 'gsm8k'], hf_batch=[1], batch=8, generate=6, shape='smoke', device='cpu', dtype='float32',
+                                                threads=1, load=0.))
+    finally: torch.set_num_threads(threads); torch.set_flush_denormal(False)
+    arc, gsm8k = r['tasks']
+    assert arc['equal'] == arc['requests'] == 8 and gsm8k['equal'] == gsm8k['requests'] == 2 and arc['max_difference_nats'] < CLOSE
+    assert arc['ours_tok'] < arc['hf_tok']/2 and arc['ours_logits'] < arc['hf_logits']/20
+    assert all(l['hf_share'] > 0 and l['ours_share'] > 0 for l in r['tasks'])
+    assert r['ratio'] == pytest.approx(sum(l['hf_s'] for l in r['tasks'])/sum(l['ours_s'] for l in r['tasks']))
+    assert 'smoke, random weights, float32' in bench['show'](r)

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['SAVING', 'Coder', 'Request', 'as_request', 'encode_pairs', 'Row', 'n_common', 'tree_row', 'Group', 'divide', 'grow',
-           'Limits', 'limits_of', 'halved', 'Batch', 'batches', 'forward', 'StemLayer', 'run_stems', 'rows_mask',
-           'run_rows', 'BufferLayer', 'prefill', 'generate', 'chain_batches', 'Journal', 'scoring_requests', 'stopper',
-           'SharedPrefixLM', 'weights_digest', 'checkpoint_files', 'Resident']
+           'Limits', 'free_bytes', 'kv_shape', 'limits_of', 'halved', 'Batch', 'batches', 'forward', 'StemLayer',
+           'run_stems', 'rows_mask', 'run_rows', 'BufferLayer', 'prefill', 'generate', 'chain_batches', 'Journal',
+           'scoring_requests', 'stopper', 'check_model', 'SharedPrefixLM', 'weights_digest', 'checkpoint_files',
+           'Resident']
 
 # %% ../../nbs/lab/09_backend.ipynb #4725499e
 import hashlib
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -186,25 +189,46 @@ class Limits:
     n_logits: int  # positions with logits
     n_rows: int    # rows
     n_kv: int      # tokens with keys and values, while generating
+    n_full: int = 512 # tokens after which shorter rows get a pass of their own instead of padding
+
+    def uneven(self, longest:int, n:int, n_rows:int)->bool:
+        "Whether a row of `n` tokens better stays out of a pass of `n_rows` rows, the longest as given."
+        return 5*n < 4*longest and n_rows*longest >= self.n_full
+
+def free_bytes(
+    device:torch.device,
+)->int:
+    "Memory that can still be taken."
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    try: return 1024*int(re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())[1])
+    except FileNotFoundError: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//2    # not Linux: half of what there is
+
+def kv_shape(
+    model:PreTrainedModel,
+)->tuple[int,int,int]: # layers, heads, dim
+    "Keys of one token; values are as many."
+    c = model.config.get_text_config()
+    head = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    return c.num_hidden_layers, getattr(c, 'num_key_value_heads', None) or c.num_attention_heads, head
 
 def limits_of(
     model:PreTrainedModel,
     n_rows:int, # rows at most
-)->Limits:
+)->Limits: # tokens are powers of two, so that a little more or less memory changes nothing
     "Limits from the model's size and the memory of its device."
-    c, bytes_each = model.config.get_text_config(), model.dtype.itemsize
-    head = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
-    kv = 2*c.num_hidden_layers*(getattr(c, 'num_key_value_heads', None) or c.num_attention_heads)*head*bytes_each # bytes a token
-    work = kv + (12*c.hidden_size + 4*c.intermediate_size)*bytes_each
-    if model.device.type == 'cpu':
-        free, cap = os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'), (4096, 65536)
-    else: free, cap = torch.cuda.mem_get_info(model.device)[0], (65536, 2**20)
-    return Limits(max(256, min(cap[0], free//4//work)), max(64, min(2**28, free//8)//(8*c.vocab_size)), n_rows, max(1024, min(cap[1], free//2//kv)))
+    c, size, free = model.config.get_text_config(), model.dtype.itemsize, free_bytes(model.device)
+    kv = 2*math.prod(kv_shape(model))*size                                # bytes a token
+    work = kv + (12*c.hidden_size + 4*c.intermediate_size)*size
+    cap_tok, cap_kv = (4096, 65536) if model.device.type == 'cpu' else (65536, 2**20)
+    floor = lambda n, least: 1 << (max(n, least).bit_length() - 1)
+    return Limits(floor(min(cap_tok, free//4//work), 256), floor(min(2**28, free//8)//(8*c.vocab_size), 64), n_rows, floor(min(cap_kv, free//2//kv), 1024),
+                  512 if model.device.type == 'cpu' else 8192)
 
+# %% ../../nbs/lab/09_backend.ipynb #a34ac8ae
 def halved(x:Limits)->Limits:
     "Half as much memory."
     if x.n_tok < 128: raise MemoryError(f'backend: memory does not hold {x.n_tok} tokens at a time; expected it to. Take a smaller model or a shorter context.')
-    return Limits(x.n_tok//2, max(1, x.n_logits//2), max(1, x.n_rows//2), x.n_kv//2)
+    return Limits(x.n_tok//2, max(1, x.n_logits//2), max(1, x.n_rows//2), x.n_kv//2, x.n_full)
 
 # %% ../../nbs/lab/09_backend.ipynb #de4ec5e4
 @dataclass(frozen=True)
@@ -214,9 +238,11 @@ class Batch:
     chunks: tuple[tuple[tuple[int,Row],...],...] # of each forward pass: (stem, row)
 
 def _full(pairs:list[tuple[int,Row]], n_stem:int, x:Limits)->bool:
-    "Whether rows, the first of them the longest, are more than one forward pass may hold."
+    "Whether rows, longest first, are more than one forward pass may hold, or the last is much shorter."
     n, t = len(pairs), len(pairs[0][1].tokens)
-    return n > 1 and (n > x.n_rows or n*t > x.n_tok or n*(n_stem + t) > 4*x.n_tok or sum(len(s) for _, r in pairs for _, s in r.spots) > x.n_logits)
+    if n == 1: return False
+    return (x.uneven(t, len(pairs[-1][1].tokens), n - 1) or n > x.n_rows or n*t > x.n_tok or n*(n_stem + t) > 4*x.n_tok
+            or sum(len(s) for _, r in pairs for _, s in r.spots) > x.n_logits)
 
 def _chunks(pairs:list[tuple[int,Row]], n_stem:int, x:Limits)->tuple:
     out = [[]]
@@ -233,7 +259,8 @@ def batches(
     out, now = [], []
     close = lambda: out.append(Batch(tuple(g.stem for g in now), _chunks([(k, r) for k, g in enumerate(now) for r in g.rows], len(now[0].stem), x)))
     for g in sorted(groups, key=lambda g: -len(g.stem)):
-        if now and ((len(now) + 1)*len(now[0].stem) > x.n_tok or sum(len(n.rows) for n in now) + len(g.rows) > x.n_rows): close(); now = []
+        if now and ((len(now) + 1)*len(now[0].stem) > x.n_tok or sum(len(n.rows) for n in now) + len(g.rows) > x.n_rows
+                    or x.uneven(len(now[0].stem), len(g.stem), len(now))): close(); now = []
         now.append(g)
     if now: close()
     return out
@@ -343,44 +370,41 @@ class BufferLayer(DynamicLayer):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 def _room(model:PreTrainedModel, n_rows:int, n:int)->list[tuple[Tensor,Tensor]]:
-    "Empty keys and values of each layer."
-    c = model.config.get_text_config()
-    head = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
-    shape = n_rows, getattr(c, 'num_key_value_heads', None) or c.num_attention_heads, n, head
-    return [tuple(torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2)) for _ in range(c.num_hidden_layers)]
+    "Keys and values of each layer, zero: what the mask hides is still multiplied by a weight of zero."
+    n_layers, heads, dim = kv_shape(model)
+    return [tuple(torch.zeros(n_rows, heads, n, dim, dtype=model.dtype, device=model.device) for _ in range(2)) for _ in range(n_layers)]
 
-def _spans(lengths:Sequence[int], n_tok:int)->Iterator[tuple[int,int]]:
-    "Neighbours that go through the model together: (first, one after the last)."
-    lo, longest = 0, 0
+def _spans(lengths:Sequence[int], x:Limits)->Iterator[tuple[int,int]]:
+    "Which of these, longest first, go through the model together: (first, one after the last); empty ones need not."
+    lengths, lo = [n for n in lengths if n], 0
     for i, n in enumerate(lengths):
-        if i > lo and (i + 1 - lo)*max(longest, n) > n_tok: yield lo, i; lo, longest = i, 0
-        longest = max(longest, n)
+        if i > lo and ((i + 1 - lo)*lengths[lo] > x.n_tok or x.uneven(lengths[lo], n, i - lo)): yield lo, i; lo = i
     if lengths: yield lo, len(lengths)
 
 # %% ../../nbs/lab/09_backend.ipynb #43d10a08
 def prefill(
     model:PreTrainedModel,
-    batch:Batch, # one chunk; each row a chain of one context, its last token included
+    batch:Batch, # one chunk, longest first; each row a chain of one context, its last token included
     room:int, # tokens to be generated
-    n_tok:int, # tokens of a forward pass at most
+    x:Limits,
 )->tuple[Cache,Tensor]: # keys and values of all but the last tokens; which of them are real, (rows, filled)
     "Compute contexts, with room for what follows."
     (chunk,) = batch.chunks
     d, of, rows = model.device, torch.tensor([k for k, _ in chunk]), [r.tokens[:-1] for _, r in chunk]
     n_stem, n = max(map(len, batch.stems)), max(map(len, rows))
     layers = _room(model, len(rows), n_stem + n + room)
-    for lo, hi in _spans(list(map(len, batch.stems)), n_tok):
+    for lo, hi in _spans(list(map(len, batch.stems)), x):
         stems, mine = run_stems(model, batch.stems[lo:hi]), ((of >= lo) & (of < hi)).nonzero()[:, 0]
         for (keys, values), l in zip(layers, stems.layers if stems else ()):
             keys[mine.to(d), :, :l.keys.shape[2]], values[mine.to(d), :, :l.keys.shape[2]] = l.keys[(of[mine] - lo).to(d)], l.values[(of[mine] - lo).to(d)]
     lengths = [len(batch.stems[k]) for k, _ in chunk]
-    for lo, hi in _spans([n]*len(rows) if n else [], n_tok): _extend(model, layers, rows[lo:hi], lengths[lo:hi], n_stem, n, lo)
+    for lo, hi in _spans(list(map(len, rows)), x): _extend(model, layers, rows[lo:hi], lengths[lo:hi], n_stem, lo)
     real = torch.tensor([[j < s for j in range(n_stem)] + [j < len(r) for j in range(n)] for s, r in zip(lengths, rows)], dtype=torch.bool, device=d)
     return Cache(layers=[BufferLayer(k, v, n_stem + n) for k, v in layers]), real.reshape(len(rows), n_stem + n)
 
-def _extend(model:PreTrainedModel, layers:list, rows:list, lengths:list[int], n_stem:int, n:int, lo:int)->None:
+def _extend(model:PreTrainedModel, layers:list, rows:list, lengths:list[int], n_stem:int, lo:int)->None:
     "Write keys and values of what some rows add to their stems."
-    chain = [Row(r, tuple(range(len(r))), (len(r),)*len(r), ()) for r in rows]
+    n, chain = len(rows[0]), [Row(r, tuple(range(len(r))), (len(r),)*len(r), ()) for r in rows]
     ids = torch.tensor([[*r, *[0]*(n - len(r))] for r in rows], device=model.device)
     positions = torch.arange(n, device=model.device) + torch.tensor(lengths, device=model.device)[:, None]
     cache = Cache(layers=[BufferLayer(k[lo:lo + len(rows)], v[lo:lo + len(rows)], n_stem) for k, v in layers])
@@ -393,12 +417,12 @@ def generate(
     batch:Batch, # of `prefill`
     max_new:int, # tokens at most
     done:Callable[[list[int]],bool], # tokens generated so far -> is the text complete
-    n_tok:int=4096, # tokens of a forward pass at most
+    x:Limits,
 )->list[list[int]]: # tokens of each row, the one that ended it included
     "Go on greedily from each context."
     (chunk,) = batch.chunks
     d, rows = model.device, [r for _, r in chunk]
-    cache, real = prefill(model, batch, max_new, n_tok)
+    cache, real = prefill(model, batch, max_new, x)
     mask = torch.zeros(len(rows), 1, 1, real.shape[1] + max_new, dtype=model.dtype, device=d)
     mask[:, 0, 0, :real.shape[1]].masked_fill_(~real, torch.finfo(model.dtype).min)
     tokens, out, live = torch.tensor([r.tokens[-1] for r in rows], device=d), [[] for _ in rows], list(range(len(rows)))
@@ -430,7 +454,7 @@ def chain_batches(
     out, now = [], []
     def close():
         stems = list(dict.fromkeys(s for s, _ in now))
-        out.append(Batch(tuple(stems), (tuple((stems.index(s), r) for s, r in now),)))
+        out.append(Batch(tuple(stems), (tuple((stems.index(s), r) for s, r in sorted(now, key=lambda p: -len(p[1].tokens))),)))
     for stem, row in [(g.stem, r) for g in sorted(grow([Request(c, (0,)) for c in contexts]), key=lambda g: -len(g.stem)) for r in g.rows]:
         longest = max([len(r.tokens) for _, r in now] + [len(row.tokens)]) + len((now[0] if now else (stem,))[0])
         if now and (len(now) == x.n_rows or (len(now) + 1)*(longest + room) > x.n_kv): close(); now = []
@@ -498,6 +522,17 @@ def stopper(
     return lambda ids: ids[-1] in end_ids or may_end(ids[-1]) and any(s in tokenizer.decode(ids[-back:]) for s in until)
 
 # %% ../../nbs/lab/09_backend.ipynb #f4a79963
+def check_model(
+    model:PreTrainedModel,
+    window:int, # tokens that are to be read
+)->None:
+    "Raise where a mask of ours would be ignored, or attention does not reach as far as we say."
+    attention, slides = model.config._attn_implementation, getattr(model.config, 'sliding_window', None)
+    if attention not in ('sdpa', 'eager'):
+        raise ValueError(f'backend: attention {attention!r}; expected sdpa or eager, which take a mask. Load the model with one of them.')
+    if slides and slides < window:
+        raise ValueError(f'backend: attention slides over {slides} tokens; expected all {window} of the context. Set max_length to {slides}.')
+
 class SharedPrefixLM(TemplateLM):
     "lm-eval's `LM`, computing shared prefixes once and only the logits that are scored."
     def __init__(self,
@@ -509,67 +544,53 @@ class SharedPrefixLM(TemplateLM):
         tick:Callable[[int,int],None]=lambda done, total: None, # told of progress
     ):
         super().__init__()
-        attention = model.config._attn_implementation
-        if attention not in ('sdpa', 'eager'): raise ValueError(f'backend: attention {attention!r}; expected sdpa or eager, which take a mask. Load the model with one of them.')
         self.model, self.coder, self.tokenizer, self.scratch, self.tick = model.eval(), coder, coder.tokenizer, scratch, tick
         self.max_length = max_length or resolve_max_length(model.config, coder.tokenizer)
-        slides = getattr(model.config, 'sliding_window', None)
-        if slides and slides < self.max_length: raise ValueError(f'backend: attention slides over {slides} tokens; expected all {self.max_length} of the context. Set max_length to {slides}.')
+        check_model(model, self.max_length)
         self.limits, self.tokens_asked, self.tokens_computed = limits_of(model, batch_size), 0, 0
 
-    @property
-    def eot_token_id(self)->int: return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self)->int: return self.coder.prefix_id
-
-    @property
-    def tokenizer_name(self)->str: return self.tokenizer.name_or_path.replace('/', '__')
-
-    def tok_encode(self, string:str, add_special_tokens:bool|None=None, **kwargs)->list[int]:
-        "Token ids of a text."
-        return self.coder.encode([string], special=add_special_tokens)[0]
-
-    def longest(self, requests:list[Instance])->int: # tokens
-        "Length of the longest request, with all that may be generated."
-        args = [r.args for r in requests]
-        if requests[0].request_type == 'generate_until':
-            return max(len(c) + normalize_gen_kwargs(kw)['max_gen_toks'] for c, (_, kw) in zip(_encoded_contexts(self.coder, tuple(c for c, _ in args)), args))
-        return scoring_requests(self.coder, tuple(args), self.max_length)[1]
-
-    def _journal(self, *what)->Journal:
-        name = hashlib.sha256(repr((self.coder.digest, self.coder.add_bos, self.max_length, what)).encode()).hexdigest()[:16]
-        return Journal(self.scratch and self.scratch/f'answers-{name}.jsonl')
-
-    def loglikelihood(self, requests:list[Instance], disable_tqdm:bool=False)->list[tuple[float,bool]]:
-        "Log-probability of each continuation in nats, and whether it is the greedy one."
-        pairs = tuple(r.args for r in requests)
-        if not pairs: return []
-        out = _score(self, scoring_requests(self.coder, pairs, self.max_length)[0], self._journal('score', pairs))
-        for p, answer in zip(pairs, out): self.cache_hook.add_partial('loglikelihood', p, answer)
-        return out
-
-    def _loglikelihood_tokens(self, requests:list, disable_tqdm:bool=False, **kwargs)->list[tuple[float,bool]]:
+    tokenizer_name = property(lambda self: self.tokenizer.name_or_path.replace('/', '__'))
+    eot_token_id = property(lambda self: self.tokenizer.eos_token_id)
+    prefix_token_id = property(lambda self: self.coder.prefix_id)
+    def tok_encode(self, string, add_special_tokens=None, **kwargs): return self.coder.encode([string], special=add_special_tokens)[0]
+    def loglikelihood(self, requests, disable_tqdm=False): return _loglikelihoods(self, [r.args for r in requests])
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         return _score(self, tuple(as_request(c, x, self.max_length) for _, c, x in requests), Journal(None))
+    def loglikelihood_rolling(self, requests, disable_tqdm=False): return _rolling(self, [r.args[0] for r in requests])
+    def generate_until(self, requests, disable_tqdm=False): return _texts(self, [r.args for r in requests])
+    def longest(self, requests): return _longest(self, requests[0].request_type, [r.args for r in requests])
 
-    def loglikelihood_rolling(self, requests:list[Instance], disable_tqdm:bool=False)->list[float]:
-        "Log-probability of whole texts, in windows that do not overlap."
-        texts = [r.args[0] for r in requests]
-        windows = [list(map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1))) for ids in self.coder.encode(texts)]
-        flat = tuple(as_request(c, x, self.max_length) for w in windows for c, x in w)
-        got = iter(_score(self, flat, self._journal('rolling', texts)))
-        out = [sum(next(got)[0] for _ in w) for w in windows]
-        for t, answer in zip(texts, out): self.cache_hook.add_partial('loglikelihood_rolling', (t,), answer)
-        return out
+# %% ../../nbs/lab/09_backend.ipynb #82f98e43
+def _journal(lm:SharedPrefixLM, *what)->Journal:
+    name = hashlib.sha256(repr((lm.coder.digest, lm.coder.add_bos, lm.max_length, what)).encode()).hexdigest()[:16]
+    return Journal(lm.scratch and lm.scratch/f'answers-{name}.jsonl')
 
-    def generate_until(self, requests:list[Instance], disable_tqdm:bool=False)->list[str]:
-        "Greedy texts up to their stop strings."
-        kinds = {}
-        for i, r in enumerate(requests): kinds.setdefault(json.dumps(r.args[1], sort_keys=True), []).append(i)
-        out = {}
-        for kind, which in kinds.items(): out |= zip(which, _generate(self, tuple(requests[i].args[0] for i in which), json.loads(kind)))
-        for i, r in enumerate(requests): self.cache_hook.add_partial('generate_until', r.args, out[i])
-        return [out[i] for i in range(len(requests))]
+def _told(lm:SharedPrefixLM, kind:str, args:Sequence[tuple], answers:list)->list:
+    for x, answer in zip(args, answers, strict=True): lm.cache_hook.add_partial(kind, x, answer)
+    return answers
+
+def _loglikelihoods(lm:SharedPrefixLM, pairs:list[tuple[str,str]])->list[tuple[float,bool]]:
+    "Log-probability of each continuation in nats, and whether it is the greedy one."
+    if not pairs: return []
+    return _told(lm, 'loglikelihood', pairs, _score(lm, scoring_requests(lm.coder, tuple(pairs), lm.max_length)[0], _journal(lm, 'score', pairs)))
+
+def _rolling(lm:SharedPrefixLM, texts:list[str])->list[float]:
+    "Log-probability of whole texts, in windows that do not overlap."
+    windows = [list(map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1))) for ids in lm.coder.encode(texts)]
+    got = iter(_score(lm, tuple(as_request(c, x, lm.max_length) for w in windows for c, x in w), _journal(lm, 'rolling', texts)))
+    return _told(lm, 'loglikelihood_rolling', [(t,) for t in texts], [sum(next(got)[0] for _ in w) for w in windows])
+
+def _texts(lm:SharedPrefixLM, args:list[tuple[str,dict]])->list[str]:
+    "Greedy texts up to their stop strings; requests with the same settings go together."
+    kinds, out = {}, {}
+    for i, (_, kwargs) in enumerate(args): kinds.setdefault(json.dumps(kwargs, sort_keys=True), []).append(i)
+    for kind, which in kinds.items(): out |= zip(which, _generate(lm, tuple(args[i][0] for i in which), json.loads(kind)))
+    return _told(lm, 'generate_until', args, [out[i] for i in range(len(args))])
+
+def _longest(lm:SharedPrefixLM, kind:str, args:list)->int: # tokens
+    "Length of the longest request, with all that may be generated."
+    if kind == 'loglikelihood': return scoring_requests(lm.coder, tuple(args), lm.max_length)[1]
+    return max(len(c) + normalize_gen_kwargs(kw)['max_gen_toks'] for c, (_, kw) in zip(_encoded_contexts(lm.coder, tuple(c for c, _ in args)), args))
 
 # %% ../../nbs/lab/09_backend.ipynb #4a22f5a4
 def _within_memory(lm:SharedPrefixLM, work:Callable[[],None])->None:
@@ -588,10 +609,10 @@ def _score(lm:SharedPrefixLM, requests:tuple[Request,...], journal:Journal)->lis
             chunks = [c for c in b.chunks if any(i not in journal.known for _, r in c for i, _ in r.spots)]
             if not chunks: continue
             stems = run_stems(lm.model, b.stems)
-            lm.tokens_computed += len(b.stems)*max(map(len, b.stems))
+            lm.tokens_computed += sum(map(len, b.stems))
             for c in chunks:
                 journal.add(run_rows(lm.model, b.stems, stems, c, lambda i: requests[i].scored))
-                lm.tokens_computed += len(c)*max(len(r.tokens) for _, r in c)
+                lm.tokens_computed += sum(len(r.tokens) for _, r in c)
                 lm.tick(len(journal.known), len(requests))
     lm.tokens_asked += sum(len(r.fed) for r in requests)
     _within_memory(lm, work)
@@ -615,14 +636,14 @@ def _generate(lm:SharedPrefixLM, contexts:tuple[str,...], kwargs:dict)->list[str
     until = [*kwargs['until'], *([end] if end not in kwargs['until'] else [])]
     also = lm.model.generation_config.eos_token_id
     done = stopper(lm.tokenizer, until, {lm.eot_token_id, *(also if isinstance(also, list) else [] if also is None else [also])})
-    ids, journal = tuple(c[-window:] for c in _encoded_contexts(lm.coder, contexts)), lm._journal('generate', contexts, kwargs)
+    ids, journal = tuple(c[-window:] for c in _encoded_contexts(lm.coder, contexts)), _journal(lm, 'generate', contexts, kwargs)
     def work():
         for b in _chain_batches(ids, room, lm.limits):
             ((chunk),) = b.chunks
             if all(i in journal.known for _, r in chunk for i, _ in r.spots): continue
-            got = generate(lm.model, b, room, done, lm.limits.n_tok)
+            got = generate(lm.model, b, room, done, lm.limits)
             journal.add([(i, lm.tokenizer.decode(t, skip_special_tokens=True)) for (_, r), t in zip(chunk, got) for i, _ in r.spots])    # equal contexts have one row
-            lm.tokens_computed += len(b.stems)*max(map(len, b.stems)) + len(chunk)*(max(len(r.tokens) for _, r in chunk) - 1) + sum(map(len, got))
+            lm.tokens_computed += sum(map(len, b.stems)) + sum(len(r.tokens) - 1 for _, r in chunk) + sum(map(len, got))
             lm.tick(len(journal.known), len(ids))
     _within_memory(lm, work)
     lm.tokens_asked += sum(map(len, ids))
@@ -645,6 +666,7 @@ def checkpoint_files(
     out = {}
     for f in sorted(Path(base).glob('*.safetensors')):
         with safe_open(f, 'pt') as t: out |= dict.fromkeys(t.keys(), f)
+    if not out: raise FileNotFoundError(f'resident: no weights in {base}; expected *.safetensors. Save the model with save_pretrained.')
     return out
 
 def _shape_of(base:Path)->dict:

@@ -25,7 +25,7 @@ from ..paper import H6_TASKS
 
 # %% ../../nbs/lab/04_run.ipynb #f04f9aff
 # what a stage of each kind costs beside the others, roughly, as measured in the tiny world; only estimates of time left use it
-WEIGHTS = dict(base=.5, data=.5, bench=.1, sft=20., ref=2., dpo=10., merge=.2, eval=1.5)
+WEIGHTS = dict(base=.5, data=.5, bench=.1, sft=20., ref=2., dpo=10., merge=.2, eval=.6)
 
 class Progress:
     "Reports how far a run is and, from the pace so far, how long it will take."
