@@ -27,7 +27,7 @@ ALPACA = [dict(prompt=f'What is {a} times 2?', completion=f'{2 * a}') for a in r
 
 
 def run(*cmd, cwd=ROOT, **env):
-    return subprocess.run([str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True, timeout=900)
 
 
 # ---- the site
