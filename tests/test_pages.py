@@ -342,8 +342,11 @@ def test_a_bad_row_of_a_file_names_its_place(tmp_path):
     lab = Lab(own_profile(tmp_path / 'mine', rows=[*ALPACA, dict(prompt='x', completion=' ')]), store=tmp_path / 'store')
     with pytest.raises(ValueError, match="times: row 12 has nothing in field 'completion'"): lab.build('data/times')
     lab = Lab(own_profile(tmp_path / 'mine'), store=tmp_path / 'store')
-    (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}')          # no newline at the end
     with pytest.raises(ValueError, match='has changed since the run began'): lab.build('data/times')
+    assert len(Lab(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').rows('data/times')) == 1
+    (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}\n{oops\n')
+    with pytest.raises(ValueError, match='times.jsonl: line 2 is no JSON'): Lab(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').build('data/times')
 
 
 # ---- in Jupyter
@@ -357,7 +360,7 @@ def test_a_lab_and_its_models_show_themselves(full):
     chat = lab['SFT v3'].chat('What is 3 + 4?', max_new_tokens=4)
     assert 'What is 3 + 4?' in chat.html and lab.label in chat.html
     both = lab.side_by_side('What is 3 + 4?', 'SFT v3', 'Merge v4', max_new_tokens=4)
-    assert both.html.count('<th') == 2 and repr(both).splitlines()[1].startswith('SFT v3: ')
+    assert both.html.count('<th scope') == 2 and repr(both).splitlines()[1].startswith('SFT v3: ')
 
 
 def test_flips_are_the_items_whose_score_changed(full):
@@ -398,7 +401,8 @@ def test_a_cell_shows_progress_and_can_be_interrupted_without_harm(full, tmp_pat
                 if stop_at and lines and stop_at in lines[-1]: manager.interrupt_kernel(); stop_at = None
                 if m['msg_type'] == 'error': error = m['content']['ename']
                 if m['msg_type'] == 'status' and m['content']['execution_state'] == 'idle': return lines, error
-        lines, error = cell(IN_KERNEL.format(store=str(tmp_path / 'store')), stop_at='SFT v1, step 1')
+        cell('import peft, torch, transformers, trl, solar_repro.sft')
+        lines, error = cell(IN_KERNEL.format(store=str(tmp_path / 'store')), stop_at='stage 3 of 3: SFT v1')
         assert error == 'KeyboardInterrupt' and any('stage 1 of 3: base' in l for l in lines) and lines[-1] == ''
         lines, error = cell("lab.run(['SFT v1'])")
         assert error is None and 'SFT v1' in ''.join(lines) and lines[-1] == ''

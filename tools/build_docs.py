@@ -71,9 +71,11 @@ def show_exports(nb, reference: str) -> None:
             continue
         if body and EXPORT.search(c.source):
             c.source = EXPORT.sub('', c.source, count=1)
-            names = [d.name for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef)) and d.name[0] != '_']
-            links = ' '.join(f'<a id="{n}" href="{reference}#{n}"><code>{n}</code></a>' for n in names)
-            if links:
+            public = [d for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef)) and d.name[0] != '_']
+            methods = [f'{d.name}.{m.name}' for d in public if isinstance(d, ast.ClassDef) for m in d.body if isinstance(m, ast.FunctionDef)]
+            links = ' '.join(f'<a id="{d.name.lower()}" href="{reference}#{d.name}"><code>{d.name}</code></a>' for d in public)
+            links += ''.join(f'<a id="{m.lower()}"></a>' for m in methods)       # where nbdev's links to methods lead
+            if public:
                 cells.append(mk_cell(f'<p class="defines">reference: {links}</p>', cell_type='markdown'))
         if body and all(isinstance(b, (ast.Import, ast.ImportFrom)) for b in body) and '#| hide' not in c.source:
             if imports and imports is cells[-1]:

@@ -215,9 +215,12 @@ def own_rows(
     settings:dict, # of the data stage: set, sha256, n, seed
 )->list[dict]:
     "The rows of a training set of one's own, all checked."
-    from solar_repro.data import check_rows, read_rows
+    from solar_repro.data import check_rows
     if hashlib.sha256(path.read_bytes()).hexdigest() != settings['sha256']: raise ValueError(f'{path.name}: has changed since the run began; expected the file as it was. Run again.')
-    rows, n = read_rows(path), settings['n']
+    rows, n = [], settings['n']
+    for i, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+        try: rows += [json.loads(line)] if line.strip() else []
+        except ValueError as e: raise ValueError(f'{path.name}: line {i} is no JSON ({e}); expected one object a line. Correct the line.') from None
     fields = ('prompt', 'chosen', 'rejected') if rows and 'chosen' in rows[0] else ('prompt', 'completion')
     check_rows(settings['set'], rows, {k: str for k in fields})
     if n and n > len(rows): raise ValueError(f"{path.name}: {n} rows were asked for; expected at most {len(rows)}, as many as it has. Change n of sets.{settings['set']}.")
