@@ -160,17 +160,24 @@ CONTRAST = '''(() => {
 def test_every_page_renders_offline_in_both_schemes(site, pages, chrome):
     "No console error, nothing from another host, words and maths on the page, text that can be read."
     faults, n = {}, 0
-    for dark in (False, True):
-        chrome.look(dark=dark)
-        for file in pages:
-            chrome.open(file.as_uri())
-            seen = chrome.js(CONTRAST)
-            n += seen['n']
-            said = chrome.complaints() + seen['bad']
-            if chrome.js('document.documentElement.classList.contains("quarto-dark")') != dark: said.append('is in the wrong scheme')
-            if not chrome.js('document.querySelector("main h1").textContent.trim()'): said.append('has no title')
-            if chrome.js('[...document.querySelectorAll(".math")].some(m => !m.querySelector(".katex"))'): said.append('has maths that is not set')
-            if said: faults[f'{file.relative_to(site[0])}, {"dark" if dark else "light"}'] = said[:6]
+    chrome.look()
+    for file in pages:
+        chrome.open(file.as_uri())
+        seen, said = chrome.js(CONTRAST), []
+        if chrome.js('document.documentElement.classList.contains("quarto-dark")'): said.append('is not in the light scheme')
+        if not chrome.js('document.querySelector("main h1").textContent.trim()'): said.append('has no title')
+        if chrome.js('[...document.querySelectorAll(".math")].some(m => !m.querySelector(".katex"))'): said.append('has maths that is not set')
+        chrome.js('window.smalldocsToggleScheme()')
+        dark = chrome.js(CONTRAST)
+        if not chrome.js('document.documentElement.classList.contains("quarto-dark")'): said.append('cannot be made dark')
+        chrome.js('window.smalldocsToggleScheme()')
+        n += seen['n']
+        said += chrome.complaints() + seen['bad'] + [f'dark: {b}' for b in dark['bad']]
+        if said: faults[str(file.relative_to(site[0]))] = said[:6]
+    chrome.look(dark=True)
+    chrome.js('localStorage.clear()')
+    chrome.open((site[0] / 'merge.html').as_uri())
+    assert chrome.js('document.documentElement.classList.contains("quarto-dark")'), 'a reader who prefers dark gets it'
     assert n > 5000 and not faults, json.dumps(faults, indent=1)[:4000]
 
 
