@@ -147,14 +147,20 @@ CONTRAST = '''(() => {
   const over = (a, b) => [0, 1, 2].map(k => a[k]*a[3] + b[k]*(1 - a[3])).concat(1);
   const ground = e => { const up = []; for (; e; e = e.parentElement) { up.push(parse(getComputedStyle(e).backgroundColor)); if (up.at(-1)[3] === 1) break; }
     return up.reverse().reduce((b, a) => over(a, b), [255, 255, 255, 1]); };
-  const bad = new Map(); let n = 0;
+  const bad = new Map(), done = new Set(); let n = 0;                      // one of each kind: code has thousands of like spans
   for (const e of document.querySelectorAll('body *')) {
-    if (![...e.childNodes].some(t => t.nodeType === 3 && t.textContent.trim()) || !e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.closest('script,style,.katex-mathml')) continue;
+    if (![...e.childNodes].some(t => t.nodeType === 3 && t.textContent.trim()) || e.closest('script,style,.katex-mathml') || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    n++; let kind = ''; for (let p = e, k = 0; p && k < 5; p = p.parentElement, k++) kind += p.tagName + '.' + p.className + ' ';
+    if (done.has(kind)) continue; done.add(kind);
     const s = getComputedStyle(e), g = ground(e), c = over(parse(s.color), g), [a, b] = [lum(c), lum(g)].sort((x, y) => y - x), ratio = (a + .05)/(b + .05);
-    const px = parseFloat(s.fontSize), large = px >= 24 || px >= 18.66 && +s.fontWeight >= 700; n++;
+    const px = parseFloat(s.fontSize), large = px >= 24 || px >= 18.66 && +s.fontWeight >= 700;
     if (ratio < (large ? 3 : 4.5)) bad.set(e.tagName + '.' + e.className, ratio.toFixed(2) + ' ' + s.color + ' on ' + g + ': ' + e.textContent.trim().slice(0, 30));
   }
   return {n, bad: [...bad].map(x => x.join(' '))}; })()'''
+
+
+IS_DARK = '''new Promise(done => { let n = 0; const look = () => document.documentElement.classList.contains('quarto-dark') ? setTimeout(() => done(true), 100)
+  : n++ > 100 ? done(false) : setTimeout(look, 20); look(); })'''
 
 
 def test_every_page_renders_offline_in_both_schemes(site, pages, chrome):
@@ -168,8 +174,8 @@ def test_every_page_renders_offline_in_both_schemes(site, pages, chrome):
         if not chrome.js('document.querySelector("main h1").textContent.trim()'): said.append('has no title')
         if chrome.js('[...document.querySelectorAll(".math")].some(m => !m.querySelector(".katex"))'): said.append('has maths that is not set')
         chrome.js('window.smalldocsToggleScheme()')
+        if not chrome.js(IS_DARK): said.append('cannot be made dark')
         dark = chrome.js(CONTRAST)
-        if not chrome.js('document.documentElement.classList.contains("quarto-dark")'): said.append('cannot be made dark')
         chrome.js('window.smalldocsToggleScheme()')
         n += seen['n']
         said += chrome.complaints() + seen['bad'] + [f'dark: {b}' for b in dark['bad']]
