@@ -159,7 +159,7 @@ CONTRAST = '''(() => {
   return {n, bad: [...bad].map(x => x.join(' '))}; })()'''
 
 
-IS_DARK = '''new Promise(done => { let n = 0; const look = () => document.documentElement.classList.contains('quarto-dark') ? setTimeout(() => done(true), 100)
+IS_DARK = '''new Promise(done => { let n = 0; const look = () => document.documentElement.classList.contains('quarto-dark') ? setTimeout(() => done(true), 400)
   : n++ > 100 ? done(false) : setTimeout(look, 20); look(); })'''
 
 
