@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import MultipleLocator
+from matplotlib.ticker import MaxNLocator
 from jinja2 import Environment
 
 from . import paper
@@ -207,13 +207,13 @@ def claims(
 
 # %% ../nbs/06_tables.ipynb #f80abc1c
 OURS, PAPER = '#2563eb', '#6b7280'
-VERDICT_COLORS = {SUPPORTED: '#059669', CONTRADICTED: '#dc2626', NOISE: '#9ca3af'}
+VERDICT_COLORS = {SUPPORTED: '#047857', CONTRADICTED: '#b91c1c', NOISE: '#6b7280'} # white words on them can be read
 
 def style()->None:
     "The one plot style."
     plt.rcParams.update({'figure.dpi': 110, 'savefig.dpi': 160, 'font.size': 9, 'axes.titlesize': 10, 'axes.spines.top': False, 'axes.spines.right': False,
                          'axes.grid': True, 'grid.color': '#e5e7eb', 'grid.linewidth': .7, 'axes.axisbelow': True, 'axes.edgecolor': '#9ca3af',
-                         'legend.frameon': False, 'figure.constrained_layout.use': True, 'svg.hashsalt': 'solar_repro'})
+                         'legend.frameon': False, 'axes.prop_cycle': plt.cycler(color=[OURS, '#d97706', '#047857', '#b91c1c', '#7c3aed', PAPER]), 'figure.constrained_layout.use': True, 'svg.hashsalt': 'solar_repro'})
 
 def finding(
     n:int, # table
@@ -268,7 +268,7 @@ def figure(
     fig, axes = plt.subplots(1, len(TITLES), figsize=(11.5, 1.9 + .42*len(t)), sharey=True, width_ratios=list(reach.values()))
     for ax, task in zip(axes, TITLES):
         _panel(ax, t, task, paper_se[task], label)
-        ax.set(xlim=(-reach[task], reach[task]), ylim=(len(t) - .5, -.5)); ax.xaxis.set_major_locator(MultipleLocator(5 if sum(reach.values()) > 50 else 4))
+        ax.set(xlim=(-reach[task], reach[task]), ylim=(len(t) - .5, -.5)); ax.xaxis.set_major_locator(MaxNLocator(max(2, round(26*reach[task]/sum(reach.values()))), steps=[1, 2, 5, 10]))
         ax.tick_params(length=0); ax.grid(axis='y', visible=False); ax.spines['left'].set_visible(False)
     axes[0].set_yticks(range(len(t)), t['model'])
     axes[0].annotate('mean of rows', (0, 1), (-8, 17), xycoords='axes fraction', textcoords='offset points', ha='right', color=PAPER, fontsize=8)
@@ -333,7 +333,7 @@ def seeds_figure(
         ax.set(xlabel='%', title=TITLES[task], ylim=(len(names) - .5, -.5))
     axes[0].set_yticks(range(len(names)), names); axes[0].legend(loc='lower left', fontsize=8)
     spread = [max(v) - min(v) for m in names for v in [[100*f.loc[(m, 'gsm8k'), 'score'] for f in frames.values()]]]
-    fig.suptitle(f'{label}, {len(runs)} seeds: GSM8K of one recipe spreads over up to {max(spread):.0f} points', fontsize=10, ha='left', x=.01)
+    fig.suptitle(f'{label}, {len(runs)} seed{"s"[:len(runs) > 1]}: GSM8K of one recipe spreads over up to {max(spread):.0f} points', fontsize=10, ha='left', x=.01)
     return fig
 
 # %% ../nbs/06_tables.ipynb #72d9520d

@@ -2,6 +2,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -26,3 +28,13 @@ def no_network(monkeypatch):
 
 # A job that a shell starts in the background ignores Ctrl-C, and so would everything it starts; the tests that press it need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope='session')
+def full(tmp_path_factory):
+    "A store with the whole recipe in it at smoke scale, built by a process of its own. Read only."
+    store = tmp_path_factory.mktemp('run')/'store'
+    code = f"from solar_repro.lab.run import Lab; Lab('smoke', store={str(store)!r}).run()"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return store

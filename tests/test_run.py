@@ -61,14 +61,6 @@ def new_stages(lab, before):
     return {a.manifest['name'] for a in lab.store.entries() if a.key not in before}
 
 
-@pytest.fixture(scope='session')
-def full(tmp_path_factory):
-    "A store with the whole recipe in it, built by a process of its own. Read only."
-    store = tmp_path_factory.mktemp('run')/'store'
-    finish(start(store))
-    return store
-
-
 @pytest.fixture
 def copy(full, tmp_path):
     "A full store of one's own, to damage or to add to."

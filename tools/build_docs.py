@@ -71,10 +71,14 @@ def show_exports(nb, reference: str) -> None:
             continue
         if body and EXPORT.search(c.source):
             c.source = EXPORT.sub('', c.source, count=1)
-            names = [d.name for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef)) and d.name[0] != '_']
-            links = ' '.join(f'<a id="{n}" href="{reference}#{n}"><code>{n}</code></a>' for n in names)
-            if links:
-                cells.append(mk_cell(f'<p class="defines">reference: {links}</p>', cell_type='markdown'))
+            defined = [d for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef))]
+            public = [d for d in defined if d.name[0] != '_']
+            others = [d.name for d in defined if d.name[0] == '_']               # nbdev links to these and to methods too
+            others += [f'{d.name}.{m.name}' for d in defined if isinstance(d, ast.ClassDef) for m in d.body if isinstance(m, ast.FunctionDef)]
+            links = ' '.join(f'<a id="{d.name.lower()}" href="{reference}#{d.name}"><code>{d.name}</code></a>' for d in public)
+            anchors = ''.join(f'<a id="{n.lower()}"></a>' for n in others)
+            if defined:
+                cells.append(mk_cell(f'<p class="{"defines" if public else "anchors"}">{"reference: " if public else ""}{links}{anchors}</p>', cell_type='markdown'))
         if body and all(isinstance(b, (ast.Import, ast.ImportFrom)) for b in body) and '#| hide' not in c.source:
             if imports and imports is cells[-1]:
                 imports.source += f'\n\n{c.source}'

@@ -44,7 +44,8 @@ def stamp(
     lab:Lab, # its profile
 )->str: # sha256, hex
     "What an execution depends on besides results: the notebook's cells, the library, the profile."
-    library = {p.relative_to(_PACKAGE).as_posix(): p.read_text(encoding='utf-8') for p in sorted(_PACKAGE.rglob('*.py'))}
+    code = d if (d := root()/'solar_repro').is_dir() else _PACKAGE          # a clone's, or what is installed
+    library = {p.relative_to(code).as_posix(): p.read_text(encoding='utf-8') for p in sorted(code.rglob('*.py'))}
     return hashlib.sha256(json.dumps([_sources(nb), library, lab.profile.model_dump()]).encode()).hexdigest()
 
 def results(

@@ -220,9 +220,12 @@ def own_rows(
     settings:dict, # of the data stage: set, sha256, n, seed
 )->list[dict]:
     "The rows of a training set of one's own, all checked."
-    from solar_repro.data import check_rows, read_rows
+    from solar_repro.data import check_rows
     if hashlib.sha256(path.read_bytes()).hexdigest() != settings['sha256']: raise ValueError(f'{path.name}: has changed since the run began; expected the file as it was. Run again.')
-    rows, n = read_rows(path), settings['n']
+    rows, n = [], settings['n']
+    for i, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+        try: rows += [json.loads(line)] if line.strip() else []
+        except ValueError as e: raise ValueError(f'{path.name}: line {i} is no JSON ({e}); expected one object a line. Correct the line.') from None
     fields = ('prompt', 'chosen', 'rejected') if rows and 'chosen' in rows[0] else ('prompt', 'completion')
     check_rows(settings['set'], rows, {k: str for k in fields})
     if n and n > len(rows): raise ValueError(f"{path.name}: {n} rows were asked for; expected at most {len(rows)}, as many as it has. Change n of sets.{settings['set']}.")
@@ -298,8 +301,8 @@ def build_eval(out, settings, inputs, tools):
 BUILDERS = dict(base=build_base, data=build_data, bench=build_bench, sft=build_sft, ref=build_ref, dpo=build_dpo, merge=build_merge, eval=build_eval)
 
 # %% ../../nbs/lab/03_recipe.ipynb #d9dca2d8
-_PLACES = {'base': (0, 4), 'SFT v1': (1, 6), 'SFT v2': (1, 5), 'SFT v3': (1, 3.6), 'SFT v4': (1, 1.4), 'SFT v3 + v4': (2, 2.2),
-           'DPO v1': (3, 6), 'DPO v2': (4, 6), 'DPO v1 + v2': (5, 6.6), 'DPO v3 step 1': (3, 3), 'DPO v3': (4, 3),
+_PLACES = {'base': (0, 4), 'SFT v1': (1, 6.3), 'SFT v2': (1, 5.1), 'SFT v3': (1, 3.6), 'SFT v4': (1, 1.4), 'SFT v3 + v4': (2, 2.2),
+           'DPO v1': (3, 6.1), 'DPO v2': (4, 6.1), 'DPO v1 + v2': (5, 6.6), 'DPO v3 step 1': (3, 3), 'DPO v3': (4, 3),
            'Cand. 1 step 1': (3, 4.8), 'Cand. 1': (4, 4.8), 'Cand. 2 step 1': (3, 1), 'Cand. 2': (4, 1),
            'Merge v1': (5, 4.7), 'Merge v2': (5, 3.6), 'Merge v3': (5, 2.5), 'Merge v4': (5, 1.4)}
 
@@ -309,7 +312,7 @@ def graph_figure(
     "The model stages of a recipe and what each starts from."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(10, 4.6), layout='constrained')
-    color = dict(base='#6b7280', sft='#2563eb', dpo='#d97706', merge='#059669')
+    color = dict(base='#6b7280', sft='#2563eb', dpo='#b45309', merge='#047857')
     models = [s for s in graph.values() if s.kind in MODEL_KINDS]
     own = [s for s in models if s.name not in _PLACES]
     places = {**_PLACES, **{s.name: (dict(sft=1, dpo=4, merge=5)[s.kind], -.9 - .9*sum(o.kind == s.kind for o in own[:i])) for i, s in enumerate(own)}}
@@ -320,7 +323,7 @@ def graph_figure(
                 ax.annotate('', (x - .3, y), (places[i][0] + .28, places[i][1]), zorder=1, arrowprops=dict(arrowstyle='-|>', lw=.9, color='#9ca3af'))
         sets = [i.removeprefix('data/') for i in s.inputs.values() if i.startswith('data/')]
         ax.text(x, y, s.name, ha='center', va='center', fontsize=9, color='white', zorder=2, bbox=dict(boxstyle='round,pad=.35', fc=color[s.kind], ec='none'))
-        if sets: ax.text(x, y - .36, '\n'.join(sets), ha='center', va='top', fontsize=6.5, color='#6b7280', linespacing=1.1)
+        if sets: ax.text(x, y - .34, '\n'.join(sets), ha='center', va='top', fontsize=6.5, color='#6b7280', linespacing=1.3)
     for x, t in enumerate(('base', 'SFT (Table 3)', '', 'DPO, first set', 'DPO, second set', 'merges (Tables 4, 7)')): ax.text(x, 7.4, t, ha='center', fontsize=8, weight='bold')
     ax.set(xlim=(-.5, 5.6), ylim=(min(y for _, y in places.values()) - .9 if own else -.2, 7.7)); ax.axis('off')
     return fig

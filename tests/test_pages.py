@@ -1,0 +1,457 @@
+"The pages that people meet: site in a browser, README's commands, notebooks in Jupyter, rows of one's own, and the wheel."
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pandas as pd
+import pytest
+from chrome import PROGRAM, Chrome
+
+from solar_repro.lab.profile import load_profile
+from solar_repro.lab.recipe import recipe
+from solar_repro.lab.run import Lab, cost
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.parts))
+ALPACA = [dict(prompt=f'What is {a} times 2?', completion=f'{2 * a}') for a in range(12)]
+
+
+def run(*cmd, cwd=ROOT, **env):
+    return subprocess.run([str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True, timeout=900)
+
+
+# ---- the site
+
+PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The site of a copy of this tree, with one notebook executed (a figure and a table) and one that has changed since."
+    home = tmp_path_factory.mktemp('site')
+    for name in ('nbs', 'solar_repro', 'tools'):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', 'pyproject.toml', 'README.md'):
+        shutil.copy(ROOT / name, home)
+    (home / 'nbs' / 'more').mkdir()
+    new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# A new page\n> Of a new folder.')])
+    nbformat.write(new, home / 'nbs' / 'more' / '00_new.ipynb')
+    done = home / 'runs' / 'tiny' / 'notebooks'
+    done.mkdir(parents=True)
+    nb = nbformat.read(home / 'nbs' / '04_merge.ipynb', 4)
+    cell = [c for c in nb.cells if c.cell_type == 'code' and 'plt' in c.source][-1]
+    cell.outputs = [nbformat.v4.new_output('display_data', {'image/png': PNG, 'text/plain': ''}),
+                    nbformat.v4.new_output('display_data', {'text/html': pd.DataFrame(dict(a=[1])).to_html(), 'text/plain': ''})]
+    nbformat.write(nb, done / '04_merge.ipynb')
+    nb = nbformat.read(home / 'nbs' / '05_eval.ipynb', 4)
+    nb.cells[0].source += ' changed'
+    nbformat.write(nb, done / '05_eval.ipynb')
+    made = run(sys.executable, 'tools/build_docs.py', cwd=home, PYTHONPATH=str(home))
+    assert made.returncode == 0, (made.stdout + made.stderr)[-3000:]
+    return home / '_docs', made.stdout
+
+
+class Page(HTMLParser):
+    "Links, anchors, pictures and words of a page."
+
+    def __init__(self, file):
+        super().__init__()
+        self.links, self.ids, self.images = [], set(), []
+        self.feed(file.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
+        self.links += [a[k] for k in ('href', 'src') if a.get(k)]
+        if tag == 'img':
+            self.images.append(a)
+
+
+@pytest.fixture(scope='session')
+def pages(site):
+    return {p: Page(p) for p in sorted(site[0].rglob('*.html'))}
+
+
+def test_site_has_a_page_for_every_notebook_and_module(site, pages):
+    names = {p.relative_to(site[0]).as_posix() for p in pages}
+    assert 'index.html' in names and 'more/new.html' in names
+    assert len([n for n in names if not n.startswith('api/')]) == len(NOTEBOOKS) + 1
+    modules = [p for p in (ROOT / 'solar_repro').rglob('*.py') if not p.name.startswith('_')]
+    assert len([n for n in names if n.startswith('api/')]) == len(modules)
+    side = (site[0] / 'index.html').read_text()
+    assert all(f'href="{n}"' in side for n in names), 'every page stands in the sidebar, new ones by themselves'
+
+
+def test_site_links_lead_somewhere(site, pages):
+    broken, seen = [], 0
+    for file, page in pages.items():
+        for link in page.links:
+            u = urlsplit(link)
+            if u.scheme or u.netloc or not (u.path or u.fragment):
+                continue
+            seen += 1
+            target = (file.parent / unquote(u.path)).resolve() if u.path else file
+            if not target.exists() or u.fragment and target in pages and unquote(u.fragment) not in pages[target].ids:
+                broken.append(f'{file.relative_to(site[0])}: {link}')
+    assert seen > 500 and not broken, broken[:20]
+
+
+def test_site_shows_a_run_only_if_its_notebooks_are_these(site, pages):
+    "Outputs come from the executed notebook; one that has changed is said, and shown without."
+    assert 'outputs: runs/tiny/notebooks' in site[1] and '05_eval.ipynb: not as it was executed' in site[1]
+    images = pages[site[0] / 'merge.html'].images
+    assert len(images) == 1 and re.match(r'Figure under \w+', images[0]['alt']) and len(images[0]['alt']) > 25
+    assert '<table class="dataframe">' in (site[0] / 'merge.html').read_text()
+
+
+def test_site_pictures_are_described_and_code_is_shown(site, pages):
+    assert not [p.name for p, page in pages.items() for i in page.images if not i.get('alt')]
+    merge = (site[0] / 'merge.html').read_text()
+    assert 'id="slerp_weights"' in merge and 'href="api/merge.html#slerp_weights"' in merge
+    assert 'SLERP’s coefficients' in (site[0] / 'api' / 'merge.html').read_text() and 'between the two tensors' in (site[0] / 'api' / 'merge.html').read_text()
+    assert '#| export' not in merge and str(ROOT) not in merge
+
+
+def test_site_config_is_valid_for_quarto():
+    import yaml
+    quarto = yaml.safe_load((ROOT / 'nbs' / '_quarto.yml').read_text())
+    assert quarto['project']['type'] == 'website' and quarto['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
+    assert (ROOT / 'nbs' / quarto['format']['html']['css']).is_file()
+
+
+@pytest.fixture(scope='session')
+def chrome():
+    if not PROGRAM:
+        pytest.skip('no chromium on this machine; on Debian: apt-get install chromium')
+    pytest.importorskip('websocket', reason='websocket-client speaks to chromium; JupyterLab brings it')
+    c = Chrome()
+    yield c
+    c.close()
+
+
+# Of every element with text of its own: its contrast with the nearest ground, and what WCAG AA asks of its size.
+CONTRAST = '''(() => {
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
+  const lin = x => (x /= 255) <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4;
+  const lum = c => .2126*lin(c[0]) + .7152*lin(c[1]) + .0722*lin(c[2]);
+  const over = (a, b) => [0, 1, 2].map(k => a[k]*a[3] + b[k]*(1 - a[3])).concat(1);
+  const ground = e => { const up = []; for (; e; e = e.parentElement) { up.push(parse(getComputedStyle(e).backgroundColor)); if (up.at(-1)[3] === 1) break; }
+    return up.reverse().reduce((b, a) => over(a, b), [255, 255, 255, 1]); };
+  const bad = new Map(), done = new Set(); let n = 0;                      // one of each kind: code has thousands of like spans
+  for (const e of document.querySelectorAll('body *')) {
+    if (![...e.childNodes].some(t => t.nodeType === 3 && t.textContent.trim()) || e.closest('script,style,.katex-mathml') || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    n++; let kind = ''; for (let p = e, k = 0; p && k < 5; p = p.parentElement, k++) kind += p.tagName + '.' + p.className + ' ';
+    if (done.has(kind)) continue; done.add(kind);
+    const s = getComputedStyle(e), g = ground(e), c = over(parse(s.color), g), [a, b] = [lum(c), lum(g)].sort((x, y) => y - x), ratio = (a + .05)/(b + .05);
+    const px = parseFloat(s.fontSize), large = px >= 24 || px >= 18.66 && +s.fontWeight >= 700;
+    if (ratio < (large ? 3 : 4.5)) bad.set(e.tagName + '.' + e.className, ratio.toFixed(2) + ' ' + s.color + ' on ' + g + ': ' + e.textContent.trim().slice(0, 30));
+  }
+  return {n, bad: [...bad].map(x => x.join(' '))}; })()'''
+
+
+IS_DARK = '''new Promise(done => { let n = 0; const look = () => document.documentElement.classList.contains('quarto-dark') ? setTimeout(() => done(true), 400)
+  : n++ > 100 ? done(false) : setTimeout(look, 20); look(); })'''
+
+
+def test_every_page_renders_offline_in_both_schemes(site, pages, chrome):
+    "No console error, nothing from another host, words and maths on the page, text that can be read."
+    faults, n = {}, 0
+    chrome.look()
+    for file in pages:
+        chrome.open(file.as_uri())
+        seen, said = chrome.js(CONTRAST), []
+        if chrome.js('document.documentElement.classList.contains("quarto-dark")'): said.append('is not in the light scheme')
+        if not chrome.js('document.querySelector("main h1").textContent.trim()'): said.append('has no title')
+        if chrome.js('[...document.querySelectorAll(".math")].some(m => !m.querySelector(".katex"))'): said.append('has maths that is not set')
+        chrome.js('window.smalldocsToggleScheme()')
+        if not chrome.js(IS_DARK): said.append('cannot be made dark')
+        dark = chrome.js(CONTRAST)
+        chrome.js('window.smalldocsToggleScheme()')
+        n += seen['n']
+        said += chrome.complaints() + seen['bad'] + [f'dark: {b}' for b in dark['bad']]
+        if said: faults[str(file.relative_to(site[0]))] = said[:6]
+    chrome.look(dark=True)
+    chrome.js('localStorage.clear()')
+    chrome.open((site[0] / 'merge.html').as_uri())
+    assert chrome.js('document.documentElement.classList.contains("quarto-dark")'), 'a reader who prefers dark gets it'
+    assert n > 5000 and not faults, json.dumps(faults, indent=1)[:4000]
+
+
+def test_pages_fit_a_phone(site, pages, chrome):
+    "Nothing makes the page wider than the screen; the menu opens."
+    chrome.look(390, 844)
+    wide = []
+    for name in ('index', 'data', 'merge', 'tables', 'lab/run', 'api/recipe'):
+        chrome.open((site[0] / f'{name}.html').as_uri())
+        width = chrome.js('document.documentElement.scrollWidth')
+        if width > 390: wide.append(f'{name}: {width}')
+    assert not wide
+    assert not chrome.js('document.querySelector("#quarto-sidebar").checkVisibility()')
+    chrome.js('document.querySelector(".quarto-btn-toggle").click()')
+    assert chrome.js('new Promise(r => setTimeout(() => r(document.querySelector("#quarto-sidebar").checkVisibility()), 600))')
+
+
+def test_search_finds_slerp_and_opens_its_page(site, chrome):
+    chrome.look()
+    chrome.open((site[0] / 'index.html').as_uri())
+    chrome.js('''(() => { const i = document.querySelector('.smalldocs-search input'); i.focus(); i.value = 'SLERP'; i.dispatchEvent(new Event('input', {bubbles: true})); })()''')
+    found = chrome.js('''new Promise(done => { let n = 0; const look = () => { const a = [...document.querySelectorAll('.smalldocs-search-results a')].map(x => x.href);
+        a.length || n++ > 50 ? done(a) : setTimeout(look, 100); }; look(); })''')
+    assert found and 'merge.html' in found[0], found
+    chrome.open(found[0])
+    assert 'SLERP' in chrome.js('document.querySelector("main").textContent') and not chrome.complaints()
+
+
+# ---- tables that sort and filter
+
+def test_a_table_sorts_and_filters_in_a_browser(chrome, tmp_path):
+    from solar_repro.lab.view import explore
+    t = pd.DataFrame(dict(model=['SFT v1', 'SFT v2', 'DPO v1'], gsm8k=[9.5, 10.25, float('nan')]))
+    (tmp_path / 'page.html').write_text(f'<meta charset="utf-8"><body>{explore(t).html}{explore(t).html}')
+    chrome.open((tmp_path / 'page.html').as_uri())
+    rows = lambda: chrome.js('[...document.querySelectorAll("div")[0].querySelectorAll("tbody tr")].filter(r => !r.hidden).map(r => r.cells[0].textContent)')
+    click = lambda k: chrome.js(f'document.querySelectorAll("div")[0].querySelectorAll("th button")[{k}].click()')
+    def type_(text):
+        chrome.js(f'(() => {{ const i = document.querySelector("input"); i.value = {json.dumps(text)}; i.dispatchEvent(new Event("input")); }})()')
+        return rows()
+    click(1); assert rows() == ['SFT v1', 'SFT v2', 'DPO v1']            # by number, not by text; what has none stands last
+    click(1); assert rows() == ['SFT v2', 'SFT v1', 'DPO v1']
+    click(0); assert rows() == ['DPO v1', 'SFT v1', 'SFT v2']
+    assert type_('sft v1') == ['SFT v1'] and type_('gsm8k>10') == ['SFT v2'] and type_('gsm8k<=9.5 sft') == ['SFT v1'] and type_('nothing') == []
+    assert chrome.js('document.querySelector("output").textContent') == '0 of 3 rows' and len(type_('')) == 3
+    assert chrome.js('document.querySelectorAll("div")[1].querySelector("tbody tr").cells[0].textContent') == 'SFT v1'     # the other table is left alone
+
+
+# ---- README
+
+def blocks(kind):
+    text = (ROOT / 'README.md').read_text(encoding='utf-8') + (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    return re.findall(rf'```{kind}\n(.*?)```', text, flags=re.S)
+
+
+def commands():
+    return sorted({c for b in blocks('sh') for line in b.splitlines() if (c := re.sub(r'\s+#.*', '', line).strip()) and not c.startswith('#')})
+
+
+@pytest.mark.parametrize('command', commands())
+def test_readme_command_is_one_that_works(command, tmp_path):
+    "Each command of README and CONTRIBUTING is run, or, where it would install, fetch or take long, checked by its own parser."
+    words = shlex.split(command)
+    words = words[next(k for k, w in enumerate(words) if not re.fullmatch(r'[A-Z_]+=\S+', w)):]           # VAR=value before it
+    name, args = words[0], words[1:]
+    if name == 'solar-repro':
+        from solar_repro.lab.cli import _parser
+        _parser().parse_args(args)
+    elif name == 'make':
+        assert run('make', '-n', *args).returncode == 0
+    elif name == 'papermill':
+        from papermill import inspect_notebook
+        assert {args[k + 1] for k, a in enumerate(args) if a == '-p'} <= set(inspect_notebook(str(ROOT / args[0]))) and args[1].endswith('.ipynb')
+    elif name in ('python', 'python3.11') and args[0] == '-m':
+        assert args[1] in ('build', 'pytest') or run(sys.executable, *args[:2], '--help').returncode == 0
+    elif name == 'python':
+        assert (ROOT / args[0]).is_file()
+        for flag in (a for a in args[1:] if a.startswith('-')): assert f"'{flag}'" in (ROOT / args[0]).read_text(), flag
+    elif name in ('nbdev_export', 'nbdev_clean', 'nbdev_test', 'jupyter'):
+        assert (Path(sys.executable).parent / name).exists()
+    elif name == 'sh':
+        assert (ROOT / args[0]).is_file()
+    else:
+        assert name in ('git', 'cd', 'source', 'conda', 'pip'), f'{command}: say in this test how it is to be checked'
+
+
+def test_readme_python_and_profile_work(full, tmp_path, monkeypatch):
+    "The Python of the front page runs as it stands, on the smoke profile; its profile of ten lines is a profile."
+    monkeypatch.setenv('SOLAR_STORE', str(full))
+    code, = [b for b in blocks('python') if 'Lab(' in b]
+    exec(code.replace("Lab('tiny')", "Lab('smoke')"), {})
+    toml, = [b for b in blocks('toml') if 'extends' in b]
+    (tmp_path / 'mine.toml').write_text(toml)
+    (tmp_path / 'times.jsonl').write_text(json.dumps(ALPACA[0]) + '\n')
+    assert len(toml.splitlines()) <= 12 and {'SFT v5', 'Merge v5', 'data/times'} <= set(recipe(load_profile(tmp_path / 'mine.toml')))
+
+
+def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
+    "Pictures, times and tables of a run appear between the marks; a second time changes nothing."
+    import solar_repro.tables as tables
+    project = tmp_path / 'project'
+    shutil.copytree(ROOT / 'tools', project / 'tools', ignore=shutil.ignore_patterns('katex', '__pycache__'))
+    (project / 'nbs').mkdir()
+    shutil.copy(ROOT / 'nbs' / 'index.ipynb', project / 'nbs')
+    shutil.copy(ROOT / 'settings.ini', project)
+    monkeypatch.chdir(project)
+    lab = Lab('smoke', store=full)
+    env = dict(PYTHONPATH=str(ROOT), SOLAR_STORE=str(full))
+    record = lambda: run(sys.executable, 'tools/record_run.py', '--profile', 'smoke', '--nbs', 'nbs', '--test-minutes', '9', cwd=project, **env)
+    early = record()
+    assert early.returncode != 0 and 'make tables PROFILE=smoke' in early.stderr                # no report yet
+    tables.publish(lab.scores(), lab.folder, lab.label, lab.provenance(), lab.own)
+    # the last steps of the tool clean and render the whole project; here only its own part is looked at
+    done = run(sys.executable, '-c', 'import runpy, sys; m = runpy.run_path("tools/record_run.py"); from pathlib import Path; m["put"](Path("nbs/index.ipynb"), m["text_of"]("smoke", Path("nbs"), 9.))', cwd=project, **env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = (project / 'nbs' / 'index.ipynb').read_text()
+    assert '**smoke test, seed 0**, not SOLAR 10.7B' in first and '`make test` took 9 minutes' in first and first.count('| SFT v3 + v4') >= 1
+    assert (project / 'nbs' / 'recorded' / 'table4.png').is_file() and '![Table 4, smoke test' in first
+    readme = run(sys.executable, '-c', 'import sys; sys.path.insert(0, "tools"); from build_readme import render; from pathlib import Path; print(render(Path("nbs/index.ipynb")))', cwd=project)
+    assert '](nbs/recorded/table4.png)' in readme.stdout
+
+
+# ---- rows of one's own
+
+def own_profile(folder, extra='', rows=ALPACA):
+    folder.mkdir(exist_ok=True)
+    (folder / 'times.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    (folder / 'mine.toml').write_text('extends = "smoke"\n[sets.times]\nfile = "times.jsonl"\n[rows."SFT v5"]\nsets = ["alpaca_gpt4", "times"]\n'
+                                      '[rows."Merge v5"]\nweights = {"Cand. 1" = 0.8, "Cand. 2" = 0.2}\n' + extra)
+    return folder / 'mine.toml'
+
+
+def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
+    store = shutil.copytree(full, tmp_path / 'store')
+    lab = Lab(own_profile(tmp_path / 'mine', '[rows."DPO v4"]\nstart = "SFT v5"\nsets = ["ultrafeedback_clean"]\nbeta = 0.2\n'), store=store)
+    before = {a.key for a in lab.store.entries()}
+    lab.run()
+    built = {a.manifest['name'] for a in lab.store.entries() if a.key not in before}
+    new = {'data/times', 'SFT v5', 'Merge v5', 'ref/SFT v5/ultrafeedback_clean', 'DPO v4'}
+    assert {b for b in built if not b.startswith('eval/')} == new and len(built) == len(new) + 3 * 6
+    assert lab.rows('data/times') == ALPACA and lab.show('DPO v4')['settings']['dpo']['beta'] == .2
+    t = lab.table(3)
+    assert list(t['model']) == ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4', 'SFT v3 + v4', 'SFT v5']
+    assert t['h6_paper'].notna().tolist() == [True] * 5 + [False] and t['h6'].notna().all()
+    assert lab.table(7)['model'].iloc[-1] == 'Merge v5' and lab.table(4)['model'].iloc[-1] == 'DPO v4'
+    from solar_repro.tables import publish
+    publish(lab.scores(), tmp_path / 'out', lab.label, lab.provenance(), lab.own)
+    text = (tmp_path / 'out' / 'report.html').read_text()
+    assert 'SFT v5' in text and 'nan' not in (tmp_path / 'out' / 'tables' / 'table3.md').read_text()
+    # the same bytes elsewhere are the same set; other bytes are another
+    other = Lab(own_profile(tmp_path / 'elsewhere'), store=store)
+    assert set(other.status()['state']) == {'built'}
+    changed = Lab(own_profile(tmp_path / 'mine', rows=ALPACA[:-1]), store=store)
+    missing = set(changed.status().query('state == "missing"')['stage'])
+    assert {m for m in missing if not m.startswith('eval/')} == {'data/times', 'SFT v5'}
+
+
+@pytest.mark.parametrize('line, says', [
+    ('{"prompt": "a"}', 'has the keys ["prompt"]'), ('not JSON', 'has the keys []'), ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'holds pairs')])
+def test_a_file_that_cannot_be_trained_on_is_refused_before_any_work(tmp_path, line, says):
+    profile = own_profile(tmp_path / 'mine')
+    (tmp_path / 'mine' / 'times.jsonl').write_text(line + '\n')
+    with pytest.raises(ValueError, match=re.escape(says.replace('"', "'"))): Lab(profile, store=tmp_path / 'store')
+    (tmp_path / 'mine' / 'times.jsonl').unlink()
+    with pytest.raises(ValueError, match='there is no file'): Lab(profile, store=tmp_path / 'store')
+
+
+def test_a_bad_row_of_a_file_names_its_place(tmp_path):
+    lab = Lab(own_profile(tmp_path / 'mine', rows=[*ALPACA, dict(prompt='x', completion=' ')]), store=tmp_path / 'store')
+    with pytest.raises(ValueError, match="times: row 12 has nothing in field 'completion'"): lab.build('data/times')
+    lab = Lab(own_profile(tmp_path / 'mine'), store=tmp_path / 'store')
+    (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}')          # no newline at the end
+    with pytest.raises(ValueError, match='has changed since the run began'): lab.build('data/times')
+    assert len(Lab(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').rows('data/times')) == 1
+    (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}\n{oops\n')
+    with pytest.raises(ValueError, match='times.jsonl: line 2 is no JSON'): Lab(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').build('data/times')
+
+
+# ---- in Jupyter
+
+def test_a_lab_and_its_models_show_themselves(full):
+    lab = Lab('smoke', store=full)
+    assert f'all {len(lab.recipe)} stages are built' in repr(lab) and 'Table 7: 4 of 4' in lab._repr_html_()
+    lines = repr(lab['DPO v2']).splitlines()
+    assert lines[0] == lab.label and lines[1].startswith('DPO v2: DPO, beta') and any(l.strip().startswith('base: base') for l in lines)
+    assert '<details' in lab['Merge v1']._repr_html_()
+    chat = lab['SFT v3'].chat('What is 3 + 4?', max_new_tokens=4)
+    assert 'What is 3 + 4?' in chat.html and lab.label in chat.html
+    both = lab.side_by_side('What is 3 + 4?', 'SFT v3', 'Merge v4', max_new_tokens=4)
+    assert both.html.count('<th scope') == 2 and repr(both).splitlines()[1].startswith('SFT v3: ')
+
+
+def test_flips_are_the_items_whose_score_changed(full):
+    lab = Lab('smoke', store=full)
+    for task in ('mmlu', 'truthfulqa', 'hellaswag', 'winogrande'):
+        f, a, b = lab.flips('base', 'DPO v2', task), lab.items('base', task), lab.items('DPO v2', task)
+        assert len(f) == (a['score'] != b['score']).sum() and f['change'].abs().is_monotonic_decreasing
+        assert abs(f['change'].sum() - (b['score'].sum() - a['score'].sum())) < 1e-9 and f['item'].str.len().gt(5).all()
+
+
+def test_costs_are_told_from_what_is_built(full):
+    s = Lab('smoke', store=full).status()
+    assert (cost(s)['left_s'] == 0).all()
+    half = s.copy(); half.loc[half['kind'] == 'dpo', ['state', 'seconds']] = ['missing', None]
+    c = cost(half).set_index('kind')
+    assert c.loc['dpo', 'left_s'] > 0 and c.loc['dpo', 'missing'] == (s['kind'] == 'dpo').sum() and c.drop('dpo')['left_s'].sum() == 0
+
+
+IN_KERNEL = '''
+from solar_repro.lab.run import Lab
+lab = Lab('smoke', store={store!r})
+lab.run(['SFT v1'])
+'''
+
+
+def test_a_cell_shows_progress_and_can_be_interrupted_without_harm(full, tmp_path):
+    "A kernel as Jupyter starts it: a line below the cell, then an interrupt; run again, the same bits as without."
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel(kernel_name='python3', env={k: v for k, v in ENV.items() if k != 'SOLAR_PROGRESS'}, cwd=str(tmp_path))
+    try:
+        def cell(code, stop_at=None):
+            lines, error = [], None
+            asked = client.execute(code)
+            while True:
+                m = client.get_iopub_msg(timeout=120)
+                if m['parent_header'].get('msg_id') != asked: continue
+                if m['msg_type'] in ('display_data', 'update_display_data'): lines.append(m['content']['data'].get('text/html', ''))
+                if stop_at and lines and stop_at in lines[-1]: manager.interrupt_kernel(); stop_at = None
+                if m['msg_type'] == 'error': error = m['content']['ename']
+                if m['msg_type'] == 'status' and m['content']['execution_state'] == 'idle': return lines, error
+        cell('import peft, torch, transformers, trl, solar_repro.sft')
+        lines, error = cell(IN_KERNEL.format(store=str(tmp_path / 'store')), stop_at='stage 3 of 3: SFT v1')
+        assert error == 'KeyboardInterrupt' and any('stage 1 of 3: base' in l for l in lines) and lines[-1] == ''
+        lines, error = cell("lab.run(['SFT v1'])")
+        assert error is None and 'SFT v1' in ''.join(lines) and lines[-1] == ''
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert Lab('smoke', store=tmp_path / 'store').build('SFT v1').content == Lab('smoke', store=full).build('SFT v1').content
+
+
+# ---- the wheel
+
+def test_wheel_works_outside_the_repository(tmp_path):
+    "Built from a copy of the tree, installed into a folder of its own, used from another: notebooks laid out, one of them run."
+    tree = tmp_path / 'tree'
+    tree.mkdir()
+    for name in ('nbs', 'solar_repro'):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'MANIFEST.in', 'LICENSE'):
+        shutil.copy(ROOT / name, tree)
+    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
+    made = run(*pip, 'wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', tmp_path, tree)
+    assert made.returncode == 0, made.stderr[-2000:]
+    wheel, = tmp_path.glob('*.whl')
+    names = set(zipfile.ZipFile(wheel).namelist())
+    here = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'solar_repro').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    assert not here - names
+    assert {n.removeprefix('solar_repro/notebooks/') for n in names if n.endswith('.ipynb')} == {p.relative_to(ROOT / 'nbs').as_posix() for p in NOTEBOOKS}
+    home, work = tmp_path / 'installed', tmp_path / 'my-solar'
+    made = run(*pip, 'install', '--no-deps', '--no-index', '--target', home, wheel)
+    assert made.returncode == 0, made.stderr[-2000:]
+    cli = [sys.executable, '-c', 'import sys, solar_repro; assert solar_repro.__file__.startswith(sys.argv[1]), solar_repro.__file__; '
+           'from solar_repro.lab.cli import main; sys.exit(main(sys.argv[2:]))', str(home)]
+    made = run(*cli, 'init', work, cwd=tmp_path, PYTHONPATH=str(home))
+    assert made.returncode == 0 and f'{len(NOTEBOOKS)} notebooks' in made.stdout, made.stderr[-2000:]
+    assert 'is not empty' in run(*cli, 'init', work, cwd=tmp_path, PYTHONPATH=str(home)).stderr
+    made = run(*cli, 'status', '--profile', 'tiny', cwd=work, PYTHONPATH=str(home))
+    assert made.returncode == 0 and str(work / 'runs' / 'store') in made.stdout, made.stderr[-2000:]
+    made = run(sys.executable, '-m', 'papermill', 'nbs/lab/00_profile.ipynb', 'done.ipynb', '--no-progress-bar', cwd=work, PYTHONPATH=str(home))
+    assert made.returncode == 0, made.stderr[-2000:]
