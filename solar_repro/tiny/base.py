@@ -53,9 +53,9 @@ def build_tokenizer(
 @dataclass(frozen=True)
 class BaseSettings:
     "All that decides the base model's weights, on one kind of machine."
-    world_seed: int = 44
+    world_seed: int = 45
     seed: int = 0                 # initial weights and corpus
-    n_pages: int = 450_000        # pages of the corpus, each read once
+    n_pages: int = 300_000        # pages of the corpus, each read once
     hidden_size: int = 192
     n_layers: int = 6
     n_heads: int = 6
