@@ -45,7 +45,7 @@ def build_tokenizer(
     "A whole-word tokenizer of the world's vocabulary."
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary(world))}, unk_token=UNK))
     t.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), 'removed', invert=True)
-    spaces = decoders.Replace(Regex(r' (?=[.,?:])| ?(?=\n)|(?<=\n) '), '')
+    spaces = decoders.Replace(Regex(r' (?=[.,?:)])| ?(?=\n)|(?<=[\n(]) '), '')
     t.decoder = decoders.Sequence([decoders.WordPiece(prefix='~~~', cleanup=False), decoders.Fuse(), spaces])
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=EOS, pad_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False)
 
