@@ -440,7 +440,7 @@ def benchmark(
     task:str, # one of `ITEMS`
     n:int, # test items
     seed:int=0, # of the draw
-    n_train:int=40, # rows to draw few-shot examples from (MMLU: the first of each subject)
+    n_train:int=80, # rows to draw few-shot examples from (MMLU: the first of each subject)
 )->dict[str,list[dict]]: # 'train' and 'test' rows in the hub's columns
     "A benchmark: held-out test items and open few-shot rows."
     if task not in ITEMS: raise ValueError(f'benchmark: no task {task!r}; expected one of {sorted(ITEMS)}.')
