@@ -102,14 +102,17 @@ def open_checkpoint(
 # %% ../../nbs/lab/12_checkpoints.ipynb #11b154c5
 def mapped(
     entry:Entry,
+    lo:int=0, # first element
+    hi:int|None=None, # one past the last; None: to the end
 )->Tensor: # flat, in the tensor's own dtype; read when touched
-    "A tensor of a weight file, mapped."
-    dtype = DTYPES[entry.dtype]
-    if not entry.n: return torch.empty(0, dtype=dtype)
-    page = entry.start//mmap.ALLOCATIONGRANULARITY*mmap.ALLOCATIONGRANULARITY
+    "A range of a tensor of a weight file, mapped."
+    dtype, n = DTYPES[entry.dtype], (entry.n if hi is None else hi)-lo
+    if not n: return torch.empty(0, dtype=dtype)
+    start = entry.start+lo*dtype.itemsize
+    page = start//mmap.ALLOCATIONGRANULARITY*mmap.ALLOCATIONGRANULARITY
     with open(entry.file, 'rb') as f:
-        m = mmap.mmap(f.fileno(), entry.stop-page, flags=mmap.MAP_PRIVATE | getattr(mmap, 'MAP_NORESERVE', 0), prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=page)
-    return torch.frombuffer(m, dtype=dtype, count=entry.n, offset=entry.start-page)
+        m = mmap.mmap(f.fileno(), start-page+n*dtype.itemsize, flags=mmap.MAP_PRIVATE | getattr(mmap, 'MAP_NORESERVE', 0), prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=page)
+    return torch.frombuffer(m, dtype=dtype, count=n, offset=start-page)
 
 # %% ../../nbs/lab/12_checkpoints.ipynb #d76c251a
 PIECE = 1<<16   # elements at a time: a few of them in float64 fit the second-level cache
@@ -234,8 +237,8 @@ def compare(
     names, rows = [n for n,e in models[0].entries.items() if e.dtype in REAL], []
     with one_thread_each() as pool:
         def start(name):
-            maps = [mapped(m.entries[name]) for m in models]
-            return [pool.submit(tensor_sums, *(x[lo:lo+SLICE] for x in maps)) for lo in range(0, max(1, maps[0].numel()), SLICE)]
+            at = [m.entries[name] for m in models]
+            return [pool.submit(lambda lo: tensor_sums(*(mapped(e, lo, min(lo+SLICE, e.n)) for e in at)), lo) for lo in range(0, max(1, at[0].n), SLICE)]
         ahead = [start(n) for n in names[:2]]
         for i,n in enumerate(names):
             parts = [f.result() for f in ahead.pop(0)]
