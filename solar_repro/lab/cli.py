@@ -78,7 +78,7 @@ def base(lab:Lab, rebuild:bool)->None:
 # %% ../../nbs/lab/06_cli.ipynb #2c527d1c
 def export(lab:Lab, name:str, folder:Path, adapter:bool)->None:
     "Write a model as a checkpoint for transformers, or as one adapter for PEFT."
-    from solar_repro.lab.merging import check_target, export
+    from solar_repro.lab.handover import check_target, export
     check_target(folder)
     print(export(lab.point(name), folder, name, adapter, lab.label))
 

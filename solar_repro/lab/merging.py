@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Setting', 'METHODS', 'ON_BASE', 'PIECE', 'SLERP_THRESHOLD', 'PAGE', 'CHUNK', 'SLICE', 'BESIDE', 'setting', 'value_at',
            'Recipe', 'recipe', 'from_yaml', 'to_yaml', 'fill_sum', 'smallest_kept', 'kept_at_random', 'Mix',
-           'fill_changes', 'combine', 'mix_for', 'Shard', 'lay_out', 'slices_in', 'write_chunk', 'Writer', 'vocabulary',
-           'check_same_vocabulary', 'places', 'check_inputs', 'check_target', 'check_space', 'gram', 'Job', 'locate',
-           'merge', 'merge_adapters', 'export']
+           'fill_changes', 'combine', 'slerp_coefs', 'mix_for', 'Shard', 'lay_out', 'slices_in', 'write_chunk',
+           'Writer', 'vocabulary', 'check_same_vocabulary', 'places', 'check_inputs', 'check_target', 'check_space',
+           'gram', 'Job', 'locate', 'merge']
 
 # %% ../../nbs/lab/13_merging.ipynb #7e880ccf
 import errno
@@ -28,9 +28,7 @@ import numpy as np
 import torch
 import yaml
 from .checkpoints import DTYPES, REAL, Checkpoint, Entry, check_same_shape, layer_of, mapped, one_thread_each, open_checkpoint
-from .model import Point, average, concat_adapter, deltas, read_adapter, shifted
 from .store import file_hash
-from ..merge import slerp_weights
 from torch import Tensor
 
 # %% ../../nbs/lab/13_merging.ipynb #fe3348cf
@@ -305,6 +303,23 @@ def combine(
     share = (weights[:,None]*agree).sum(0)
     return summed/torch.where(share.abs()<1e-8, 1., share)
 
+# %% ../../nbs/lab/13_merging.ipynb #06869ee4
+SLERP_THRESHOLD = .9995   # |cosine| above it: linear (mergekit's)
+
+def slerp_coefs(
+    aa:float, # a.a
+    bb:float, # b.b
+    ab:float, # a.b
+    t:float, # 0: all a, 1: all b
+    threshold:float=SLERP_THRESHOLD,
+)->tuple[float,float,float,bool]: # coefficient of a, of b, cosine, whether it fell back to linear
+    "SLERP from three sums (Shoemake 1985; mergekit's version, in which a zero tensor is at right angles to all)."
+    la, lb = (n if n>1e-8 else 1. for n in (math.sqrt(aa), math.sqrt(bb)))
+    cosine = max(-1., min(1., ab/la/lb))
+    if abs(cosine)>threshold: return 1-t, t, cosine, True
+    angle = math.acos(cosine)
+    return math.sin((1-t)*angle)/math.sin(angle), math.sin(t*angle)/math.sin(angle), cosine, False
+
 # %% ../../nbs/lab/13_merging.ipynb #432b25c7
 def _at(s:Setting, what:str, name:str, place:float)->float:
     v = value_at(s, name, place)
@@ -319,10 +334,7 @@ def mix_for(
 )->Mix:
     "What a recipe does with one tensor."
     if r.method=='slerp':
-        aa, bb, ab = seen or (1., 1., 0.)
-        la, lb = (n if n>1e-8 else 1. for n in (math.sqrt(aa), math.sqrt(bb)))   # mergekit's rule: a zero tensor is at right angles to all
-        cosine = max(-1., min(1., ab/la/lb))
-        ca, cb, linear = slerp_weights(cosine, _at(r.t, 't', name, place), SLERP_THRESHOLD)
+        ca, cb, cosine, linear = slerp_coefs(*(seen or (1., 1., 0.)), _at(r.t, 't', name, place))
         return Mix((ca, cb), cosine=cosine, fell_back=linear)
     w, lam = tuple(_at(s, 'a weight', name, place) for s in r.weight), _at(r.lam, 'lambda', name, place)
     total = math.fsum(w)
@@ -337,8 +349,6 @@ def mix_for(
     d = tuple(_at(s, 'a density', name, place) for s in r.density) or (1.,)*len(w)
     dare = r.method.startswith('dare')
     return Mix((), w, d if dare else tuple(seen or ()), tuple(f'{r.seed} {name} {i}' for i in range(len(w))) if dare else (), r.method.endswith('ties'), r.normalize, dare and r.rescale, lam)
-
-SLERP_THRESHOLD = .9995   # |cosine| above it: linear (mergekit's)
 
 # %% ../../nbs/lab/13_merging.ipynb #65df0130
 PAGE, CHUNK = 4096, 1<<23   # bytes: what direct writing must be a multiple of, and what is written at once
@@ -666,7 +676,9 @@ def merge(
     check_target(out)
     folders = [locate(s) for s in r.sources]
     of_adapters = [(f/'adapter_config.json').is_file() for f in folders[-len(r.models):]]
-    if all(of_adapters): return merge_adapters(r, folders[-len(r.models):], out)
+    if all(of_adapters):
+        from solar_repro.lab.handover import merge_adapters   # needs PEFT's side of the package, which takes seconds to import
+        return merge_adapters(r, folders[-len(r.models):], out)
     if any(of_adapters): raise ValueError(f'merge: {folders} are adapters and checkpoints; expected one kind. Merge the adapters into their base first (PEFT: merge_and_unload).')
     models = [open_checkpoint(f) for f in folders]
     check_inputs(r, models)
@@ -703,81 +715,3 @@ def _publish(private:Path, out:Path, lock)->Path:
     os.rename(private, out); _sync(out.parent)
     lock.close()
     return out
-
-# %% ../../nbs/lab/13_merging.ipynb #f8e074d6
-def _check_adapters(r:Recipe, folders:Sequence[Path])->str|None: # the base that they name
-    if r.method not in ('linear', 'task_arithmetic'):
-        raise ValueError(f"merge: {r.method} of adapters; expected linear or task_arithmetic, the only ones whose result is an adapter. Merge each into its base (PEFT's merge_and_unload), then these.")
-    if r.dtype or any(len(s)>1 or s[0][0] is not None or len(s[0][1])>1 for s in (*r.weight, r.lam)):
-        raise ValueError("merge: a dtype, filter or gradient for adapters; expected one number for each adapter, and float32. Merge them into their base first.")
-    named = sorted({n for n in (json.loads((f/'adapter_config.json').read_text()).get('base_model_name_or_path') for f in folders) if n})
-    if len(named)>1: raise ValueError(f"merge: the adapters name the bases {named}; expected one. Merge adapters that were trained on one base.")
-    shape = lambda f: {n: (B.shape[0], A.shape[1]) for n,(A,B) in read_adapter(f).factors.items()}
-    first, *others = [(f, shape(f)) for f in folders]
-    for f,s in others:
-        odd = [f'{n} is {first[1].get(n, "absent")} in {first[0]} and {s.get(n, "absent")} in {f}' for n in sorted(first[1].keys() | s.keys()) if first[1].get(n)!=s.get(n)]
-        if odd: raise ValueError(f"merge: {odd[0]} ({len(odd)} such weights); expected adapters of the same weights. Merge adapters that were trained on one base, with the same target modules.")
-    return named[0] if named else None
-
-def merge_adapters(
-    r:Recipe, # linear or task_arithmetic
-    folders:Sequence[Path], # of the adapters, in the order of the recipe's models
-    out:Path, # folder to make
-)->Path: # the folder
-    "Merge LoRA adapters of one base into one adapter, exactly."
-    base = _check_adapters(r, folders)
-    at, coefs = Path(r.base or base or 'base'), mix_for(r, 'the adapters', 0.).coefs
-    point = (average([Point(at, ((f, 1.),)) for f in folders], coefs) if r.method=='linear' else Point(at, tuple(zip(folders, coefs[1:]))))
-    hashes = {s: {'adapter_model.safetensors': file_hash(f/'adapter_model.safetensors')} for s,f in zip(r.models, folders)}
-    private, lock = _private(out, dict(adapters=hashes, recipe=to_yaml(r)))
-    return _adapter_folder(point, str(r.base or base or '') or None, _card(r, hashes, ['An adapter: its rank is the sum of the ranks']), private, out, lock)
-
-def _adapter_folder(point:Point, base:str|None, card:str, private:Path, out:Path, lock)->Path:
-    concat_adapter(point, private)
-    config = json.loads((private/'adapter_config.json').read_text()) | dict(base_model_name_or_path=base)
-    (private/'adapter_config.json').write_text(json.dumps(config, indent=1, sort_keys=True)+'\n')
-    (private/'README.md').write_text(card)
-    (private/'lock').unlink()
-    return _publish(private, out, lock)
-
-# %% ../../nbs/lab/13_merging.ipynb #a313c459
-def _write_tensors(shard:Shard, folder:Path, value:Callable[[str],Tensor])->None:
-    "A weight file, one tensor after another."
-    with open(folder/f'{shard.name}.part', 'wb') as f:
-        f.write(shard.header)
-        for e in shard.tensors:
-            if e.n: f.write(memoryview(value(e.name).reshape(-1).contiguous().view(torch.uint8).numpy()))
-        f.flush(); os.fsync(f.fileno())
-    os.rename(folder/f'{shard.name}.part', folder/shard.name)
-
-def _point_card(name:str, point:Point, kind:str, about:str)->str:
-    rows = '\n'.join(f"| {c:g} | `{file_hash(Path(f)/'adapter_model.safetensors')}` |" for f,c in point.terms) or '| none | |'
-    base = '\n'.join(f'| {f.name} | `{file_hash(f)}` |' for f in open_checkpoint(point.base).files)
-    libs = ', '.join(f'{lib} {version(lib)}' for lib in ('solar_repro', 'torch', 'safetensors', 'transformers', 'peft'))
-    return (f"---\nlibrary_name: {'peft' if kind=='adapter' else 'transformers'}\ntags: [solar_repro]\n---\n\n# {name}\n\n{about}\n\nWritten by `solar-repro export` as {kind}: the base plus coefficient times adapter, "
-            f"summed in float32 and rounded once.\n\n## Base\n\n| file | sha256 |\n|---|---|\n{base}\n\n## Adapters\n\n| coefficient | sha256 |\n|---|---|\n{rows}\n\n## Made with\n\n{libs}\n")
-
-def export(
-    point:Point, # a model
-    out:Path, # folder to make
-    name:str='model', # for the card
-    adapter:bool=False, # as one LoRA adapter instead of full weights
-    about:str='', # what the card says of it
-    shard_bytes:int=2_000_000_000, # bound of a weight file
-)->Path: # the folder
-    "Write a model of the paper for transformers, or for PEFT."
-    out, base = Path(out), Path(point.base).resolve()
-    check_target(out)
-    if adapter and not point.terms: raise ValueError(f"export: {name} has no adapter (it is a base, or merged on full weights as SLERP does); expected a sum of adapters. Leave out --adapter.")
-    private, lock = _private(out, dict(export=name, base=str(base), terms=[[str(f), c] for f,c in point.terms], adapter=adapter))
-    card = _point_card(name, point, 'adapter' if adapter else 'full weights', about)
-    if adapter: return _adapter_folder(point, str(base), card, private, out, lock)
-    model, change = open_checkpoint(base), deltas(point.terms)
-    odd = [n for n in change if n not in model.entries]
-    if odd: raise ValueError(f"export: the adapters change {odd[:3]}, which {base} does not have; expected adapters trained on this base.")
-    shards = lay_out([(n, e.dtype, e.shape) for n,e in model.entries.items()], shard_bytes, private)
-    check_space(private, sum(s.size for s in shards))
-    for s in shards: _write_tensors(s, private, lambda n: shifted(mapped(e := model.entries[n]).view(e.shape), change.get(n, [])))
-    _beside(private, model, None, shards)
-    (private/'README.md').write_text(card); (private/'lock').unlink()
-    return _publish(private, out, lock)
