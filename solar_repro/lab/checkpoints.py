@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -172,10 +171,11 @@ def tensor_row(
 
 # %% ../../nbs/lab/12_checkpoints.ipynb #f0bd7ef6
 def together(
-    rows:pd.DataFrame, # of tensors, from compare
+    rows, # DataFrame of tensors, from compare
     by:str|None='layer', # a column to group by; None: one row for all
-)->pd.DataFrame: # the same columns for each group, its tensors taken as one vector
+): # DataFrame: the same columns for each group, its tensors taken as one vector
     "Rows of layers, or of the whole model, from rows of tensors."
+    import pandas as pd   # a merge has no use for it
     sq = lambda c: rows[c]**2
     sums = dict(aa=sq('norm_a'), bb=sq('norm_b'), dd=sq('distance'), ab=(rows.cosine*rows.norm_a*rows.norm_b).fillna(0.))
     if 'norm_base' in rows:
@@ -230,8 +230,9 @@ def compare(
     b:Path, # another of the same architecture
     base:Path|None=None, # what both started from
     tick:Callable[[int,int],None]=_silent, # called with tensors done and in all
-)->pd.DataFrame: # one row a tensor: tensor, layer, n_params, norm_a, norm_b, distance, cosine, angle_deg; with a base norm_base, change_a, change_b, cosine_change, angle_change_deg
+): # DataFrame, one row a tensor: tensor, layer, n_params, norm_a, norm_b, distance, cosine, angle_deg; with a base norm_base, change_a, change_b, cosine_change, angle_change_deg
     "How far two checkpoints are apart, tensor by tensor."
+    import pandas as pd
     models = [open_checkpoint(x) for x in (a, b, *([] if base is None else [base]))]
     check_same_shape(models)
     names, rows = [n for n,e in models[0].entries.items() if e.dtype in REAL], []
