@@ -118,9 +118,10 @@ class Dpo(DpoStep):
         return DpoStep(**{k: getattr(self, k) for k in DpoStep.model_fields} | own)
 
 class Merge(Strict):
-    "SLERP; the averages' weights are the paper's own."
+    "SLERP, and what adapters are added to; the averages' weights are the paper's own."
     slerp_t: Annotated[float, Field(ge=0, le=1)] # 0 is Cand. 1, 1 is Cand. 2
     slerp_threshold: Annotated[float, Field(gt=0, le=1)] # |cosine| above it: linear
+    handover: Literal['full', 'dequantised'] = 'full' # adapters trained in four bits are added to the base as it is, or to what NF4 made of it
 
 # %% ../../nbs/lab/00_profile.ipynb #fcb5c4cb
 class OwnSet(Strict):
