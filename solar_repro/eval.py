@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'FEWSHOT_SEED', 'PROTOCOLS', 'true_mass', 'mc2', 'task_folder', 'Asked', 'build_requests', 'answer',
-           'collect', 'mean_se', 'correct_2023', 'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'h6_se']
+           'asked_hash', 'by_item', 'collect', 'mean_se', 'correct_2023', 'mean_of_groups', 'allowed', 'score_as',
+           'evaluate', 'h6_se']
 
 # %% ../nbs/05_eval.ipynb #2a353266
 import hashlib
@@ -24,6 +25,7 @@ from tempfile import TemporaryDirectory
 
 import lm_eval.utils
 import numpy as np
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
@@ -152,6 +154,12 @@ def answer(
     for t in asked.tasks: t.apply_filters()
 
 # %% ../nbs/05_eval.ipynb #8c1fba18
+def asked_hash(
+    requests:Sequence[Instance], # of one item
+)->str: # sha256, hex
+    "Hash of what an item asks a model: contexts, continuations, settings."
+    return hashlib.sha256(json.dumps([r.args for r in requests]).encode()).hexdigest()
+
 def _preferred(task:str, choices:list[str], lls:list[float])->int:
     "The choice that a model is counted as having made."
     per = [len(c) for c in choices] if METRICS[task] == 'acc_norm' else [1]*len(choices)
@@ -161,7 +169,7 @@ def _record(task:str, t:ConfigurableTask, doc:dict, doc_id:int, requests:list)->
     "The record of one item."
     (key,) = requests[0].filtered_resps
     metrics = t.process_results(doc, [r.filtered_resps[key] for r in requests])
-    out = dict(doc_id=doc_id, asked=hashlib.sha256(json.dumps([r.args for r in requests]).encode()).hexdigest())
+    out = dict(doc_id=doc_id, asked=asked_hash(requests))
     if task == 'gsm8k':
         out |= dict(gold=doc['answer'].split('#### ')[-1].strip(), prediction=requests[0].filtered_resps[key], text=requests[0].resps[0])
     else:
@@ -174,16 +182,22 @@ def _record(task:str, t:ConfigurableTask, doc:dict, doc_id:int, requests:list)->
     return out | dict(score=float(metrics[METRICS[task]]))
 
 # %% ../nbs/05_eval.ipynb #0e9ed1cd
+def by_item(
+    asked:Asked,
+)->dict[int,list[Instance]]: # test item -> its requests
+    "Which requests ask which item."
+    out = {}
+    for t, ids in zip(asked.tasks, asked.doc_ids):
+        for r in t.instances: out.setdefault(ids[r.doc_id], []).append(r)
+    return out
+
 def collect(
     task:str, # one of `H6_TASKS`
     asked:Asked, # answered requests
 )->list[dict]: # one record per item: doc_id, asked, gold, prediction, loglikelihoods or text, score
     "Records of all items, in the order of the test items."
-    records = []
-    for t, ids in zip(asked.tasks, asked.doc_ids):
-        of = {i: [] for i in range(len(ids))}
-        for r in t.instances: of[r.doc_id].append(r)
-        records += [_record(task, t, doc, ids[i], of[i]) for i, doc in t.doc_iterator()]
+    records, of = [], by_item(asked)
+    for t, ids in zip(asked.tasks, asked.doc_ids): records += [_record(task, t, doc, ids[i], of[ids[i]]) for i, doc in t.doc_iterator()]
     return sorted(records, key=lambda r: r['doc_id'])
 
 # %% ../nbs/05_eval.ipynb #1da6665d

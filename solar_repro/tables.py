@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUPPORTED', 'CONTRADICTED', 'NOISE', 'MARGIN', 'OURS', 'PAPER', 'VERDICT_COLORS', 'MARKS', 'MOST_MARKS', 'MIN_SEEDS',
-           'with_h6', 'models', 'table', 'pair', 'compared', 'comparisons', 'unresolved', 'printed', 'plain_words',
-           'judge', 'overall', 'paper_scores', 'claims', 'style', 'finding', 'figure', 'claims_figure', 'over_seeds',
-           'seeds_figure', 'publish']
+           'with_h6', 'models', 'table', 'pair', 'compared', 'comparisons', 'apart', 'unresolved', 'printed',
+           'plain_words', 'judge', 'overall', 'paper_scores', 'claims', 'style', 'finding', 'figure', 'claims_figure',
+           'over_seeds', 'seeds_figure', 'all_tests', 'write_tables', 'publish']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import base64
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from jinja2 import Environment
 
 from . import paper
-from .lab.stats import Paired, holm, paired, paired_mean, resolvable
+from .lab.stats import Paired, holm, noise, paired, paired_mean, resolvable
 from .paper import CLAIMS, H6_TASKS, TITLES, Claim, h6
 
 # %% ../nbs/06_tables.ipynb #ef4550a2
@@ -109,6 +109,15 @@ def _made(n:int, rows:Sequence[str], markup:str)->dict[str,list[str]]:
     made = {r.model: r.made for r in paper.ROWS if r.table == n}
     return {h: [_in_markup(made.get(m, {}).get(h, ''), markup) for m in rows] for h in paper.MADE[n]}
 
+def apart(
+    runs:dict[int,pd.DataFrame], # seed -> scores of its trainings; two or more
+)->pd.DataFrame: # model, task ('h6' and the six), mean, item_se, training_sd (percent), seeds
+    "The noise of the items, which all seeds share, and the scatter of the trainings."
+    if len(runs) < 2: raise ValueError(f'apart: scores of seeds {list(runs)}; expected two seeds or more. Name them in the profile: seeds = [0, 1, 2].')
+    x = noise({s: with_h6(r).reset_index() for s, r in runs.items()})
+    x = x[x['task'].isin(TITLES)].reset_index(drop=True)
+    return x.assign(**{k: 100*x[k] for k in ('mean', 'item_se', 'training_sd')})
+
 def unresolved(
     t:pd.DataFrame, # of `table`
     records:pd.DataFrame, # model, task, doc_id, score
@@ -124,15 +133,18 @@ def printed(
     markup:str, # 'html', 'md' or 'tex'
     own:Sequence[str]=(), # rows of one's own
     records:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
+    runs:dict[int,pd.DataFrame]={}, # seed -> scores; of two or more, the scatter of the trainings stands behind the standard error
 )->pd.DataFrame: # strings
     "A table as it is printed: marks, best values bold, ≈ where not resolved, standard errors, the paper's values in brackets."
     bold, se, theirs = _MARKUP[markup]
     t = table(n, scores, own)
     close = frozenset() if records is None else unresolved(t, records)
     in_bold = {r.model: r.bold for r in paper.ROWS if r.table == n}
+    scatter = apart(runs).set_index(['model', 'task'])['training_sd'] if len(runs) > 1 else {}
     def cell(row, task):
         best, value = row[task] == t[task].max(), row[f'{task}_paper']
         ours = (bold if best else '{}').format(f'{row[task]:.2f}') + (_in_markup('≈', markup) if best and task in close else '') + se.format(row[f'{task}_se'])
+        if len(scatter): ours += se.format(scatter[(row['model'], task)])
         return ours if math.isnan(value) else ours + theirs.format((bold if task in in_bold[row['model']] else '{}').format(f'{value:.2f}'))
     out = {'Model': t['model'], **_made(n, t['model'], markup)}
     for task, title in TITLES.items():
@@ -366,7 +378,8 @@ Standard errors count the noise of the test items only; the noise of training co
 {% for c in claims %}<tr><td><b>{{ c.claim }}</b><br><span class="soft">“{{ c.quote }}”</span></td>
 {% for verdict, numbers in c.sides %}<td><b class="{{ verdict.split()[0] }}">{{ verdict }}</b>{% for x in numbers %}<br><span class="soft">{{ x }}</span>{% endfor %}</td>{% endfor %}</tr>
 {% endfor %}</table>{% if tests %}<h2>Paired tests</h2><p>Differences in points on the same items; McNemar's exact test for right or wrong, swapped signs for TruthfulQA and H6. <i>p_holm</i> is
-corrected over a table; <i>resolvable</i> is the true difference that so many items would show four times in five.</p>{{ tests }}{% endif %}<h2>What was run</h2>{{ provenance }}</body></html>
+corrected over a table; <i>resolvable</i> is the true difference that so many items would show four times in five.</p>{{ tests }}{% endif %}{% if noises %}<h2>Item noise and training noise</h2><p>Seeds {{ seeds }}: <i>item_se</i> is the standard error of one score over its items, which all seeds share; <i>training_sd</i>
+is the standard deviation of the score over the trainings. In the tables above the first ± is of the items, the second of the trainings.</p>{{ noises }}{% endif %}<h2>What was run</h2>{{ provenance }}</body></html>
 '''
 
 # %% ../nbs/06_tables.ipynb #92a10abc
@@ -374,22 +387,24 @@ def _html(t:pd.DataFrame)->str: return t.to_html(index=False, escape=False, bord
 
 def _tex(s:str)->str: return ''.join('\\'+c if c in '&%$#_{}' else c for c in s)
 
-def _write_table(n:int, scores:pd.DataFrame, folder:Path, label:str, own:Sequence[str], records:pd.DataFrame|None)->list[Path]:
+def _write_table(n:int, scores:pd.DataFrame, folder:Path, label:str, own:Sequence[str], records:pd.DataFrame|None, runs:dict[int,pd.DataFrame])->list[Path]:
     "One table in four formats; all but the csv, which has no room for it, say what the scores are of."
-    said = f"Table {n}, {label}: percent ± one standard error, the paper's value {{}}; best of each column in bold, theirs and ours{'' if records is None else '; ≈: not resolved from the runner-up'}."
+    noises = f'one standard error over items ± one standard deviation over {len(runs)} trainings' if len(runs) > 1 else 'one standard error'
+    said = f"Table {n}, {label}: percent ± {noises}, the paper's value {{}}; best of each column in bold, theirs and ours{'' if records is None else '; ≈: not resolved from the runner-up'}."
     beside, below = said.format('in brackets'), html.escape(said.format('below, in grey'), quote=False)
-    shown = {m: printed(n, scores, m, own, records) for m in _MARKUP}
+    shown = {m: printed(n, scores, m, own, records, runs) for m in _MARKUP}
     text = dict(csv=table(n, scores, own).to_csv(index=False, float_format='%.2f'), html=_html(shown['html']).replace('>', f'><caption>{below}</caption>', 1),
                 md=f"{beside}\n\n{shown['md'].to_markdown(index=False, disable_numparse=True)}\n",
                 tex=shown['tex'].to_latex(index=False, escape=False, caption=_tex(beside).replace('±', r'$\pm$').replace('≈', r'$\approx$')))
     for ending, s in text.items(): (folder/f'table{n}.{ending}').write_text(s, encoding='utf-8')
     return [folder/f'table{n}.{ending}' for ending in text]
 
-def _write_rest(scores:pd.DataFrame, c:pd.DataFrame, tests:pd.DataFrame|None, folder:Path)->list[Path]:
-    "What has no place in the five tables: claims with the numbers that decide them, paired tests, TruthfulQA in plain words."
+def _write_rest(scores:pd.DataFrame, c:pd.DataFrame, tests:pd.DataFrame|None, runs:dict[int,pd.DataFrame], folder:Path)->list[Path]:
+    "What has no place in the five tables: claims with the numbers that decide them, paired tests, TruthfulQA in plain words, the two noises."
     rest = dict(claims=c[['claim', 'on_paper', 'on_ours', 'quote', 'paper_numbers', 'our_numbers']])
     if tests is not None: rest['comparisons'] = tests
     if 'truthfulqa_plain' in set(scores['task']): rest['truthfulqa_plain'] = plain_words(scores, list(dict.fromkeys(scores['model'])))
+    if len(runs) > 1: rest['noise'] = apart(runs)
     for name, x in rest.items(): x.to_csv(folder/f'{name}.csv', index=False, float_format='%.4g')
     return [folder/f'{name}.csv' for name in rest]
 
@@ -400,6 +415,25 @@ def _escaped(c:pd.DataFrame)->list[dict]:
 
 def _embed(png:Path)->str: return base64.b64encode(png.read_bytes()).decode()
 
+def all_tests(
+    records:pd.DataFrame|None, # model, task, doc_id, score
+)->pd.DataFrame|None: # as `comparisons`, and table; None where there are no records
+    "The paired tests on all five tables."
+    return None if records is None else pd.concat([comparisons(n, records).assign(table=n) for n in paper.MADE], ignore_index=True)
+
+def write_tables(
+    scores:pd.DataFrame, # model, task, metric, score, se, n
+    folder:Path, # theirs
+    label:str, # what the scores are of
+    own:dict[int,list[str]]={}, # table -> rows of one's own
+    records:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
+    runs:dict[int,pd.DataFrame]={}, # seed -> scores, where the trainings were repeated
+)->list[Path]: # files written
+    "All tables of a run as text; the same scores give the same bytes."
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [f for n in paper.MADE for f in _write_table(n, scores, folder, label, own.get(n, ()), records, runs)]
+    return files + _write_rest(scores, claims(scores, records=records), all_tests(records), runs, folder)
+
 def publish(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     out:Path, # the run's folder
@@ -407,22 +441,22 @@ def publish(
     provenance:pd.DataFrame, # what was run, one row a stage
     own:dict[int,list[str]]={}, # table -> rows of one's own
     records:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
+    runs:dict[int,pd.DataFrame]={}, # seed -> scores, where the trainings were repeated
 )->list[Path]: # files written
     "Tables, figures and report.html of a run."
-    for d in ('tables', 'figures'): (out/d).mkdir(parents=True, exist_ok=True)
-    files, c = [], claims(scores, records=records)
-    tests = None if records is None else pd.concat([comparisons(n, records).assign(table=n) for n in paper.MADE], ignore_index=True)
+    (out/'figures').mkdir(parents=True, exist_ok=True)
+    files, c, tests = write_tables(scores, out/'tables', label, own, records, runs), claims(scores, records=records), all_tests(records)
     figures = {f'table{n}': figure(n, scores, label, own.get(n, ())) for n in paper.MADE} | {'claims': claims_figure(c, label)}
     for name, fig in figures.items():
         fig.savefig(out/'figures'/f'{name}.png', metadata={'Software': None}); plt.close(fig); files.append(out/'figures'/f'{name}.png')
     shown = []
     for n in paper.MADE:
-        rows = own.get(n, ()); files += _write_table(n, scores, out/'tables', label, rows, records)
-        shown.append((n, _html(printed(n, scores, 'html', rows, records)), _embed(out/'figures'/f'table{n}.png'), html.escape(finding(n, table(n, scores, rows), label))))
-    files += _write_rest(scores, c, tests, out/'tables')
+        rows = own.get(n, ())
+        shown.append((n, _html(printed(n, scores, 'html', rows, records, runs)), _embed(out/'figures'/f'table{n}.png'), html.escape(finding(n, table(n, scores, rows), label))))
     page = Environment(autoescape=False).from_string(_PAGE).render(
         label=html.escape(label), css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_escaped(c), claims_image=_embed(out/'figures'/'claims.png'),
-        tests='' if tests is None else tests.to_html(index=False, border=0, float_format='%.2g'),
+        tests='' if tests is None else tests.to_html(index=False, border=0, float_format='%.2g'), seeds=', '.join(map(str, runs)),
+        noises=apart(runs).to_html(index=False, border=0, float_format='%.2f') if len(runs) > 1 else '',
         provenance=provenance.to_html(index=False, border=0, na_rep=''))
     (out/'report.html').write_text(page, encoding='utf-8')
     return [*files, out/'report.html']

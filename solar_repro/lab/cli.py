@@ -18,10 +18,11 @@ __all__ = ['run', 'status', 'table', 'show', 'diff', 'verify', 'results', 'base'
 
 # %% ../../nbs/lab/06_cli.ipynb #764369ef
 def run(lab:Lab)->None:
-    "Build every stage; write tables, figures and the report."
+    "Build every stage, with every seed of the profile; write tables, figures and the report."
     from solar_repro import tables
     lab.run()
-    for f in tables.publish(lab.scores(), lab.folder, lab.label, lab.provenance(), lab.own, lab.records()): print(f)
+    runs = {s: l.scores() for s, l in lab.repeated().items()}
+    for f in tables.publish(lab.scores(), lab.folder, lab.label, lab.provenance(), lab.own, lab.records(), runs): print(f)
 
 def status(lab:Lab)->None:
     "Say what is built and what is missing."
@@ -41,11 +42,12 @@ def show(lab:Lab, name:str, task:str|None)->None:
         print(number(lab, name, task))
 
 def diff(lab:Lab, a:str, b:str, task:str)->None:
-    "Print the items on which two models score differently, with what each said."
-    flips = lab.flips(a, b, task)
-    print(f'{task}, {lab.label}: {(flips["change"] > 0).sum()} items for {b}, {(flips["change"] < 0).sum()} for {a}')
-    for x in flips.to_dict('records'):
-        print(f"\nitem {x['doc_id']}: {x['item']}\n  right: {x['gold']}\n  {a} ({x[a]:.2f}): {x[f'{a} says']}\n  {b} ({x[b]:.2f}): {x[f'{b} says']}")
+    "Print the items on which two models score differently: the prompt, what is right, and what each said."
+    from solar_repro.lab.evidence import flips
+    found = flips(lab, a, b, task)
+    print(f'{task}, {lab.label}: {(found["change"] > 0).sum()} items for {b}, {(found["change"] < 0).sum()} for {a}')
+    for x in found.to_dict('records'):
+        print(f"\nitem {x['doc_id']}\n{x['prompt']}\n  right: {x['gold']}\n  {a} ({x[a]:.2f}): {x[f'{a} says']}\n  {b} ({x[b]:.2f}): {x[f'{b} says']}")
 
 def verify(lab:Lab)->int: # exit status: 1 if anything differs
     "Check a run without a model: files against their hashes, scores against the answers, tables against the scores."

@@ -350,6 +350,11 @@ class Lab:
         out = out[out['change'] != 0]
         return out.loc[out['change'].abs().sort_values(ascending=False, kind='stable').index].reset_index(drop=True)
 
+    def repeated(self)->dict: # seed -> Lab
+        "This lab and, where the profile names more `seeds`, a lab of each, over the same store; one seed alone is no repetition: nothing."
+        seeds = sorted({self.profile.seed, *self.profile.seeds})
+        return {s: self if s == self.profile.seed else Lab(self.profile, s, self.store.folder) for s in seeds} if len(seeds) > 1 else {}
+
     def status(self)->pd.DataFrame: # stage, kind, state, seconds, key, content
         "What is built and what is missing; nothing is built."
         found = {n: self._find(n) for n in self.recipe}

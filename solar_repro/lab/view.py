@@ -47,10 +47,14 @@ _STYLE = '''<style>[data-explore] th button{all:unset;cursor:pointer;font-weight
 [data-explore] input{font:inherit;padding:.15rem .4rem;width:18rem;max-width:60%}[data-explore] output{margin-left:.6rem}</style>'''
 
 # %% ../../nbs/lab/03_view.ipynb #0dfefefe
+_LONG = 300 # characters, beyond which a text opens with a click
+
 def _cell(x, digits:int)->str:
     number = isinstance(x, (int, float)) and not isinstance(x, bool)
     text = '' if x is None or number and x != x else f'{x:.{digits}f}' if isinstance(x, float) else str(x)
-    return f'<td data-v="{x!r}">{text}</td>' if number and text else f'<td>{html.escape(text)}</td>'
+    if number and text: return f'<td data-v="{x!r}">{text}</td>'
+    if len(text) <= _LONG: return f'<td>{html.escape(text)}</td>'
+    return f'<td><details><summary>… {html.escape(text[-60:])}</summary><pre>{html.escape(text)}</pre></details></td>'
 
 def explore(
     table:pd.DataFrame, # any; its index is left out

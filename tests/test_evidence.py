@@ -1,0 +1,389 @@
+"""What `verify` catches, where a number comes from, what lm-eval can read, every statistic against a reference, and two seeds beside each other."""
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from lm_eval.utils import make_table
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from solar_repro import paper, tables
+from solar_repro.eval import correct_2023, h6_se, mean_of_groups, mean_se
+from solar_repro.lab import evidence
+from solar_repro.lab import stats as ours
+from solar_repro.lab.cli import main
+from solar_repro.lab.evidence import export_results, flips, judged, number, recounted, verify
+from solar_repro.lab.run import Lab
+from solar_repro.lab.store import _content, file_hash
+from solar_repro.lab.view import explore
+from solar_repro.paper import H6_TASKS
+
+# ---- verify -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def whole(full, tmp_path_factory):
+    "A full store, and the tables of its run. Read only."
+    lab = Lab('smoke', store=full)
+    folder = tmp_path_factory.mktemp('tables')/'tables'
+    tables.write_tables(lab.scores(), folder, lab.label, lab.own, lab.records())
+    return full, folder
+
+@pytest.fixture
+def mine(whole, tmp_path):
+    "A full store and tables of one's own, to damage."
+    for p, name in zip(whole, ('store', 'tables')): shutil.copytree(p, tmp_path/name)
+    return tmp_path/'store', tmp_path/'tables'
+
+def faults(store, folder): return verify(Lab('smoke', store=store), folder)
+
+def artifact(store, name): return Lab('smoke', store=store)._find(name).path
+
+def forge(path):
+    "Make a manifest agree with what its files now are, as one would who wants to be believed."
+    file = path/'manifest.json'
+    m = json.loads(file.read_text())
+    for n in m['files']: m['files'][n] = dict(sha256=file_hash(path/n), bytes=(path/n).stat().st_size)
+    m['content'] = _content(m['files'])
+    file.write_text(json.dumps(m, indent=1))
+
+def put(file, change):
+    "Change one record of an items file."
+    items = pd.read_parquet(file).to_dict('records')
+    change(items[1])
+    pd.DataFrame(items).to_parquet(file, index=False)
+
+def test_a_whole_run_has_no_fault(whole):
+    said, found = faults(*whole)
+    assert found.empty, found.to_string()
+    lab = Lab('smoke', store=whole[0])
+    n = 16*6*lab.profile.eval.n_items
+    assert f'{len(lab.recipe)} artifacts' in said and f'{16*7} scores counted again from {n} answers' in said and '23 tables compared' in said
+
+def test_no_model_is_loaded_and_nothing_is_built(whole, monkeypatch):
+    import solar_repro.eval
+    import solar_repro.lab.model
+    from solar_repro.lab.store import Store
+    for module, name in ((solar_repro.eval, 'materialize'), (solar_repro.lab.model, 'materialize'), (Store, 'build'), (Lab, 'materialized')):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('needed a model'))
+    assert faults(*whole)[1].empty
+
+def test_counted_again_are_the_scores_and_records_of_the_lab(whole):
+    lab = Lab('smoke', store=whole[0])
+    scores, records, wrong = recounted(lab)
+    assert wrong.empty
+    pd.testing.assert_frame_equal(scores, lab.scores(), check_exact=True)
+    both = [x.sort_values(['model', 'task', 'doc_id'], ignore_index=True)[['model', 'task', 'doc_id', 'score']] for x in (records, lab.records())]
+    pd.testing.assert_frame_equal(*both, check_exact=True)
+
+def change_score(path):
+    s = json.loads((path/'score.json').read_text()); s['score'] += .01; s['protocols']['modern']['score'] += .01
+    (path/'score.json').write_text(json.dumps(s))
+
+def change_answer(path): put(path/'items.parquet', lambda x: x.update(loglikelihoods=x['loglikelihoods'][::-1] - np.arange(len(x['loglikelihoods']))))
+def change_item_score(path): put(path/'items.parquet', lambda x: x.update(score=1. - x['score']))
+def change_question(path): put(path/'items.parquet', lambda x: x.update(asked='0'*64))
+
+@pytest.mark.parametrize('change, says', ((change_score, 'score'), (change_item_score, 'score of item 1'), (change_question, 'asked of item 1'), (change_answer, 'prediction of item 1')))
+def test_a_changed_score_or_record_is_caught_even_with_its_hashes_redone(change, says, mine, capsys):
+    store, folder = mine
+    path = artifact(store, 'eval/DPO v2/arc')
+    change(path)
+    said, found = faults(store, folder)
+    assert found['where'].str.contains('DPO v2/arc').all() and len(found) == 1 and found['what'][0] in ('score.json', 'items.parquet')   # the hash
+    forge(path)
+    said, found = faults(store, folder)
+    if change is change_answer: assert len(found)         # a made-up answer may prefer the same choice: then its score is what differs, or its record says so
+    else: assert says in ' '.join(found['what']) and (found['where'] == 'eval/DPO v2/arc').all()
+    assert main(['verify', '--profile', 'smoke', '--store', str(store)]) == 1
+    assert 'DPO v2/arc' in capsys.readouterr().out
+
+def test_a_changed_weight_file_is_caught_even_with_its_hashes_redone(mine, capsys):
+    store, folder = mine
+    path = artifact(store, 'SFT v3')
+    file = path/'adapter'/'adapter_model.safetensors'
+    data = bytearray(file.read_bytes()); data[-1] ^= 1; file.write_bytes(data)
+    found = faults(store, folder)[1]
+    assert found['what'].tolist() == ['adapter/adapter_model.safetensors'] and found['where'].str.contains('SFT v3').all()
+    assert main(['verify', '--profile', 'smoke', '--store', str(store)]) == 1 and 'adapter_model.safetensors' in capsys.readouterr().out
+    forge(path)                                                # now the models made from it are of another adapter than the one that is there
+    said, found = faults(store, folder)
+    assert len(found) and ('SFT v3' in ' '.join(found['found']) or 'SFT v3' in ' '.join(found['where']))
+
+def test_what_is_gone_or_cannot_be_read_is_caught(mine):
+    store, folder = mine
+    path = artifact(store, 'eval/Merge v1/gsm8k')
+    kept = (path/'manifest.json').read_text()
+    (path/'manifest.json').write_text(kept[:100])
+    assert faults(store, folder)[1]['what'].tolist() == ['manifest.json']
+    (path/'manifest.json').write_text(kept.replace('"seed"', '"sede"').replace('"num_fewshot": 2', '"num_fewshot": 3'))
+    assert 'key' in set(faults(store, folder)[1]['what'])      # other settings than those that it was made with
+    shutil.rmtree(path)
+    said, found = faults(store, folder)
+    assert found['found'].str.contains('Merge v1').all() and len(found) == 23
+
+@pytest.mark.parametrize('name', ('table3.csv', 'table5.md', 'table6.html', 'table7.tex', 'claims.csv', 'comparisons.csv'))
+def test_a_changed_table_is_caught(name, mine):
+    store, folder = mine
+    lines = (folder/name).read_text().splitlines()
+    at = max(i for i, l in enumerate(lines) if re.search(r'\d\.\d', l))
+    lines[at] = re.sub(r'(\d)\.(\d)', lambda m: f'{m[1]}.{(int(m[2]) + 1) % 10}', lines[at], count=1)
+    (folder/name).write_text('\n'.join(lines) + '\n')
+    found = faults(store, folder)[1]
+    assert found['where'].tolist() == [name] and found['what'].tolist() == [f'line {at + 1}']
+
+def test_an_empty_store_has_nothing_to_differ(tmp_path, capsys):
+    assert main(['verify', '--profile', 'smoke', '--store', str(tmp_path/'none')]) in (0, 1)     # 1 where this clone holds tables of an earlier run
+    assert '0 artifacts' in capsys.readouterr().out
+
+def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
+    lab = Lab('smoke', store=whole[0])
+    for t in H6_TASKS:
+        of = evidence.docs(lab, t)
+        for x in lab.items('Merge v4', t).to_dict('records'):
+            want = judged(t, of[x['doc_id']], x)
+            assert x['score'] == pytest.approx(want['score'], abs=1e-12) and np.all(x['gold'] == np.array(want['gold'])) and x['prediction'] == want['prediction']
+
+# ---- one number, two models, lm-eval's files --------------------------------------------------------------------------
+
+def command(store, *words): return main([*words, '--profile', 'smoke', '--store', str(store)])
+
+def test_show_prints_the_lineage_of_one_number(full, capsys):
+    assert command(full, 'show', 'Merge v4', 'gsm8k') == 0
+    out = capsys.readouterr().out
+    lab = Lab('smoke', store=full)
+    s = lab.scores(['Merge v4']).set_index('task').loc['gsm8k']
+    assert out.startswith(f"Merge v4, gsm8k: {100*s['score']:.2f} % ± {100*s['se']:.2f} of {s['n']} items (exact_match, modern; smoke test, seed 0)")
+    for n in lab.needs(['eval/Merge v4/gsm8k']): assert re.search(rf'^ *{re.escape(n)}: ', out, re.M) and lab.show(n)['key'][:12] in out
+    assert 'SFT v1' not in re.findall(r'^ *(.*?):', out, re.M) and 'num_fewshot 2' in out
+    assert command(full, 'show', 'data/openorca', 'gsm8k') == 2 and 'is no model' in capsys.readouterr().err
+    with pytest.raises(SystemExit): command(full, 'show', 'Merge v4', 'gsm9k')
+
+def test_one_number_builds_only_what_it_needs(tmp_path):
+    lab = Lab('smoke', store=tmp_path)
+    number(lab, 'base', 'winogrande')
+    assert {a.manifest['name'] for a in lab.store.entries()} == {'base', 'bench/winogrande', 'eval/base/winogrande'}
+
+@pytest.mark.parametrize('task', H6_TASKS)
+def test_flips_show_prompts_and_outputs(task, full, capsys):
+    lab = Lab('smoke', store=full)
+    found, a, b = flips(lab, 'base', 'DPO v2', task), lab.items('base', task), lab.items('DPO v2', task)
+    assert len(found) == (a['score'] != b['score']).sum()
+    asked = evidence.requests(lab, task)
+    from solar_repro.eval import asked_hash
+    assert {i: asked_hash(r) for i, r in asked.items()} == dict(zip(a['doc_id'], a['asked']))      # the prompts that were asked
+    for x in found.to_dict('records'):
+        assert x['prompt'] == asked[x['doc_id']][0].args[0] and x['change'] == x['DPO v2'] - x['base'] != 0
+        assert isinstance(x['gold'], str) and all(isinstance(x[f'{m} says'], str) for m in ('base', 'DPO v2'))
+    assert command(full, 'diff', 'base', 'DPO v2', '--task', task) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f'{task}, smoke test, seed 0: {(found["change"] > 0).sum()} items for DPO v2, {(found["change"] < 0).sum()} for base')
+    for x in found.to_dict('records'): assert x['prompt'] in out and f"item {x['doc_id']}\n" in out
+
+def test_the_table_of_flips_is_a_page_of_its_own(full):
+    "No file of anywhere else, all texts whole, sortable and filterable."
+    lab = Lab('smoke', store=full)
+    found = flips(lab, 'base', 'DPO v2', 'truthfulqa')
+    page = explore(found).html
+    assert len(found) and not re.search(r'(?:src|href)\s*=|@import|https?://', page)
+    assert '<script>' in page and 'type="search"' in page and page.count('<tr>') == len(found) + 1
+    long = explore(found.assign(prompt=found['prompt'] + ' <x> & y'*60)).html
+    assert long.count('<details>') == len(found) and ' &lt;x&gt; &amp; y' in long and '<x>' not in long
+
+def strict(text): return json.loads(text, parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
+
+def test_what_is_exported_is_lm_evals(full, tmp_path, capsys):
+    lab, out = Lab('smoke', store=full), tmp_path/'out'
+    assert command(full, 'results', str(out)) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 16*7 and len(list(out.iterdir())) == 16
+    folder = out/'SFT_v3_+_v4'
+    (file,) = folder.glob('results_*.json')
+    r = strict(file.read_text())
+    s = lab.scores(['SFT v3 + v4']).set_index('task')
+    for t in H6_TASKS:
+        metric = s.loc[t, 'metric']
+        assert r['results'][t][f'{metric},none'] == s.loc[t, 'score'] and r['results'][t][f'{metric}_stderr,none'] == s.loc[t, 'se']
+        (samples,) = folder.glob(f'samples_{t}_*.jsonl')
+        lines = [strict(l) for l in samples.read_text().splitlines()]
+        assert np.mean([l[metric] for l in lines]) == pytest.approx(s.loc[t, 'score']) and len(lines) == r['n-samples'][t]['effective']
+        assert {'doc_id', 'doc', 'target', 'arguments', 'resps', 'filtered_resps', 'filter', 'metrics'} <= lines[0].keys()
+        assert len(lines[0]['arguments']) == len(lines[0]['resps']) and lines[0]['arguments']['gen_args_0']['arg_0']
+    assert [l.split('|')[1].strip() for l in make_table(r).splitlines()[2:]] == list(H6_TASKS)    # lm-eval's own printer reads it
+    assert command(full, 'results', str(out)) == 2 and 'holds files' in capsys.readouterr().err
+    with pytest.raises(ValueError, match='is a file'): export_results(lab, file)
+
+# ---- statistics -------------------------------------------------------------------------------------------------------
+
+DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48] # cross- less self-fertilised maize, eighths of an inch
+
+def test_swapped_signs_give_fishers_result():
+    "The Design of Experiments (1935), section 21: of 32768 ways to give signs, 863 have a sum of 314 or more."
+    x = np.array(DARWIN, float)
+    assert x.sum() == 314
+    assert ours._swapped(x, 2**16) == pytest.approx(2*863/2**15)
+    assert ours._swapped(x) == pytest.approx(2*863/2**15, abs=4*math.sqrt(.0527*.947/9999))
+
+def test_swapped_signs_agree_with_scipy():
+    rng = np.random.default_rng(3)
+    x = rng.normal(.3, 1, 10)
+    exact = stats.permutation_test((x, np.zeros(10)), lambda a, b, axis: np.sum(a - b, axis=axis), permutation_type='samples', n_resamples=np.inf)
+    assert ours._swapped(x) == pytest.approx(exact.pvalue)
+    assert ours._swapped(np.zeros(5)) == 1.
+
+def test_mcnemar_on_agrestis_table():
+    "Categorical Data Analysis, approval of the prime minister: 794, 150, 86, 570; z² is (86 - 150)²/(86 + 150)."
+    a, b = [1]*794 + [1]*150 + [0]*86 + [0]*570, [1]*794 + [0]*150 + [1]*86 + [0]*570
+    got = ours.paired(a, b)
+    assert got.difference == pytest.approx(.04) and got.p == pytest.approx(stats.binomtest(86, 236).pvalue)
+    assert got.p == pytest.approx(mcnemar([[794, 150], [86, 570]], exact=False, correction=False).pvalue, abs=2e-5)
+    assert got.se == pytest.approx(.0095, abs=1e-4)            # the book's standard error of the difference
+    assert got.se == pytest.approx(stats.sem(np.subtract(a, b)))
+
+def test_holm_against_statsmodels():
+    p = [.01, .04, .03, .005, .9]
+    assert ours.holm(p) == pytest.approx(multipletests(p, method='holm')[1]) == pytest.approx([.04, .09, .09, .025, .9])
+    assert all(type(x) is float for x in ours.holm(np.array(p, np.float32))) and ours.holm([]) == []
+
+def test_errors_of_scores_against_scipy_and_statsmodels():
+    xs = np.random.default_rng(0).random(50)
+    assert mean_se(xs) == pytest.approx((xs.mean(), stats.sem(xs)))
+    for right, n in ((0, 20), (20, 20), (10, 20), (3, 6), (1, 2)):
+        low, high = proportion_confint(right, n, alpha=2*stats.norm.sf(2), method='agresti_coull')     # four items added: z = 2
+        mean, se = mean_se([1.]*right + [0.]*(n - right))
+        p = (right + 2)/(n + 4)
+        assert mean == right/n and se >= math.sqrt(p*(1 - p)/(n + 4)) - 1e-12
+        assert se == pytest.approx(max(stats.sem([1.]*right + [0.]*(n - right)), math.sqrt(p*(1 - p)/(n + 4))))
+        if right in (0, n): assert 4*se == pytest.approx(high - low, rel=.01) or high in (0., 1.) or low == 0.
+    xs, groups = [1., 0., 1., 1., 0., 0.], list('aabbbb')
+    means = [np.mean(v) for v in ([1, 0], [1, 1, 0, 0])]
+    assert mean_of_groups(xs, groups) == pytest.approx((np.mean(means), math.hypot(stats.sem([1, 0]), stats.sem([1, 1, 0, 0]))/2))
+    assert h6_se({t: .06 for t in H6_TASKS}) == pytest.approx(.06/math.sqrt(6))
+
+def test_the_difference_of_h6_against_a_bootstrap():
+    rng = np.random.default_rng(1)
+    a, b = ({t: (rng.random(80) < .6).astype(float) for t in H6_TASKS} for _ in range(2))
+    got = ours.paired_mean(a, b)
+    d = np.array([np.mean([x[rng.integers(80, size=80)].mean() for x in (a[t] - b[t] for t in H6_TASKS)]) for _ in range(2000)])
+    assert got.difference == pytest.approx(np.mean([a[t].mean() - b[t].mean() for t in H6_TASKS])) and got.se == pytest.approx(d.std(), rel=.1)
+    assert got.p == pytest.approx(2*stats.norm.sf(abs(got.difference)/got.se), abs=.03)
+
+def test_benchmarks_of_unlike_size_count_alike_in_h6():
+    one = {t: np.array([1., 0.]*5) for t in H6_TASKS}
+    two = one | dict(arc=np.array([1., 1.]*50))
+    with pytest.raises(ValueError, match='as many of each'): ours.paired_mean(one, two)
+    big = {t: np.tile(x, 10) if t == 'arc' else x for t, x in one.items()}
+    more = big | dict(arc=np.ones(100))
+    assert ours.paired_mean(more, big).difference == pytest.approx(.5/6)
+
+@pytest.mark.parametrize('bad', ([], [1.]))
+def test_one_item_makes_no_test(bad):
+    with pytest.raises(ValueError, match='two or more'): ours.paired(bad, bad)
+
+def test_what_can_be_resolved_is_found_four_times_in_five():
+    "Against simulated experiments with the difference that is said to be resolvable."
+    rng, n, sd = np.random.default_rng(0), 200, .5
+    d = ours.resolvable(sd/math.sqrt(n))
+    found = [stats.ttest_1samp(rng.normal(d, sd, n), 0).pvalue < .05 for _ in range(1000)]
+    assert np.mean(found) == pytest.approx(.8, abs=.04)
+
+def test_the_two_noises_are_told_apart():
+    "Invented runs: the items have one known error, trainings scatter by another."
+    rng = np.random.default_rng(0)
+    frame = lambda seed: pd.DataFrame([dict(model=m, task='arc', score=.6 + .05*rng.normal(), se=.02) for m in map(str, range(300))])
+    x = ours.noise({s: frame(s) for s in range(5)})
+    assert x['item_se'].to_numpy() == pytest.approx(.02) and (x['training_sd']**2).mean()**.5 == pytest.approx(.05, rel=.06) and (x['seeds'] == 5).all()
+
+def test_the_papers_scores_have_binomial_errors():
+    s = tables.paper_scores()
+    n = dict(arc=1172, hellaswag=10042, mmlu=14042, winogrande=1267, gsm8k=1319)
+    for t, k in n.items():
+        p = s.loc[('SFT v3', t), 'score']
+        low, high = proportion_confint(p*k, k, alpha=2*stats.norm.sf(1), method='normal')
+        assert s.loc[('SFT v3', t), 'se'] == pytest.approx((high - low)/2, rel=1e-3)
+    six = [s.loc[('SFT v3', t), 'se'] for t in H6_TASKS]
+    assert s.loc[('SFT v3', 'h6'), 'se'] == pytest.approx(np.linalg.norm(six)/6) and .003 < s.loc[('SFT v3', 'h6'), 'se'] < .006
+
+def test_a_claim_on_the_paper_is_judged_by_those_errors():
+    s, c = tables.paper_scores(), paper.CLAIMS[0]
+    task, a, op, b = c.parts[0]
+    d = s.loc[(a, task), 'score'] - s.loc[(b, task), 'score']
+    se = math.hypot(s.loc[(a, task), 'se'], s.loc[(b, task), 'se'])
+    fake = pd.DataFrame([dict(model=m, task=t, score=.5, se=.01) for m in s.index.unique('model') for t in H6_TASKS])
+    row = tables.claims(fake, [c]).iloc[0]
+    assert row['paper_parts'][0] == tables.judge(op, d, se) and f'{100*d:+.2f} ± {100*se:.2f}' in row['paper_numbers']
+
+# ---- marks ------------------------------------------------------------------------------------------------------------
+
+def items_of(scores): return pd.DataFrame([dict(model=m, task=t, doc_id=i, score=float(x)) for m, xs in scores.items() for t in H6_TASKS for i, x in enumerate(xs)])
+
+def scores_of(records): return records.groupby(['model', 'task'], sort=False)['score'].agg(score='mean', se='sem').reset_index().assign(metric='acc', n=10)
+
+def test_best_is_marked_where_it_is_not_resolved():
+    names, n = tables.models(7), 40
+    far = items_of({m: [1]*(30 if k == 0 else 10) + [0]*(10 if k == 0 else 30) for k, m in enumerate(names)})
+    close = items_of({m: [1]*(30 if k == 0 else 29) + [0]*(10 if k == 0 else 11) for k, m in enumerate(names)})
+    tie = items_of({m: ([1]*20 + [0]*20)[::1 if k % 2 else -1] for k, m in enumerate(names)})
+    for records, marked, bold in ((far, 0, 1), (close, 1, 1), (tie, 4, 4)):
+        shown = tables.printed(7, scores_of(records), 'md', records=records)
+        for t in ('H6', 'ARC', 'GSM8K'):
+            cells = shown[t].str.split('(').str[0]
+            assert cells.str.contains('≈').sum() == marked and cells.str.startswith('**').sum() == bold
+
+def test_comparisons_are_corrected_over_their_table(full):
+    records = Lab('smoke', store=full).records()
+    for n in range(3, 8):
+        c = tables.comparisons(n, records)
+        assert c['p_holm'].tolist() == pytest.approx(multipletests(c['p'], method='holm')[1]) and c['resolvable'].to_numpy() == pytest.approx(2.8016*c['se'], rel=1e-3)
+        assert len(c) == len(tables.compared(n)) and not c.isna().any().any()
+    for x in tables.compared(7): assert x[0] == 'h6' or x[0] in H6_TASKS
+
+def test_every_claim_has_its_paired_test():
+    tested = {(t, frozenset((a, b))) for n in range(3, 8) for t, a, b in tables.compared(n)}
+    assert {(t, frozenset((a, b))) for c in paper.CLAIMS for t, a, _, b in c.parts} <= tested
+
+# ---- protocols --------------------------------------------------------------------------------------------------------
+
+def test_the_difference_of_protocols_is_that_of_their_rules(full):
+    lab = Lab('smoke', store=full)
+    both = lab.protocols().set_index(['model', 'task'])
+    for m in lab.models:
+        x = lab.items(m, 'gsm8k')
+        assert both.loc[(m, 'gsm8k'), 'leaderboard-2023'] == np.mean([correct_2023(t, g) for t, g in zip(x['text'], x['gold'])])
+        x = lab.items(m, 'mmlu')
+        assert both.loc[(m, 'mmlu'), 'leaderboard-2023'] == pytest.approx(x.groupby('subject')['score'].mean().mean()) and both.loc[(m, 'mmlu'), 'modern'] == x['score'].mean()
+        for t in ('arc', 'hellaswag', 'truthfulqa', 'winogrande'): assert both.loc[(m, t), 'modern'] == both.loc[(m, t), 'leaderboard-2023']
+
+# ---- seeds ------------------------------------------------------------------------------------------------------------
+
+def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, monkeypatch, capsys):
+    store, project = shutil.copytree(full, tmp_path/'store'), tmp_path/'project'
+    project.mkdir(); monkeypatch.chdir(project)
+    (project/'two.toml').write_text('extends = "smoke"\nname = "two"\nseeds = [0, 1]\n')
+    words = ['--profile', 'two.toml', '--store', str(store)]
+    assert main(['run', *words]) == 0
+    labs = Lab('two.toml', store=store).repeated()
+    runs = {s: l.scores() for s, l in labs.items()}
+    assert list(labs) == [0, 1] and {a.manifest['seed'] for a in labs[0].store.entries() if a.kind in ('sft', 'dpo')} == {0, 1}
+    out = project/'runs'/'two'
+    noise = pd.read_csv(out/'tables'/'noise.csv').set_index(['model', 'task'])
+    x = {s: tables.with_h6(r) for s, r in runs.items()}
+    for key in (('Merge v4', 'h6'), ('SFT v1', 'gsm8k'), ('DPO v2', 'truthfulqa')):
+        one, two = (100*f.loc[key] for f in x.values())
+        assert noise.loc[key, 'training_sd'] == pytest.approx(abs(one['score'] - two['score'])/math.sqrt(2), rel=1e-3)
+        assert noise.loc[key, 'item_se'] == pytest.approx(math.sqrt((one['se']**2 + two['se']**2)/2), rel=1e-3)
+    row = next(l for l in (out/'tables'/'table3.md').read_text().splitlines() if l.startswith('| SFT v1'))
+    key = ('SFT v1', 'truthfulqa')
+    assert f"± {100*x[0].loc[key, 'se']:.1f} ± {noise.loc[key, 'training_sd']:.1f}" in row
+    assert 'over 2 trainings' in (out/'tables'/'table3.md').read_text() and 'Item noise and training noise' in (out/'report.html').read_text()
+    capsys.readouterr()
+    assert main(['verify', *words]) == 0
+    assert '24 tables compared' in (said := capsys.readouterr().out) and f'{2*16*7} scores' in said
+    text = (out/'tables'/'noise.csv').read_text()
+    (out/'tables'/'noise.csv').write_text(text.replace(',2\n', ',3\n', 1))
+    assert main(['verify', *words]) == 1 and 'noise.csv' in capsys.readouterr().out
