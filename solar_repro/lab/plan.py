@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GIB', 'SHAPES', 'LENGTHS', 'PUBLISHED', 'A100_TFLOPS', 'CARDS', 'DEFAULT_CARD', 'READ_GB_S', 'NET_GB_S', 'BENCH',
-           'DOWNLOADS', 'WORK', 'Shape', 'shape_of', 'base_shape', 'Lengths', 'lengths', 'count_rows', 'set_lengths',
-           'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes', 'train_memory', 'Run', 'published', 'Card',
-           'card', 'calibrate', 'Found', 'look', 'Work', 'base_bytes', 'lora_rank', 'Items', 'eval_tokens',
-           'count_items', 'Plan', 'make_plan', 'grouped', 'table']
+           'DOWNLOADS', 'WORK', 'BESIDE', 'Shape', 'shape_of', 'base_shape', 'Lengths', 'lengths', 'count_rows',
+           'set_lengths', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes', 'train_memory', 'Run',
+           'published', 'Card', 'card', 'calibrate', 'Found', 'look', 'Work', 'base_bytes', 'lora_rank', 'Items',
+           'eval_tokens', 'count_items', 'Plan', 'make_plan', 'grouped', 'table', 'share_for', 'arithmetic', 'telling',
+           'bought', 'budget_text', 'hours_figure', 'actual', 'actual_text', 'obstacles', 'check_machine', 'doctor']
 
 # %% ../../nbs/lab/16_plan.ipynb #dc56b724
 import json
@@ -576,3 +577,173 @@ def table(
     wide = [max(len(r[i]) for r in [head, *rows, *ends]) for i in range(len(head))]
     line = lambda r: '  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide)))
     return '\n'.join([line(head), *map(line, rows), '-'*len(line(head)), *map(line, ends)])
+
+# %% ../../nbs/lab/16_plan.ipynb #01a615c4
+def share_for(
+    plan:Plan,
+    hours:float, # that the stages still to do may take
+)->float: # share of the card's peak; infinite if reading and unpacking alone take longer
+    "The share of its peak that the card must reach to keep within some hours."
+    flops, other = plan.missing['pflop'].sum()*1e15, _other_hours(plan)
+    return flops/(plan.card.tflops*1e12)/3600/(hours - other) if hours > other else float('inf')
+
+def _other_hours(plan:Plan)->float:
+    "Expected hours that are not arithmetic."
+    return plan.missing['hours'].sum() - plan.missing['pflop'].sum()*1e15/(plan.card.tflops*1e12*plan.card.shares[1])/3600
+
+def arithmetic(
+    plan:Plan,
+    hours:float=72., # to fit into
+)->str:
+    "Hours of the stages still to do, kind by kind, as a calculation; and what it takes to fit."
+    m, c = plan.missing, plan.card
+    lines = [f"{c.name}: {c.tflops:g} TFLOP/s at its peak, of which {c.shares[2]:.0%} to {c.shares[0]:.0%} are reached, {c.shares[1]:.0%} expected ({c.source})"]
+    for kind, g in m[m['pflop'] > 0].groupby('kind', sort=False):
+        rate = c.tflops*c.shares[1]*3.6                # PFLOP an hour
+        lines.append(f"{kind:>5}: {g['tokens'].sum()/1e6:7.1f} M tokens, {g['pflop'].sum():8.0f} PFLOP / {rate:.0f} PFLOP/h = {g['pflop'].sum()/rate:5.1f} h, and "
+                     f"{g['hours'].sum() - g['pflop'].sum()/rate:.1f} h of reading, unpacking and generating")
+    low, mid, high = (m[k].sum() for k in ('hours_low', 'hours', 'hours_high'))
+    need = share_for(plan, hours)
+    lines.append(f'total: {low:.0f} to {high:.0f} h, {mid:.0f} expected; {hours:g} h ' + ('are kept' if mid <= hours else 'are not kept')
+                 + f' as expected, and take a share of {need:.1%} of the peak: ' + ('more than' if need > c.shares[0] else 'within') + ' what the published runs reach')
+    return '\n'.join(lines)
+
+# %% ../../nbs/lab/16_plan.ipynb #796a19c8
+BESIDE = {'SFT v1': None, 'SFT v2': 'SFT v1', 'SFT v3': 'SFT v2', 'SFT v4': 'SFT v1', 'SFT v3 + v4': 'SFT v4', 'DPO v1': 'SFT v3', 'DPO v2': 'DPO v1',
+          'DPO v1 + v2': 'DPO v2', 'DPO v3': 'DPO v2', 'Cand. 1': 'DPO v2', 'Cand. 2': 'Cand. 1', 'Merge v1': 'Cand. 1', 'Merge v2': 'Merge v1',
+          'Merge v3': 'Merge v1', 'Merge v4': 'Merge v1'} # row -> the row that it is compared with; the first with the base
+
+def telling()->pd.DataFrame: # row, beside, task, difference (fraction), z; in the order of |z|
+    "What each row's comparison shows in the paper: its largest difference in standard errors."
+    s = scores().assign(se=lambda x: standard_errors(x)).drop_duplicates(['model', 'task']).set_index(['model', 'task'])
+    rows = []
+    for row, beside in BESIDE.items():
+        if beside is None: rows.append(dict(row=row, beside='base', task='', difference=np.nan, z=np.inf)); continue
+        d = {t: (s.loc[(row, t), 'score'] - s.loc[(beside, t), 'score'])/np.hypot(s.loc[(row, t), 'se'], s.loc[(beside, t), 'se']) for t in H6_TASKS}
+        t = max(d, key=lambda t: abs(d[t]))
+        rows.append(dict(row=row, beside=beside, task=t, difference=s.loc[(row, t), 'score'] - s.loc[(beside, t), 'score'], z=abs(d[t])))
+    return pd.DataFrame(rows).sort_values('z', ascending=False, kind='stable').reset_index(drop=True)
+
+# %% ../../nbs/lab/16_plan.ipynb #2127d589
+def bought(
+    lab, # `lab.run.Lab`
+    plan:Plan,
+    hours:float, # to spend
+)->pd.DataFrame: # row, beside, task, z, hours (that it adds), sum, bought; in the order of what the rows tell
+    "Which rows a budget buys."
+    cost, have, spent, rows = plan.stages.set_index('stage')['hours'], set(plan.stages.loc[plan.stages['held'], 'stage']), 0., []
+    for r in telling().to_dict('records'):
+        need = set(lab.needs([f'eval/{m}/{t}' for m in (r['row'], r['beside']) for t in H6_TASKS])) - have
+        adds = float(cost[list(need)].sum())
+        buy = spent + adds <= hours
+        if buy: spent += adds; have |= need
+        rows.append({**r, 'hours': adds, 'sum': spent, 'bought': buy})
+    return pd.DataFrame(rows)
+
+def budget_text(
+    b:pd.DataFrame, # of `bought`
+    hours:float,
+)->str:
+    "What a budget buys, in words."
+    line = lambda r: f"  {r['row']:<12} beside {r['beside']:<12} {r['hours']:5.1f} h" + ('' if not r['task'] else f"   {r['task']} {100*r['difference']:+.1f} in the paper, {r['z']:.1f} standard errors")
+    yes, no = b[b['bought']], b[~b['bought']]
+    return '\n'.join([f'{hours:g} hours buy {len(yes)} of {len(b)} rows ({yes["hours"].sum():.1f} h expected), in the order of what they tell:', *map(line, yes.to_dict('records')),
+                      *(['and not, with what each would add:', *map(line, no.to_dict('records'))] if len(no) else [])])
+
+# %% ../../nbs/lab/16_plan.ipynb #a860da56
+def hours_figure(
+    lab, # `lab.run.Lab`
+    plan:Plan,
+): # matplotlib Figure
+    "The graph of the recipe with the expected hours of every model."
+    h = plan.stages.set_index('stage')['hours']
+    fig = graph_figure(lab.recipe)
+    for text in list(fig.axes[0].texts):
+        name = text.get_text()
+        if name not in lab.recipe: continue
+        hours = h[name] + sum(h[i] for role, i in lab.recipe[name].inputs.items() if role.startswith('ref_'))
+        x, y = text.get_position()
+        if hours >= .05: fig.axes[0].text(x + .02, y + .27, f'{hours:.1f} h', ha='center', fontsize=7.5, color='#111827', weight='bold')
+    e = plan.stages.loc[plan.stages['kind'] == 'eval', 'hours'].sum()
+    fig.suptitle(f"{plan.name} on {plan.card.name}: {plan.stages['hours'].sum():.0f} h expected, of which {e:.0f} h score {len(MODELS) + 1} models", fontsize=10)
+    return fig
+
+# %% ../../nbs/lab/16_plan.ipynb #cbe3a171
+def actual(
+    lab, # `lab.run.Lab`
+    plan:Plan,
+)->pd.DataFrame: # stage, kind, tokens and measured tokens, hours and measured, their ratio, disk and measured; one row a built stage
+    "Planned and measured, for what is built."
+    rows = []
+    for r in plan.stages[plan.stages['held']].to_dict('records'):
+        a = lab._find(r['stage'])
+        log = a.path/'log.csv'
+        seen = pd.read_csv(log)['tokens'].iloc[-1] if r['kind'] == 'sft' and log.is_file() else np.nan
+        took, size = a.manifest['seconds']/3600, sum(f['bytes'] for f in a.manifest['files'].values())/GIB
+        rows.append(dict(stage=r['stage'], kind=r['kind'], tokens=r['tokens'], measured_tokens=seen, hours=r['hours'], hours_low=r['hours_low'], hours_high=r['hours_high'],
+                         measured_hours=took, ratio=took/r['hours'] if r['hours'] else np.nan, disk_gib=r['disk_gib'], measured_gib=size))
+    if not rows: raise ValueError(f'plan: nothing of profile {plan.name} is in {lab.store.folder}; expected some stages that were built. Run first: solar-repro run --profile {plan.name}')
+    return pd.DataFrame(rows)
+
+def actual_text(x:pd.DataFrame)->str:
+    "Planned beside measured, in seconds, and the sums by kind."
+    d = pd.DataFrame({'stage': x['stage'], 'planned s': x['hours']*3600, 'measured s': x['measured_hours']*3600, 'measured / planned': x['ratio'],
+                      'M tok': x['tokens']/1e6, 'measured M tok': x['measured_tokens']/1e6, 'MiB': x['disk_gib']*1024, 'measured MiB': x['measured_gib']*1024})
+    g = x.groupby('kind', sort=False)[['hours', 'measured_hours']].sum()
+    sums = '\n'.join(f"{k}: planned {r.hours*3600:.0f} s, measured {r.measured_hours*3600:.0f} s" for k, r in g.iterrows())
+    return d.to_string(index=False, float_format='%.3g', na_rep='') + '\n' + sums
+
+# %% ../../nbs/lab/16_plan.ipynb #1ca29688
+def _hub_missing(p:Profile)->bool:
+    "Whether the base has yet to be fetched and may not be."
+    if p.base.source != 'hub' or os.environ.get('HF_HUB_OFFLINE', '0').lower() not in ('1', 'true', 'on', 'yes'): return False
+    from huggingface_hub import try_to_load_from_cache
+    return not isinstance(try_to_load_from_cache(p.base.repo, 'config.json', revision=p.base.revision), str)
+
+def obstacles(
+    p:Profile,
+    plan:Plan,
+    found:Found, # of `look`
+    offline:bool=False, # weights or data are missing and may not be fetched
+)->list[str]: # one sentence each: what is there, what is needed, what to do
+    "Why a machine cannot run what a plan says is missing."
+    m, out = plan.missing, []
+    if not len(m): return out
+    gpu, top = p.machine.device == 'cuda', m.loc[m['gib'].idxmax()]
+    if gpu and not found.gpu: out.append("there is no GPU; the profile needs one. Run on a machine that has one, or set device = \"cpu\" in [machine].")
+    if top['gib'] > (room := found.gib*.96) and (found.gpu or not gpu):
+        smaller = [n for n in ('gpu-48gib', 'gpu-24gib') if gpu and n != p.name]
+        out.append(f"{found.name} has {found.gib:.0f} GiB of memory, of which {room:.0f} can be used; {top['stage']} needs {top['gib']:.0f}. "
+                   f"Take {' or '.join(smaller) or 'fewer rows a pass (passes)'}{', or set activation_checkpointing = true' if gpu else ''}.")
+    if found.gpu and gpu and not found.bf16 and 'bfloat16' in (p.sft.compute_dtype, p.dpo.compute_dtype):
+        out.append(f'{found.name} has no arithmetic for bfloat16; the profile computes in it. Take a card of the Ampere generation (A100, RTX 30) or newer.')
+    if (p.sft.nf4 or p.dpo.nf4) and found.nf4_fault and (found.gpu or not gpu):
+        out.append(f'bitsandbytes cannot quantise here ({found.nf4_fault}); NF4 needs it. Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].')
+    disk = m['disk_gib'].sum() + 3*m.loc[m['kind'].isin(('sft', 'dpo')), 'disk_gib'].max() if len(m) else 0.
+    if not disk <= found.disk_gib and disk == disk: out.append(f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. Free some, or put the store elsewhere with --store or SOLAR_STORE.')
+    if offline and {'base', 'data', 'bench'} & set(m['kind']): out.append(f'the base {p.base.repo} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB are needed. Unset it, or fetch on another machine.')
+    return out
+
+# %% ../../nbs/lab/16_plan.ipynb #57683f2e
+def check_machine(
+    lab, # `lab.run.Lab`
+)->None:
+    "Refuse, in one message, a machine that cannot finish what is missing."
+    said = obstacles(lab.profile, make_plan(lab), look(lab.store.folder), _hub_missing(lab.profile))
+    if said: raise ValueError(f'profile {lab.profile.name}: this machine cannot run it.\n  - ' + '\n  - '.join(said) + '\nNothing was started.')
+
+def doctor(
+    store:Path, # where results would lie
+)->str:
+    "What this machine has, and which of the shipped profiles it can run."
+    from solar_repro.lab.run import Lab
+    f = look(store)
+    kind = f'{f.name}, {f.gib:.0f} GiB' if f.gpu else f'no GPU, {f.cpus} CPU cores'
+    lines = [f"this machine: {kind}, {f.ram_gib:.0f} GiB of memory, {f.disk_gib:.0f} GiB of disk free; bfloat16: {'yes' if f.bf16 else 'no'}; "
+             f"NF4: {'works' if not f.nf4_fault else f.nf4_fault}"]
+    for name in profiles():
+        lab = Lab(name, store=store); plan = make_plan(lab)
+        said, hours = obstacles(lab.profile, plan, f, _hub_missing(lab.profile)), plan.missing['hours'].sum()
+        took = f'{hours:.0f} h' if hours >= 1 else f'{60*hours:.0f} min'
+        lines += [f'{name:>10}: ' + (f'can run; about {took} are left to do (on a {plan.card.name}, as recorded)' if not said else 'cannot run')] + [f'{"":>12}- {s}' for s in said]
+    return '\n'.join(lines)
