@@ -709,7 +709,7 @@ def obstacles(
     "Why a machine cannot run what a plan says is missing."
     m, out = plan.missing, []
     if not len(m): return out
-    gpu, top = p.machine.device == 'cuda', m.loc[m['gib'].idxmax()]
+    gpu, top = p.machine.device == 'cuda' and m['kind'].isin(('sft', 'ref', 'dpo', 'eval')).any(), m.loc[m['gib'].idxmax()]
     if gpu and not found.gpu: out.append("there is no GPU; the profile needs one. Run on a machine that has one, or set device = \"cpu\" in [machine].")
     if top['gib'] > (room := found.gib*.96) and (found.gpu or not gpu):
         smaller = [n for n in ('gpu-48gib', 'gpu-24gib') if gpu and n != p.name]
@@ -717,19 +717,22 @@ def obstacles(
                    f"Take {' or '.join(smaller) or 'fewer rows a pass (passes)'}{', or set activation_checkpointing = true' if gpu else ''}.")
     if found.gpu and gpu and not found.bf16 and 'bfloat16' in (p.sft.compute_dtype, p.dpo.compute_dtype):
         out.append(f'{found.name} has no arithmetic for bfloat16; the profile computes in it. Take a card of the Ampere generation (A100, RTX 30) or newer.')
-    if (p.sft.nf4 or p.dpo.nf4) and found.nf4_fault and (found.gpu or not gpu):
+    if m['kind'].isin(('sft', 'ref', 'dpo')).any() and (p.sft.nf4 or p.dpo.nf4) and found.nf4_fault and (found.gpu or not gpu):
         out.append(f'bitsandbytes cannot quantise here ({found.nf4_fault}); NF4 needs it. Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].')
-    disk = m['disk_gib'].sum() + 3*m.loc[m['kind'].isin(('sft', 'dpo')), 'disk_gib'].max() if len(m) else 0.
-    if not disk <= found.disk_gib and disk == disk: out.append(f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. Free some, or put the store elsewhere with --store or SOLAR_STORE.')
+    disk = m['disk_gib'].sum() + 3*m['disk_gib'].where(m['kind'].isin(('sft', 'dpo')), 0.).max()   # a checkpoint holds the optimizer's state too
+    if disk > found.disk_gib: out.append(f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. Free some, or put the store elsewhere with --store or SOLAR_STORE.')
     if offline and {'base', 'data', 'bench'} & set(m['kind']): out.append(f'the base {p.base.repo} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB are needed. Unset it, or fetch on another machine.')
     return out
 
 # %% ../../nbs/lab/16_plan.ipynb #57683f2e
 def check_machine(
     lab, # `lab.run.Lab`
+    names:list[str]|None=None, # stages that are to be built; None: all that are missing
 )->None:
-    "Refuse, in one message, a machine that cannot finish what is missing."
-    said = obstacles(lab.profile, make_plan(lab), look(lab.store.folder), _hub_missing(lab.profile))
+    "Refuse, in one message, a machine that cannot build what is missing."
+    plan = make_plan(lab)
+    if names is not None: plan = replace(plan, stages=plan.stages[plan.stages['stage'].isin(names)])
+    said = obstacles(lab.profile, plan, look(lab.store.folder), _hub_missing(lab.profile))
     if said: raise ValueError(f'profile {lab.profile.name}: this machine cannot run it.\n  - ' + '\n  - '.join(said) + '\nNothing was started.')
 
 def doctor(

@@ -228,7 +228,7 @@ class Lab:
         if not missing: return
         if self.profile.machine.device == 'cuda':
             from solar_repro.lab.plan import check_machine
-            check_machine(self) # before hours are spent
+            check_machine(self, missing) # before hours are spent
         progress = self._progress(missing)
         try:
             for k, n in enumerate(missing):
