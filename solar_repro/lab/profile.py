@@ -44,13 +44,12 @@ class Machine(Strict):
 
 class Base(Strict):
     "The base model."
-    source: Literal['tiny', 'random', 'hub'] # the shipped tiny base, a minute untrained one, or a checkpoint of the Hugging Face Hub
-    repo: str | None = None # on the Hub: owner/name
-    revision: Annotated[str, Field(pattern='^[0-9a-f]{40}$')] | None = None # on the Hub: the commit
+    source: str # 'tiny' (shipped), 'random' (minute, untrained), or 'OWNER/NAME' on the Hub
+    revision: str | None = None # of a base on the Hub: a commit
 
     @model_validator(mode='after')
     def _pinned(self):
-        if (self.source == 'hub') != bool(self.repo and self.revision): raise ValueError("must name repo and revision if source is 'hub', and only then")
+        if (self.source in ('tiny', 'random')) == bool(self.revision): raise ValueError('must name a revision if source is on the Hub, and only then')
         return self
 
 class Template(Strict):

@@ -205,9 +205,9 @@ def build_base(out, settings, inputs, tools):
     if settings['source'] == 'random':
         from solar_repro.tiny.base import random_base
         random_base(out)
-    elif settings['source'] == 'hub':
+    elif settings['source'] != 'tiny':
         from huggingface_hub import snapshot_download
-        snapshot_download(settings['repo'], revision=settings['revision'], local_dir=out, allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'])
+        snapshot_download(settings['source'], revision=settings['revision'], local_dir=out, allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'])
         shutil.rmtree(out/'.cache', ignore_errors=True)
     else:
         for f in shipped_base().iterdir():
