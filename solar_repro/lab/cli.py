@@ -14,7 +14,8 @@ from .profile import root
 from ..paper import H6_TASKS
 
 # %% auto #0
-__all__ = ['run', 'status', 'table', 'show', 'diff', 'verify', 'results', 'base', 'export', 'compare', 'merge', 'init', 'main']
+__all__ = ['run', 'status', 'table', 'show', 'diff', 'verify', 'results', 'base', 'export', 'compare', 'merge', 'plan', 'doctor',
+           'init', 'main']
 
 # %% ../../nbs/lab/06_cli.ipynb #764369ef
 def run(lab:Lab)->None:
@@ -106,6 +107,27 @@ def merge(paths:list[Path], method:str|None, weights:list[float]|None, t:float|N
     tick = lambda done, total: print(f'\r\x1b[K{done/1e9:.1f} of {total/1e9:.1f} GB', end='\n' if done == total else '', file=sys.stderr, flush=True)
     print(merging.merge(r, out, int(shard_size*1e9), threads, device, tick if sys.stderr.isatty() else merging._quietly))
 
+# %% ../../nbs/lab/06_cli.ipynb #24cfbfc3
+def plan(lab:Lab, card:str|None, calibrate:bool, price:float|None, budget_hours:float|None, actual:bool)->None:
+    "Print what the profile takes: tokens, hours, memory, disk, price; what a budget buys; and after a run, planned beside measured."
+    from solar_repro.lab import plan as planning
+    if card and calibrate: raise ValueError('plan: --card and --calibrate name two machines; expected one. Leave one out.')
+    base = lab._find('base')
+    on = planning.calibrate(lab.profile, planning.base_shape(lab.profile, base.path if base else None)) if calibrate else planning.card(card, lab.profile)
+    made = planning.make_plan(lab, on, price)
+    print(f'{made.name} ({made.label}) on {on.name}')
+    if actual: return print(planning.actual_text(planning.actual(lab, made)))
+    print(planning.table(made))
+    if len(made.missing):
+        print(planning.arithmetic(made))
+        for x in planning.savings(lab, made).to_dict('records'): print(f"{x['what']}, would save {x['hours']:.1f} h")
+    if budget_hours is not None: print(planning.budget_text(planning.bought(lab, made, budget_hours), budget_hours))
+
+def doctor(lab:Lab)->None:
+    "Print what this machine has, and which of the shipped profiles it can run."
+    from solar_repro.lab.plan import doctor
+    print(doctor(lab.store.folder))
+
 # %% ../../nbs/lab/06_cli.ipynb #ba68dc77
 def init(folder:Path)->None:
     "Lay out the notebooks in a new folder, to run and to change without a clone."
@@ -148,7 +170,12 @@ def _parser()->argparse.ArgumentParser:
         common.add_argument(flag, type=kind, help=what, default=argparse.SUPPRESS)
     p = argparse.ArgumentParser(prog='solar-repro', description='Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', parents=[common])
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for f in (run, status, table, show, diff, verify, results, base, export): sub.add_parser(f.__name__, help=f.__doc__, description=f.__doc__, parents=[common])
+    for f in (run, plan, doctor, status, table, show, diff, verify, results, base, export): sub.add_parser(f.__name__, help=f.__doc__, description=f.__doc__, parents=[common])
+    sub.choices['plan'].add_argument('--card', help='a recorded card (default: that of the profile), such as A100-80GB, H100-80GB, L40S or RTX-4090')
+    sub.choices['plan'].add_argument('--calibrate', action='store_true', help='measure the present machine instead, for a minute')
+    sub.choices['plan'].add_argument('--price', type=float, help='of an hour')
+    sub.choices['plan'].add_argument('--budget-hours', type=float, help='say which rows so many hours buy')
+    sub.choices['plan'].add_argument('--actual', action='store_true', help='after a run: planned beside measured')
     sub.choices['table'].add_argument('n', type=int, choices=range(3, 8), help='number of the table')
     sub.choices['show'].add_argument('name', help="a stage, such as 'SFT v3' or 'data/openorca'")
     sub.choices['show'].add_argument('task', nargs='?', choices=H6_TASKS, help='a benchmark, for the lineage of that score of the model')

@@ -51,7 +51,7 @@ MODELS = (*SFT_ROWS, 'SFT v3 + v4', 'DPO v1', 'DPO v2', 'DPO v1 + v2', 'DPO v3',
 def _machine(p:Profile)->dict: return p.machine.model_dump()
 
 def _data_stages(p:Profile)->list[Stage]:
-    base = dict(source=p.base.source)
+    base = p.base.model_dump(exclude_none=True)
     if p.base.source == 'tiny':
         base['weights'] = json.loads((shipped_base()/'record.json').read_text())['weights']
     return [Stage('base', 'base', base, {}),
@@ -225,13 +225,17 @@ def _read_rows(a:Artifact)->list[dict]:
     return [json.loads(line) for line in (a.path/'rows.jsonl').read_text(encoding='utf-8').splitlines()]
 
 def build_base(out, settings, inputs, tools):
-    "A checkpoint folder: a copy of the shipped base, a minute random one, or a base as NF4 gives it back."
+    "A checkpoint folder: a copy of the shipped base, a minute random one, one fetched from the Hub by its commit, or a base as NF4 gives it back."
     if settings['source'] == 'random':
         from solar_repro.tiny.base import random_base
         random_base(out)
     elif settings['source'] == 'dequantised':
         from solar_repro.lab.drift import dequantised
         dequantised(inputs['base'].path, out, settings['compute_dtype'], settings['machine']['device'])
+    elif settings['source'] != 'tiny':
+        from huggingface_hub import snapshot_download
+        snapshot_download(settings['source'], revision=settings['revision'], local_dir=out, allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'])
+        shutil.rmtree(out/'.cache', ignore_errors=True)
     else:
         for f in shipped_base().iterdir():
             if f.is_file(): shutil.copyfile(f, out/f.name)

@@ -226,6 +226,9 @@ class Lab:
         "Build stages and everything that they need."
         missing = [n for n in self.needs(list(self.recipe) if names is None else names) if self._find(n) is None]
         if not missing: return
+        if self.profile.machine.device == 'cuda':
+            from solar_repro.lab.plan import check_machine
+            check_machine(self, missing) # before hours are spent
         progress = self._progress(missing)
         try:
             for k, n in enumerate(missing):
