@@ -326,18 +326,18 @@ def calibrate(
 
 def _two_layers(p:Profile, s:Shape):
     "Two layers of a model with an adapter, on the profile's device."
+    from tempfile import TemporaryDirectory
     import torch
+    from solar_repro.lab.model import load_base, quiet    # before peft, whose remarks it silences
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
-    from solar_repro.lab.model import load_base
-    from tempfile import TemporaryDirectory
     torch.set_num_threads(p.machine.threads)
     config = LlamaConfig(hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=2, num_attention_heads=s.n_heads,
                          num_key_value_heads=s.kv*s.n_heads//s.hidden, vocab_size=64, tie_word_embeddings=True)
-    with TemporaryDirectory() as d:
+    with TemporaryDirectory() as d, quiet():
         LlamaForCausalLM(config).to(getattr(torch, p.sft.compute_dtype)).save_pretrained(d)
         base = load_base(Path(d), p.sft.nf4, p.sft.compute_dtype, p.machine.device)
-    model = get_peft_model(base, LoraConfig(r=p.sft.lora_r, target_modules='all-linear', lora_dropout=p.sft.lora_dropout))
+    with quiet(): model = get_peft_model(base, LoraConfig(r=p.sft.lora_r, target_modules='all-linear', lora_dropout=p.sft.lora_dropout))
     for w in model.parameters():
         if w.requires_grad: w.data = w.data.float()
     return model.model.model.train()
@@ -358,6 +358,7 @@ class Found:
 def _nf4_fault(device:str)->str:
     "What goes wrong when 64 numbers are quantised and restored; empty if nothing does."
     import torch
+    import solar_repro.lab.model    # which silences what bitsandbytes says about kernels that are not needed
     try:
         import bitsandbytes.functional as bnb
         x = torch.linspace(-1, 1, 64, device=device)
@@ -568,21 +569,24 @@ def grouped(
     g = s.assign(what=what, n=1, built=s['held'].astype(int)).groupby('what', sort=False).agg(dict(sums, gib='max', n='sum', built='sum'))
     return g.assign(held=g.pop('built').astype(str) + ' of ' + g.pop('n').astype(str)).reset_index()
 
-def _cells(r, price)->list[str]:
-    near = lambda x: f'{x:.0f}' if x >= 9.95 else f'{x:.1f}' if x >= .095 else f'{x:.2f}' if x >= .005 else '' if x == 0 else '<.01'
-    cost = [near(r['hours']*price)] if price is not None else []
-    return [r['what'], r['held'], near(r['tokens']/1e6), near(r['pflop']/1e3), f"{near(r['hours_low'])}-{near(r['hours_high'])}" if r['hours_high'] >= .005 else '',
-            near(r['hours']), *cost, near(r['gib']), near(r['disk_gib']), near(r['download_gib'])]
+def _near(x:float)->str: return f'{x:.0f}' if x >= 9.95 else f'{x:.1f}' if x >= .095 else f'{x:.2f}' if x >= .005 else '' if x == 0 else '<.01'
+
+def _cells(r, price, k:float)->list[str]: # k: 1 for hours and EFLOP, 60 for minutes and PFLOP
+    cost = [_near(r['hours']*price)] if price is not None else []
+    return [r['what'], r['held'], _near(r['tokens']/1e6), _near(r['pflop']/(1 if k > 1 else 1e3)), f"{_near(r['hours_low']*k)}-{_near(r['hours_high']*k)}" if r['hours_high']*k >= .005 else '',
+            _near(r['hours']*k), *cost, _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib'])]
 
 def table(
     plan:Plan,
 )->str: # for a terminal
     "The plan as text, its total, and what it was computed with."
-    head = ['stage', 'held', 'M tok', 'EFLOP', 'hours, range', 'hours', *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB', 'fetch GiB']
+    k = 60. if plan.stages['hours_high'].sum() < 3 else 1.
+    time, work = ('min', 'PFLOP') if k > 1 else ('hours', 'EFLOP')
+    head = ['stage', 'held', 'M tok', work, f'{time}, range', time, *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB', 'fetch GiB']
     g, left = grouped(plan), grouped(replace(plan, stages=plan.missing)) if len(plan.missing) else None
     total = lambda what, x: dict(x.sum(numeric_only=True), what=what, held='', gib=x['gib'].max())
-    rows = [_cells(r, plan.price) for r in g.to_dict('records')]
-    ends = [_cells(total('all', g), plan.price)] + ([_cells(total('still to do', left), plan.price)] if left is not None and plan.stages['held'].any() else [])
+    rows = [_cells(r, plan.price, k) for r in g.to_dict('records')]
+    ends = [_cells(total('all', g), plan.price, k)] + ([_cells(total('still to do', left), plan.price, k)] if left is not None and plan.stages['held'].any() else [])
     wide = [max(len(r[i]) for r in [head, *rows, *ends]) for i in range(len(head))]
     line = lambda r: '  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide)))
     return '\n'.join([line(head), *map(line, rows), '-'*len(line(head)), *map(line, ends)])
@@ -767,11 +771,14 @@ def doctor(
     from solar_repro.lab.run import Lab
     f = look(store)
     kind = f'{f.name}, {f.gib:.0f} GiB' if f.gpu else f'no GPU, {f.cpus} CPU cores'
+    by_fault = {}
     lines = [f"this machine: {kind}, {f.ram_gib:.0f} GiB of memory, {f.disk_gib:.0f} GiB of disk free; bfloat16: {'yes' if f.bf16 else 'no'}; "
              f"NF4: {'works' if not f.nf4_fault else f.nf4_fault}"]
     for name in profiles():
         lab = Lab(name, store=store); plan = make_plan(lab)
         said, hours = obstacles(lab.profile, plan, f, _hub_missing(lab.profile)), plan.missing['hours'].sum()
         took = f'{hours:.0f} h' if hours >= 1 else f'{60*hours:.0f} min'
-        lines += [f'{name:>10}: ' + (f'can run; about {took} are left to do (on a {plan.card.name}, as recorded)' if not said else 'cannot run')] + [f'{"":>12}- {s}' for s in said]
+        if said: by_fault.setdefault(tuple(said), []).append(name)
+        else: lines.append(f'can run {name}: about {took} left to do (on {plan.card.name}, as recorded)')
+    for said, names in by_fault.items(): lines += [f"cannot run {', '.join(names)}:", *(f'  - {x}' for x in said)]
     return '\n'.join(lines)
