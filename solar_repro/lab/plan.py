@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIB', 'SHAPES', 'LENGTHS', 'PUBLISHED', 'A100_TFLOPS', 'CARDS', 'DEFAULT_CARD', 'READ_GB_S', 'NET_GB_S', 'BENCH',
-           'DOWNLOADS', 'WORK', 'BESIDE', 'Shape', 'shape_of', 'fetched', 'base_shape', 'Lengths', 'lengths',
+           'DOWNLOADS', 'WORK', 'BESIDE', 'Shape', 'shape_of', 'fetched', 'base_shape', 'Lengths', 'lengths', 'counter',
            'count_rows', 'set_lengths', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes',
            'train_memory', 'Run', 'published', 'Card', 'card', 'calibrate', 'Found', 'look', 'Work', 'base_bytes',
            'lora_rank', 'Items', 'eval_tokens', 'count_items', 'Plan', 'make_plan', 'grouped', 'table', 'share_for',
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .profile import Profile, load_profile, profiles
-from .recipe import MODELS, SFT_ROWS, Stage, graph_figure
+from .profile import Profile, profiles
+from .recipe import MODELS, Stage, graph_figure
 from ..paper import H6_TASKS, N_ITEMS, scores, standard_errors
 from ..tiny.world import shipped_base
 
@@ -131,7 +131,10 @@ LENGTHS = {
 } # counted with Mistral 7B's tokenizer in the template "### User: ... ### Assistant:", end-of-text included
 
 # %% ../../nbs/lab/16_plan.ipynb #3edc0d5a
-def _counter(base:Path, p:Profile):
+def counter(
+    base:Path, # folder of a tokenizer.json
+    p:Profile, # with the template
+): # (prompts, answers) -> tokens of each, answers with end-of-text
     "Tokens of a prompt in the template, and of an answer with end-of-text."
     from tokenizers import Tokenizer
     tok = Tokenizer.from_file(str(base/'tokenizer.json'))
@@ -140,7 +143,7 @@ def _counter(base:Path, p:Profile):
 
 def count_rows(
     rows:list[dict], # prompts with answers, or pairs
-    count, # of `_counter`
+    count, # of `counter`
     source:str,
 )->Lengths:
     "Lengths of rows that are at hand."
@@ -165,7 +168,7 @@ def set_lengths(
         else:
             from solar_repro.data import load_rows
             rows = load_rows(name, 'tiny', stage.settings['n'], p.seed)
-        return count_rows(rows, _counter(base, p), 'counted'), len(rows)
+        return count_rows(rows, counter(base, p), 'counted'), len(rows)
     if name not in LENGTHS: raise ValueError(f'plan: {name} cannot be counted before the base is there; expected its tokenizer. Build the stage base first.')
     return LENGTHS[name], stage.settings['n']
 
@@ -573,8 +576,8 @@ def _near(x:float)->str: return f'{x:.0f}' if x >= 9.95 else f'{x:.1f}' if x >= 
 
 def _cells(r, price, k:float)->list[str]: # k: 1 for hours and EFLOP, 60 for minutes and PFLOP
     cost = [_near(r['hours']*price)] if price is not None else []
-    return [r['what'], r['held'], _near(r['tokens']/1e6), _near(r['pflop']/(1 if k > 1 else 1e3)), f"{_near(r['hours_low']*k)}-{_near(r['hours_high']*k)}" if r['hours_high']*k >= .005 else '',
-            _near(r['hours']*k), *cost, _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib'])]
+    span = f"{_near(r['hours_low']*k)}-{_near(r['hours_high']*k)}" if r['hours_high']*k >= .005 else ''
+    return [r['what'], r['held'], _near(r['tokens']/1e6), _near(r['pflop']/(1 if k > 1 else 1e3)), span, _near(r['hours']*k), *cost, _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib'])]
 
 def table(
     plan:Plan,
@@ -674,7 +677,8 @@ def budget_text(
     hours:float,
 )->str:
     "What a budget buys, in words."
-    line = lambda r: f"  {r['row']:<12} beside {r['beside']:<12} {r['hours']:5.1f} h" + ('' if not r['task'] else f"   {r['task']} {100*r['difference']:+.1f} in the paper, {r['z']:.1f} standard errors")
+    shown = lambda r: f"   {r['task']} {100*r['difference']:+.1f} in the paper, {r['z']:.1f} standard errors" if r['task'] else ''
+    line = lambda r: f"  {r['row']:<12} beside {r['beside']:<12} {r['hours']:5.1f} h" + shown(r)
     yes, no = b[b['bought']], b[~b['bought']]
     return '\n'.join([f'{hours:g} hours buy {len(yes)} of {len(b)} rows ({yes["hours"].sum():.1f} h expected), in the order of what they tell:', *map(line, yes.to_dict('records')),
                       *(['and not, with what each would add:', *map(line, no.to_dict('records'))] if len(no) else [])])
@@ -750,7 +754,9 @@ def obstacles(
         out.append(f'bitsandbytes cannot quantise here ({found.nf4_fault}); NF4 needs it. Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].')
     disk = m['disk_gib'].sum() + 3*m['disk_gib'].where(m['kind'].isin(('sft', 'dpo')), 0.).max()   # a checkpoint holds the optimizer's state too
     if disk > found.disk_gib: out.append(f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. Free some, or put the store elsewhere with --store or SOLAR_STORE.')
-    if offline and {'base', 'data', 'bench'} & set(m['kind']): out.append(f'the base {p.base.source} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB are needed. Unset it, or fetch on another machine.')
+    if offline and {'base', 'data', 'bench'} & set(m['kind']):
+        out.append(f'the base {p.base.source} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB of base and data '
+                   'are needed. Unset it, or fetch on another machine.')
     return out
 
 # %% ../../nbs/lab/16_plan.ipynb #57683f2e
