@@ -5,6 +5,8 @@ Measured: bytes of all live tensors, as torch's dispatcher sees them come and go
 The tile of logits is allocated in full but touched as far as the vocabulary goes, so resident memory may rise by less; and by
 more, where a whole float32 base is read before it is quantised.
 Run: python benchmarks/memory.py ; writes benchmarks/results/memory.json (with --only tiny, or --compare 0, it writes nothing)
+On a GPU: python benchmarks/memory.py --only solar ; SOLAR-10.7B's shape with random weights (22 GB of disk), where the peak
+is what the card's allocator handed out, and the passes are those of the profile a100.
 """
 import argparse
 import json
@@ -21,7 +23,14 @@ CASES = [ # base, kind, nf4, compute dtype, passes, rows a step, max_length, dro
     ('tiny', 'dpo', True, 'float32', 1, 16, 256, 0., False), ('tiny', 'sft', True, 'float32', 2, 8, 512, 0., True),
     ('smol', 'sft', True, 'float32', 1, 1, 256, 0., False), ('smol', 'sft', True, 'float32', 2, 2, 256, .05, False),
     ('smol', 'sft', True, 'bfloat16', 1, 2, 256, 0., False), ('smol', 'sft', False, 'float32', 1, 2, 128, 0., False),
-    ('smol', 'sft', True, 'float32', 1, 2, 512, 0., True), ('smol', 'dpo', True, 'float32', 1, 1, 192, 0., False)]
+    ('smol', 'sft', True, 'float32', 1, 2, 512, 0., True), ('smol', 'dpo', True, 'float32', 1, 1, 192, 0., False),
+    ('solar', 'sft', True, 'bfloat16', 4, 4, 2048, .05, False), ('solar', 'sft', True, 'bfloat16', 1, 4, 2048, .05, True),
+    ('solar', 'dpo', True, 'bfloat16', 4, 4, 2048, 0., False), ('solar', 'sft', False, 'bfloat16', 4, 4, 2048, .05, False)]
+RANK = dict(tiny=16, smol=16, solar=64)
+SIZES = dict(smol=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                       num_key_value_heads=3, tie_word_embeddings=True),
+             solar=dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=48, num_attention_heads=32,
+                        num_key_value_heads=8, tie_word_embeddings=False))
 
 
 def tracker():
@@ -49,14 +58,26 @@ def tracker():
     return Live()
 
 
+def meter(device):
+    if device == 'cpu': return tracker()
+    import torch
+
+    class OnCard:
+        "The most that the card's allocator had handed out."
+        peak = 0
+        def __enter__(self): torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+        def __exit__(self, *error): self.peak = torch.cuda.max_memory_allocated()
+    return OnCard()
+
+
 def make_base(which, out):
     from solar_repro.tiny.base import shipped_base
     if which == 'tiny': return shipped_base()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                                 num_key_value_heads=3, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0)).save_pretrained(out)
+    torch.manual_seed(0); torch.set_default_dtype(torch.bfloat16 if which == 'solar' else torch.float32)
+    with torch.device('cuda' if which == 'solar' else 'cpu'): model = LlamaForCausalLM(LlamaConfig(**SIZES[which], eos_token_id=0, pad_token_id=0))
+    model.save_pretrained(out)
     PreTrainedTokenizerFast.from_pretrained(shipped_base()).save_pretrained(out)
     return out
 
@@ -72,9 +93,10 @@ def one(case, base):
     from solar_repro.lab.profile import load_profile
     from solar_repro.sft import train_sft
     which, kind, nf4, dtype, passes, rows, length, dropout, again = case
+    device = 'cuda' if which == 'solar' else 'cpu'
     p = load_profile('tiny')
     common = dict(nf4=nf4, compute_dtype=dtype, passes=passes, batch_size=rows, max_length=length, activation_checkpointing=again)
-    sft = p.sft.model_copy(update=dict(**common, lora_dropout=dropout, lora_r=16, lora_alpha=16))
+    sft = p.sft.model_copy(update=dict(**common, lora_dropout=dropout, lora_r=RANK[which], lora_alpha=16))
     dpo = p.dpo.model_copy(update=common)
     words = json.loads((Path(base)/'tokenizer.json').read_text())['model']['vocab']
     word = sorted(w for w in words if w.isalpha() and w.islower())
@@ -84,15 +106,15 @@ def one(case, base):
         d = Path(d)
         if kind == 'sft':
             data = [dict(prompt=say(20), completion=say(length - 40)) for _ in range(2*rows)]   # two steps; a packed row is one example
-            before, live = resident('VmRSS'), tracker()
-            with live: train_sft(Path(base), data, d, sft, p.template, 0)
+            before, live = resident('VmRSS'), meter(device)
+            with live: train_sft(Path(base), data, d, sft, p.template, 0, device)
         else:
             data = [dict(prompt=say(20), chosen=say(length - 40), rejected=say(length - 40)) for _ in range(2*rows)]
-            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1)), p.template, 0)
+            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1)), p.template, 0, device)
             point = Point(Path(base), ((d/'sft'/'adapter', 1.),))
-            ref = reference_logps(point, data, dpo, p.template)
-            before, live = resident('VmRSS'), tracker()
-            with live: train_dpo(point, data, ref, d/'dpo', dpo, p.template, 0)
+            ref = reference_logps(point, data, dpo, p.template, device)
+            before, live = resident('VmRSS'), meter(device)
+            with live: train_dpo(point, data, ref, d/'dpo', dpo, p.template, 0, device)
     return dict(tracked=live.peak, resident=resident('VmHWM') - before, n_tok=(rows//passes)*(length - 12)*(2 if kind == 'dpo' else 1))
 
 
@@ -104,7 +126,8 @@ def compare(i, base):
     m = json.loads(r.stdout.splitlines()[-1])
     which, kind, nf4, dtype, passes, rows, length, dropout, again = CASES[i]
     n_tok = rows//passes*length*(2 if kind == 'dpo' else 1)
-    parts = train_memory(shape_of(base), nf4, dtype, 16, dropout if kind == 'sft' else 0., n_tok, passes, again)
+    parts = train_memory(shape_of(base), nf4, dtype, RANK[which], dropout if kind == 'sft' else 0., n_tok, passes, again,
+                         'cuda' if which == 'solar' else 'cpu')
     planned = sum(parts.values())
     return dict(base=which, kind=kind, nf4=nf4, dtype=dtype, passes=passes, rows=rows, max_length=length, dropout=dropout, checkpointing=again,
                 planned_mib=round(planned/2**20, 1), measured_mib=round(m['tracked']/2**20, 1), resident_mib=round(m['resident']/2**20, 1),
@@ -113,14 +136,14 @@ def compare(i, base):
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument('--only', choices=('tiny', 'smol')); a.add_argument('--case', type=int); a.add_argument('--base'); a.add_argument('--compare', type=int)
+    a.add_argument('--only', choices=('tiny', 'smol', 'solar')); a.add_argument('--case', type=int); a.add_argument('--base'); a.add_argument('--compare', type=int)
     a = a.parse_args()
     if a.case is not None: return print(json.dumps(one(CASES[a.case], a.base)))
     out = []
     with tempfile.TemporaryDirectory() as d:
         bases = {}
         for i, c in enumerate(CASES):
-            if a.only not in (None, c[0]) or a.compare not in (None, i): continue
+            if c[0] != a.only and (a.only or c[0] == 'solar') or a.compare not in (None, i): continue
             if c[0] not in bases: bases[c[0]] = make_base(c[0], Path(d)/c[0])
             out.append(compare(i, bases[c[0]])); print(json.dumps(out[-1]), flush=True)
     if a.compare is not None: return 0

@@ -115,10 +115,10 @@ def plan(lab:Lab, card:str|None, calibrate:bool, price:float|None, budget_hours:
     base = lab._find('base')
     on = planning.calibrate(lab.profile, planning.base_shape(lab.profile, base.path if base else None)) if calibrate else planning.card(card, lab.profile)
     made = planning.make_plan(lab, on, price)
-    print(f'{made.name} ({made.label}) on {on.name}')
+    print(f'{made.name} ({made.label}) on {on.name}: {on.source}')
     if actual: return print(planning.actual_text(planning.actual(lab, made)))
     print(planning.table(made))
-    if len(made.missing):
+    if made.missing['hours'].sum() >= 1:
         print(planning.arithmetic(made))
         for x in planning.savings(lab, made).to_dict('records'): print(f"{x['what']}, would save {x['hours']:.1f} h")
     if budget_hours is not None: print(planning.budget_text(planning.bought(lab, made, budget_hours), budget_hours))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIB', 'SHAPES', 'LENGTHS', 'PUBLISHED', 'A100_TFLOPS', 'CARDS', 'DEFAULT_CARD', 'READ_GB_S', 'NET_GB_S', 'BENCH',
-           'DOWNLOADS', 'WORK', 'BESIDE', 'Shape', 'shape_of', 'fetched', 'base_shape', 'Lengths', 'lengths',
+           'DOWNLOADS', 'WORK', 'BESIDE', 'Shape', 'shape_of', 'fetched', 'base_shape', 'Lengths', 'lengths', 'counter',
            'count_rows', 'set_lengths', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes',
            'train_memory', 'Run', 'published', 'Card', 'card', 'calibrate', 'Found', 'look', 'Work', 'base_bytes',
            'lora_rank', 'Items', 'eval_tokens', 'count_items', 'Plan', 'make_plan', 'grouped', 'table', 'share_for',
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .profile import Profile, load_profile, profiles
-from .recipe import MODELS, SFT_ROWS, Stage, graph_figure
+from .profile import Profile, profiles
+from .recipe import MODELS, Stage, graph_figure
 from ..paper import H6_TASKS, N_ITEMS, scores, standard_errors
 from ..tiny.world import shipped_base
 
@@ -131,7 +131,10 @@ LENGTHS = {
 } # counted with Mistral 7B's tokenizer in the template "### User: ... ### Assistant:", end-of-text included
 
 # %% ../../nbs/lab/16_plan.ipynb #3edc0d5a
-def _counter(base:Path, p:Profile):
+def counter(
+    base:Path, # folder of a tokenizer.json
+    p:Profile, # with the template
+): # (prompts, answers) -> tokens of each, answers with end-of-text
     "Tokens of a prompt in the template, and of an answer with end-of-text."
     from tokenizers import Tokenizer
     tok = Tokenizer.from_file(str(base/'tokenizer.json'))
@@ -140,7 +143,7 @@ def _counter(base:Path, p:Profile):
 
 def count_rows(
     rows:list[dict], # prompts with answers, or pairs
-    count, # of `_counter`
+    count, # of `counter`
     source:str,
 )->Lengths:
     "Lengths of rows that are at hand."
@@ -165,7 +168,7 @@ def set_lengths(
         else:
             from solar_repro.data import load_rows
             rows = load_rows(name, 'tiny', stage.settings['n'], p.seed)
-        return count_rows(rows, _counter(base, p), 'counted'), len(rows)
+        return count_rows(rows, counter(base, p), 'counted'), len(rows)
     if name not in LENGTHS: raise ValueError(f'plan: {name} cannot be counted before the base is there; expected its tokenizer. Build the stage base first.')
     return LENGTHS[name], stage.settings['n']
 
@@ -326,18 +329,18 @@ def calibrate(
 
 def _two_layers(p:Profile, s:Shape):
     "Two layers of a model with an adapter, on the profile's device."
+    from tempfile import TemporaryDirectory
     import torch
+    from solar_repro.lab.model import load_base, quiet    # before peft, whose remarks it silences
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
-    from solar_repro.lab.model import load_base
-    from tempfile import TemporaryDirectory
     torch.set_num_threads(p.machine.threads)
     config = LlamaConfig(hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=2, num_attention_heads=s.n_heads,
                          num_key_value_heads=s.kv*s.n_heads//s.hidden, vocab_size=64, tie_word_embeddings=True)
-    with TemporaryDirectory() as d:
+    with TemporaryDirectory() as d, quiet():
         LlamaForCausalLM(config).to(getattr(torch, p.sft.compute_dtype)).save_pretrained(d)
         base = load_base(Path(d), p.sft.nf4, p.sft.compute_dtype, p.machine.device)
-    model = get_peft_model(base, LoraConfig(r=p.sft.lora_r, target_modules='all-linear', lora_dropout=p.sft.lora_dropout))
+    with quiet(): model = get_peft_model(base, LoraConfig(r=p.sft.lora_r, target_modules='all-linear', lora_dropout=p.sft.lora_dropout))
     for w in model.parameters():
         if w.requires_grad: w.data = w.data.float()
     return model.model.model.train()
@@ -358,6 +361,7 @@ class Found:
 def _nf4_fault(device:str)->str:
     "What goes wrong when 64 numbers are quantised and restored; empty if nothing does."
     import torch
+    import solar_repro.lab.model    # which silences what bitsandbytes says about kernels that are not needed
     try:
         import bitsandbytes.functional as bnb
         x = torch.linspace(-1, 1, 64, device=device)
@@ -568,21 +572,24 @@ def grouped(
     g = s.assign(what=what, n=1, built=s['held'].astype(int)).groupby('what', sort=False).agg(dict(sums, gib='max', n='sum', built='sum'))
     return g.assign(held=g.pop('built').astype(str) + ' of ' + g.pop('n').astype(str)).reset_index()
 
-def _cells(r, price)->list[str]:
-    near = lambda x: f'{x:.0f}' if x >= 9.95 else f'{x:.1f}' if x >= .095 else f'{x:.2f}' if x >= .005 else '' if x == 0 else '<.01'
-    cost = [near(r['hours']*price)] if price is not None else []
-    return [r['what'], r['held'], near(r['tokens']/1e6), near(r['pflop']/1e3), f"{near(r['hours_low'])}-{near(r['hours_high'])}" if r['hours_high'] >= .005 else '',
-            near(r['hours']), *cost, near(r['gib']), near(r['disk_gib']), near(r['download_gib'])]
+def _near(x:float)->str: return f'{x:.0f}' if x >= 9.95 else f'{x:.1f}' if x >= .095 else f'{x:.2f}' if x >= .005 else '' if x == 0 else '<.01'
+
+def _cells(r, price, k:float)->list[str]: # k: 1 for hours and EFLOP, 60 for minutes and PFLOP
+    cost = [_near(r['hours']*price)] if price is not None else []
+    span = f"{_near(r['hours_low']*k)}-{_near(r['hours_high']*k)}" if r['hours_high']*k >= .005 else ''
+    return [r['what'], r['held'], _near(r['tokens']/1e6), _near(r['pflop']/(1 if k > 1 else 1e3)), span, _near(r['hours']*k), *cost, _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib'])]
 
 def table(
     plan:Plan,
 )->str: # for a terminal
     "The plan as text, its total, and what it was computed with."
-    head = ['stage', 'held', 'M tok', 'EFLOP', 'hours, range', 'hours', *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB', 'fetch GiB']
+    k = 60. if plan.stages['hours_high'].sum() < 3 else 1.
+    time, work = ('min', 'PFLOP') if k > 1 else ('hours', 'EFLOP')
+    head = ['stage', 'held', 'M tok', work, f'{time}, range', time, *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB', 'fetch GiB']
     g, left = grouped(plan), grouped(replace(plan, stages=plan.missing)) if len(plan.missing) else None
     total = lambda what, x: dict(x.sum(numeric_only=True), what=what, held='', gib=x['gib'].max())
-    rows = [_cells(r, plan.price) for r in g.to_dict('records')]
-    ends = [_cells(total('all', g), plan.price)] + ([_cells(total('still to do', left), plan.price)] if left is not None and plan.stages['held'].any() else [])
+    rows = [_cells(r, plan.price, k) for r in g.to_dict('records')]
+    ends = [_cells(total('all', g), plan.price, k)] + ([_cells(total('still to do', left), plan.price, k)] if left is not None and plan.stages['held'].any() else [])
     wide = [max(len(r[i]) for r in [head, *rows, *ends]) for i in range(len(head))]
     line = lambda r: '  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide)))
     return '\n'.join([line(head), *map(line, rows), '-'*len(line(head)), *map(line, ends)])
@@ -670,7 +677,8 @@ def budget_text(
     hours:float,
 )->str:
     "What a budget buys, in words."
-    line = lambda r: f"  {r['row']:<12} beside {r['beside']:<12} {r['hours']:5.1f} h" + ('' if not r['task'] else f"   {r['task']} {100*r['difference']:+.1f} in the paper, {r['z']:.1f} standard errors")
+    shown = lambda r: f"   {r['task']} {100*r['difference']:+.1f} in the paper, {r['z']:.1f} standard errors" if r['task'] else ''
+    line = lambda r: f"  {r['row']:<12} beside {r['beside']:<12} {r['hours']:5.1f} h" + shown(r)
     yes, no = b[b['bought']], b[~b['bought']]
     return '\n'.join([f'{hours:g} hours buy {len(yes)} of {len(b)} rows ({yes["hours"].sum():.1f} h expected), in the order of what they tell:', *map(line, yes.to_dict('records')),
                       *(['and not, with what each would add:', *map(line, no.to_dict('records'))] if len(no) else [])])
@@ -746,7 +754,9 @@ def obstacles(
         out.append(f'bitsandbytes cannot quantise here ({found.nf4_fault}); NF4 needs it. Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].')
     disk = m['disk_gib'].sum() + 3*m['disk_gib'].where(m['kind'].isin(('sft', 'dpo')), 0.).max()   # a checkpoint holds the optimizer's state too
     if disk > found.disk_gib: out.append(f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. Free some, or put the store elsewhere with --store or SOLAR_STORE.')
-    if offline and {'base', 'data', 'bench'} & set(m['kind']): out.append(f'the base {p.base.source} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB are needed. Unset it, or fetch on another machine.')
+    if offline and {'base', 'data', 'bench'} & set(m['kind']):
+        out.append(f'the base {p.base.source} is not at hand and HF_HUB_OFFLINE forbids to fetch it; {m["download_gib"].sum():.0f} GiB of base and data '
+                   'are needed. Unset it, or fetch on another machine.')
     return out
 
 # %% ../../nbs/lab/16_plan.ipynb #57683f2e
@@ -767,11 +777,14 @@ def doctor(
     from solar_repro.lab.run import Lab
     f = look(store)
     kind = f'{f.name}, {f.gib:.0f} GiB' if f.gpu else f'no GPU, {f.cpus} CPU cores'
+    by_fault = {}
     lines = [f"this machine: {kind}, {f.ram_gib:.0f} GiB of memory, {f.disk_gib:.0f} GiB of disk free; bfloat16: {'yes' if f.bf16 else 'no'}; "
              f"NF4: {'works' if not f.nf4_fault else f.nf4_fault}"]
     for name in profiles():
         lab = Lab(name, store=store); plan = make_plan(lab)
         said, hours = obstacles(lab.profile, plan, f, _hub_missing(lab.profile)), plan.missing['hours'].sum()
         took = f'{hours:.0f} h' if hours >= 1 else f'{60*hours:.0f} min'
-        lines += [f'{name:>10}: ' + (f'can run; about {took} are left to do (on a {plan.card.name}, as recorded)' if not said else 'cannot run')] + [f'{"":>12}- {s}' for s in said]
+        if said: by_fault.setdefault(tuple(said), []).append(name)
+        else: lines.append(f'can run {name}: about {took} left to do (on {plan.card.name}, as recorded)')
+    for said, names in by_fault.items(): lines += [f"cannot run {', '.join(names)}:", *(f'  - {x}' for x in said)]
     return '\n'.join(lines)
