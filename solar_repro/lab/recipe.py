@@ -346,7 +346,7 @@ def handover_stage(
         raise ValueError(f'handover: {name!r} is trained on full weights (nf4 = false in profile {p.name}); expected four bits, or nothing is handed over. Set nf4 = true.')
     evals = {t: graph[f'eval/{name}/{t}'] for t in H6_TASKS if f'eval/{name}/{t}' in graph}
     settings = dict(numerics={k: trained[name][k] for k in Numerics.model_fields}, template=p.template.model_dump(), machine=_machine(p), n_probe=n_probe,
-                    num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.handover, **_bos(p))
+                    num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.handover, **_bos(p))
     inputs = {k: i for k, i in graph[name].inputs.items() if i.startswith('data/')} | {f'bench_{t}': f'bench/{t}' for t in H6_TASKS}
     return Stage(f'handover/{name}', 'handover', settings, dict(model=name, **inputs, **{f'eval_{t}': s.name for t, s in evals.items()}))
 
