@@ -147,7 +147,7 @@ if __name__ == '__main__':
     p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     p.add_argument('--threads', type=int, default=os.cpu_count())
-    p.add_argument('--out', help='also write benchmarks/results/NAME.txt and .json')
+    p.add_argument('--out', help='also write benchmarks/results/NAME.md and .json')
     a = p.parse_args()
     a.load = os.getloadavg()[0]
     r = compare(a)
@@ -155,4 +155,4 @@ if __name__ == '__main__':
     if a.out:
         out = Path(__file__).resolve().parent/'results'
         out.mkdir(exist_ok=True)
-        (out/f'{a.out}.txt').write_text(show(r) + '\n'); (out/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')
+        (out/f'{a.out}.md').write_text(f'# H6: our backend against HFLM\n\n```\n{show(r)}\n```\n'); (out/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')

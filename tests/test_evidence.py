@@ -86,7 +86,7 @@ def change_score(path):
     s = json.loads((path/'score.json').read_text()); s['score'] += .01; s['protocols']['modern']['score'] += .01
     (path/'score.json').write_text(json.dumps(s))
 
-def change_answer(path): put(path/'items.parquet', lambda x: x.update(loglikelihoods=x['loglikelihoods'][::-1] - np.arange(len(x['loglikelihoods']))))
+def change_answer(path): put(path/'items.parquet', lambda x: x.update(loglikelihoods=[-1e-9 if i != x['prediction'] else -99. for i in range(len(x['loglikelihoods']))]))
 def change_item_score(path): put(path/'items.parquet', lambda x: x.update(score=1. - x['score']))
 def change_question(path): put(path/'items.parquet', lambda x: x.update(asked='0'*64))
 
@@ -99,8 +99,7 @@ def test_a_changed_score_or_record_is_caught_even_with_its_hashes_redone(change,
     assert found['where'].str.contains('DPO v2/arc').all() and len(found) == 1 and found['what'][0] in ('score.json', 'items.parquet')   # the hash
     forge(path)
     said, found = faults(store, folder)
-    if change is change_answer: assert len(found)         # a made-up answer may prefer the same choice: then its score is what differs, or its record says so
-    else: assert says in ' '.join(found['what']) and (found['where'] == 'eval/DPO v2/arc').all()
+    assert says in ' '.join(found['what']) and (found['where'] == 'eval/DPO v2/arc').all()
     assert main(['verify', '--profile', 'smoke', '--store', str(store)]) == 1
     assert 'DPO v2/arc' in capsys.readouterr().out
 
@@ -114,7 +113,7 @@ def test_a_changed_weight_file_is_caught_even_with_its_hashes_redone(mine, capsy
     assert main(['verify', '--profile', 'smoke', '--store', str(store)]) == 1 and 'adapter_model.safetensors' in capsys.readouterr().out
     forge(path)                                                # now the models made from it are of another adapter than the one that is there
     said, found = faults(store, folder)
-    assert len(found) and ('SFT v3' in ' '.join(found['found']) or 'SFT v3' in ' '.join(found['where']))
+    assert len(found) and (found['what'] == 'input SFT v3').all() and found['where'].str.contains('DPO v1').any()
 
 def test_what_is_gone_or_cannot_be_read_is_caught(mine):
     store, folder = mine
@@ -214,7 +213,7 @@ def test_what_is_exported_is_lm_evals(full, tmp_path, capsys):
         assert np.mean([l[metric] for l in lines]) == pytest.approx(s.loc[t, 'score']) and len(lines) == r['n-samples'][t]['effective']
         assert {'doc_id', 'doc', 'target', 'arguments', 'resps', 'filtered_resps', 'filter', 'metrics'} <= lines[0].keys()
         assert len(lines[0]['arguments']) == len(lines[0]['resps']) and lines[0]['arguments']['gen_args_0']['arg_0']
-    assert [l.split('|')[1].strip() for l in make_table(r).splitlines()[2:]] == list(H6_TASKS)    # lm-eval's own printer reads it
+    assert [l.split('|')[1].strip() for l in make_table(r).splitlines()[2:]] == sorted(H6_TASKS)    # lm-eval's own printer reads it
     assert command(full, 'results', str(out)) == 2 and 'holds files' in capsys.readouterr().err
     with pytest.raises(ValueError, match='is a file'): export_results(lab, file)
 
@@ -247,7 +246,7 @@ def test_mcnemar_on_agrestis_table():
 
 def test_holm_against_statsmodels():
     p = [.01, .04, .03, .005, .9]
-    assert ours.holm(p) == pytest.approx(multipletests(p, method='holm')[1]) == pytest.approx([.04, .09, .09, .025, .9])
+    assert ours.holm(p) == pytest.approx([.04, .09, .09, .025, .9]) and ours.holm(p) == pytest.approx(multipletests(p, method='holm')[1])
     assert all(type(x) is float for x in ours.holm(np.array(p, np.float32))) and ours.holm([]) == []
 
 def test_errors_of_scores_against_scipy_and_statsmodels():
@@ -271,7 +270,7 @@ def test_the_difference_of_h6_against_a_bootstrap():
     got = ours.paired_mean(a, b)
     d = np.array([np.mean([x[rng.integers(80, size=80)].mean() for x in (a[t] - b[t] for t in H6_TASKS)]) for _ in range(2000)])
     assert got.difference == pytest.approx(np.mean([a[t].mean() - b[t].mean() for t in H6_TASKS])) and got.se == pytest.approx(d.std(), rel=.1)
-    assert got.p == pytest.approx(2*stats.norm.sf(abs(got.difference)/got.se), abs=.03)
+    assert got.p == pytest.approx(2*stats.norm.sf(abs(got.difference)/got.se), abs=.06)      # sums of whole items: a step is some hundredths
 
 def test_benchmarks_of_unlike_size_count_alike_in_h6():
     one = {t: np.array([1., 0.]*5) for t in H6_TASKS}
@@ -327,11 +326,11 @@ def scores_of(records): return records.groupby(['model', 'task'], sort=False)['s
 def test_best_is_marked_where_it_is_not_resolved():
     names, n = tables.models(7), 40
     far = items_of({m: [1]*(30 if k == 0 else 10) + [0]*(10 if k == 0 else 30) for k, m in enumerate(names)})
-    close = items_of({m: [1]*(30 if k == 0 else 29) + [0]*(10 if k == 0 else 11) for k, m in enumerate(names)})
+    close = items_of({m: [1]*30 + [0]*10 if k == 0 else [0]*11 + [1]*29 for k, m in enumerate(names)})
     tie = items_of({m: ([1]*20 + [0]*20)[::1 if k % 2 else -1] for k, m in enumerate(names)})
     for records, marked, bold in ((far, 0, 1), (close, 1, 1), (tie, 4, 4)):
         shown = tables.printed(7, scores_of(records), 'md', records=records)
-        for t in ('H6', 'ARC', 'GSM8K'):
+        for t in map(paper.TITLES.get, ('h6', 'arc', 'gsm8k')):
             cells = shown[t].str.split('(').str[0]
             assert cells.str.contains('≈').sum() == marked and cells.str.startswith('**').sum() == bold
 

@@ -31,7 +31,7 @@ def _read_manifest(path:Path)->dict:
     except (OSError, ValueError): return {}
     return m if {'kind', 'key', 'name', 'files', 'inputs', 'content', 'settings', 'epoch'} <= m.keys() else {}
 
-def _artifact_faults(store:Store, path:Path, m:dict)->list[tuple[str,str,str]]: # what, recorded, found
+def _artifact_faults(store:Store, path:Path, m:dict, content:dict[tuple[str,str],str])->list[tuple[str,str,str]]: # what, recorded, found
     "What is wrong with one artifact."
     have = {p.relative_to(path).as_posix(): file_hash(p) for p in sorted(path.rglob('*')) if p.is_file() and p != path/'manifest.json'}
     recorded = {n: f['sha256'] for n, f in m['files'].items()}
@@ -39,17 +39,19 @@ def _artifact_faults(store:Store, path:Path, m:dict)->list[tuple[str,str,str]]: 
     key = store.key(m['kind'], m['epoch'], m['settings'], {r: SimpleNamespace(content=i['content']) for r, i in m['inputs'].items()})
     if key != m['key'] or path.name != key[:32]: out.append(('key', m['key'], key))
     if m['content'] != _content(m['files']): out.append(('content', m['content'], _content(m['files'])))
-    return out
+    made_from = {f"input {i['name']}": (i['content'], content.get((i['kind'], i['key']), i['content'])) for i in m['inputs'].values()}
+    return out + [(n, a, b) for n, (a, b) in made_from.items() if a != b]
 
 def store_faults(
     store:Store,
 )->pd.DataFrame: # where (kind/key and stage), what, recorded, found; one row a file
     "Every file of the store that is not what its manifest records, and every manifest that does not follow."
-    out = []
-    for path in sorted(p for p in store.folder.glob('*/*') if p.is_dir() and p.parent.name not in ('building', 'damaged', 'locks')):
-        m = _read_manifest(path)
+    paths = sorted(p for p in store.folder.glob('*/*') if p.is_dir() and p.parent.name not in ('building', 'damaged', 'locks'))
+    manifests, out = {p: _read_manifest(p) for p in paths}, []
+    content = {(m['kind'], m['key']): m['content'] for m in manifests.values() if m}
+    for path, m in manifests.items():
         where = f"{path.parent.name}/{path.name[:12]}" + (f" ({m['name']})" if m else '')
-        found = _artifact_faults(store, path, m) if m else [('manifest.json', 'a manifest', 'none that can be read')]
+        found = _artifact_faults(store, path, m, content) if m else [('manifest.json', 'a manifest', 'none that can be read')]
         out += [(where, what, a[:12], b[:12]) if m else (where, what, a, b) for what, a, b in found]
     return pd.DataFrame(out, columns=FAULT)
 
