@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BESIDE_WEIGHTS', 'slerp_weights', 'inner', 'cosine', 'slerp_tensor', 'shards', 'tensors_of', 'slerp', 'geometry',
-           'distance']
+           'rounding_loss', 'rounded']
 
 # %% ../nbs/04_merge.ipynb #46ea57fc
 import math
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from .lab.checkpoints import tensor_row, tensor_sums, together
 from .lab.model import Point, deltas, shifted
 from torch import Tensor
 
@@ -111,29 +112,40 @@ def slerp(
 # %% ../nbs/04_merge.ipynb #49cfbe8a
 def geometry(
     a:Point, # one model
-    b:Point, # another of the same base
-)->pd.DataFrame: # one row a changed tensor: tensor, n_params, cosine, cosine_change, and the relative sizes size_a, size_b
-    "Angles between two models, tensor by tensor: of the weights, and of their changes from the base."
+    b:Point, # another with the same tensors, a sum of adapters or a whole checkpoint
+    base:Path, # what both started from
+)->pd.DataFrame: # one row a tensor: tensor, layer, n_params, norm_a, norm_b, norm_base, distance, cosine, angle_deg, change_a, change_b, cosine_change, angle_change_deg
+    "Norms, distances and angles of two models and of their changes from the base, tensor by tensor."
     rows = []
-    for file in shards(a.base):
-        for n,(w,x,y) in tensors_of(file, Point(a.base), a, b):
-            dx, dy, size = x.float()-w.float(), y.float()-w.float(), math.sqrt(inner(w, w))
-            if inner(dx, dx)+inner(dy, dy):
-                rows.append(dict(tensor=n, n_params=w.numel(), cosine=cosine(x, y), cosine_change=cosine(dx, dy),
-                                 size_a=math.sqrt(inner(dx, dx))/size, size_b=math.sqrt(inner(dy, dy))/size))
+    for file in shards(base):
+        parts = [tensors_of(file if p.base==base else Path(p.base)/file.name, p) for p in (Point(base), a, b)]
+        for (n,[w]),(na,[x]),(nb,[y]) in zip(*parts, strict=True):
+            if len({n, na, nb})>1: raise ValueError(f"geometry: {n} in the base where a has {na} and b has {nb}; expected the same tensors. Compare models of one architecture.")
+            rows.append(tensor_row(n, w.numel(), tensor_sums(x, y, w)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/04_merge.ipynb #b6399c42
-def distance(
-    a:Point, # one model
-    b:Point, # another of the same architecture
-)->float: # Euclidean, over all weights
-    "Distance between two models as vectors of all their weights."
-    total = 0.
-    for file in shards(a.base):
-        other = tensors_of(Path(b.base)/file.name, b)
-        for (n,[x]),(m,[y]) in zip(tensors_of(file, a), other, strict=True):
-            if n!=m: raise ValueError(f"distance: {n} in a where b has {m}; expected the same tensors. Compare models of one architecture.")
-            d = x.float()-y.float()
-            total += inner(d, d)
-    return math.sqrt(total)
+# %% ../nbs/04_merge.ipynb #353d0638
+def rounding_loss(
+    exact:Tensor, # merged weight, float32 or wider
+    start:Tensor, # the base's, of the same shape
+    dtype:torch.dtype=torch.bfloat16, # in which the merge is stored
+)->dict[str,float]: # n_params, change (norm of the merge's change from the base, as stored in dtype), lost (norm of the error of storing it), n_moved (changed before rounding), n_back (of these, stored as the base is)
+    "How much of a merge's change from the base its storage dtype cannot hold."
+    before, stored = start.to(dtype), exact.to(dtype)
+    change, error = exact.double()-before.double(), stored.double()-exact.double()
+    moved = exact!=start.to(exact.dtype)
+    return dict(n_params=exact.numel(), change=change.norm().item(), lost=error.norm().item(), n_moved=moved.sum().item(),
+                n_back=(moved & (stored==before)).sum().item())
+
+def rounded(
+    point:Point, # a sum of adapters
+    dtype:torch.dtype=torch.bfloat16, # in which it would be stored
+)->pd.DataFrame: # one row a changed tensor: tensor, and what `rounding_loss` gives
+    "What storing a model takes from its changes, tensor by tensor."
+    change, rows = deltas(point.terms), []
+    for file in shards(point.base):
+        with safe_open(file, 'pt') as f:
+            for n in sorted(n for n in f.keys() if n in change):
+                w = f.get_tensor(n).to(dtype).float()    # the base as published in that dtype
+                rows.append(dict(tensor=n, **rounding_loss(shifted(w, change[n]), w, dtype)))
+    return pd.DataFrame(rows, columns=['tensor', 'n_params', 'change', 'lost', 'n_moved', 'n_back'])

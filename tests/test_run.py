@@ -196,8 +196,7 @@ def test_joint_mode_trains_on_both_sets_at_once(copy):
     before = stamps(copy)
     lab = Lab(changed(dpo__mode='joint'), store=copy)
     lab.run(['DPO v1', 'DPO v2', 'eval/DPO v2/arc'])
-    assert new_stages(lab, before) == {'DPO v1', 'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'}
-    assert lab.build('DPO v1').content == Lab('smoke', store=copy).build('DPO v1').content # one set: the same model in both modes
+    assert new_stages(lab, before) == {'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'} # DPO v1, one set, is the same model in both modes
     assert set(lab.show('DPO v2')['inputs']) == {'start', 'ultrafeedback_clean', 'synth_math_alignment', 'ref_ultrafeedback_clean', 'ref_synth_math_alignment'}
     assert not any('step 1' in n for n in lab.recipe)
     one, all_ = (len(lab.log(n)) for n in ('DPO v1', 'DPO v2'))

@@ -9,6 +9,7 @@ __all__ = ['QUIET_ENV', 'notebooks', 'stamp', 'results', 'lay_out', 'execute', '
 import argparse
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -190,6 +191,7 @@ def main(argv:list[str]|None=None)->int: # exit status
     return 0
 
 def _interrupted()->int:
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL) # a kernel that is stopped has left a task behind, of which asyncio would tell
     print('\ninterrupted; what was built is kept. Run the same command again to go on.', file=sys.stderr)
     return 130
 

@@ -44,7 +44,13 @@ class Machine(Strict):
 
 class Base(Strict):
     "The base model."
-    source: Literal['tiny', 'random'] # the shipped tiny base, or a minute untrained one
+    source: str # 'tiny' (shipped), 'random' (minute, untrained), or 'OWNER/NAME' on the Hub
+    revision: str | None = None # of a base on the Hub: a commit
+
+    @model_validator(mode='after')
+    def _pinned(self):
+        if (self.source in ('tiny', 'random')) == bool(self.revision): raise ValueError('must name a revision if source is on the Hub, and only then')
+        return self
 
 class Template(Strict):
     "How a prompt and its answer become text; end-of-text follows the answer."
@@ -68,7 +74,7 @@ class Rows(Strict):
 
 class Data(Strict):
     "Where training sets and benchmarks come from."
-    source: Literal['tiny']
+    source: Literal['tiny', 'hub'] # the embedded world, or the published sets
     rows: Rows
 
 class Numerics(Strict):
@@ -87,6 +93,14 @@ class Training(Numerics):
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
     save_steps: Positive # steps between checkpoints
+    passes: Positive = 1 # forward and backward passes a step; each holds batch_size / passes rows
+    activation_checkpointing: bool = False # compute layers again in the backward pass instead of keeping what they computed
+    optimizer: Literal['adamw_torch_fused', 'paged_adamw_32bit'] = 'adamw_torch_fused' # paged: its state may leave the card (QLoRA)
+
+    @model_validator(mode='after')
+    def _whole_passes(self):
+        if self.batch_size % self.passes: raise ValueError(f'must have passes ({self.passes}) that divide batch_size ({self.batch_size})')
+        return self
 
 class Sft(Training):
     "Supervised fine-tuning with LoRA."
@@ -118,9 +132,10 @@ class Dpo(DpoStep):
         return DpoStep(**{k: getattr(self, k) for k in DpoStep.model_fields} | own)
 
 class Merge(Strict):
-    "SLERP; the averages' weights are the paper's own."
+    "SLERP, and what adapters are added to; the averages' weights are the paper's own."
     slerp_t: Annotated[float, Field(ge=0, le=1)] # 0 is Cand. 1, 1 is Cand. 2
     slerp_threshold: Annotated[float, Field(gt=0, le=1)] # |cosine| above it: linear
+    handover: Literal['full', 'dequantised'] = 'full' # adapters trained in four bits are added to the base as it is, or to what NF4 made of it
 
 # %% ../../nbs/lab/00_profile.ipynb #fcb5c4cb
 class OwnSet(Strict):

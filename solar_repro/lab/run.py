@@ -19,13 +19,13 @@ import pandas as pd
 from .. import tables
 from . import view
 from .profile import Profile, load_profile, root
-from .recipe import BUILDERS, EPOCHS, MODEL_KINDS, MODELS, Stage, Tools, point_of, recipe
+from .recipe import BUILDERS, DEQUANTISED, EPOCHS, MODEL_KINDS, MODELS, Stage, Tools, handed_over, handover_stage, handover_table, point_of, recipe
 from .store import Artifact, Store
 from ..paper import H6_TASKS
 
 # %% ../../nbs/lab/04_run.ipynb #f04f9aff
 # what a stage of each kind costs beside the others, roughly, as measured in the tiny world; only estimates of time left use it
-WEIGHTS = dict(base=.5, data=.5, bench=.1, sft=20., ref=2., dpo=10., merge=.2, eval=.6)
+WEIGHTS = dict(base=.5, data=.5, bench=.1, sft=20., ref=2., dpo=10., merge=.2, eval=.6, handover=12.)
 
 class Progress:
     "Reports how far a run is and, from the pace so far, how long it will take."
@@ -226,6 +226,9 @@ class Lab:
         "Build stages and everything that they need."
         missing = [n for n in self.needs(list(self.recipe) if names is None else names) if self._find(n) is None]
         if not missing: return
+        if self.profile.machine.device == 'cuda':
+            from solar_repro.lab.plan import check_machine
+            check_machine(self, missing) # before hours are spent
         progress = self._progress(missing)
         try:
             for k, n in enumerate(missing):
@@ -252,7 +255,17 @@ class Lab:
     def point(self, name:str):
         "A model as base and weighted adapters (`lab.model.Point`)."
         if self._stage(name).kind not in MODEL_KINDS: raise ValueError(f'lab: {name!r} is a {self.recipe[name].kind}, not a model; models are {self.models}.')
-        return point_of(self.build(name), self.store)
+        return handed_over(point_of(self.build(name), self.store), self.build(DEQUANTISED) if DEQUANTISED in self.recipe else None)
+
+    def handover(self,
+        name:str, # a training in four bits
+        n_probe:int=8, # rows of each of its training sets
+    )->pd.DataFrame: # way, kl, kl_max, same_top, n_tok, h6, h6_se, h6_change, change_se, items_changed; H6 in fractions; built where missing
+        "A model as trained in four bits and as handed over to full weights, either way."
+        s = handover_stage(self.profile, name, n_probe)
+        self.run(list(s.inputs.values()))
+        a = self.store.find(s.kind, self._key(s)) or self._make(s, Progress([s], []))
+        return handover_table(*(pd.read_csv(a.path/f'{f}.csv') for f in ('drift', 'scores')), pd.read_parquet(a.path/'items.parquet'))
 
     def __getitem__(self, name:str)->Model:
         self.point(name)

@@ -28,11 +28,12 @@ def arguments(
     return dict(
         output_dir=str(scratch), seed=seed, data_seed=seed, use_cpu=device=='cpu', bf16=settings.compute_dtype=='bfloat16',
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_scheduler, warmup_steps=float(settings.warmup_ratio),
-        num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size, max_length=settings.max_length,
+        num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size//settings.passes,
+        gradient_accumulation_steps=settings.passes, optim=settings.optimizer, max_length=settings.max_length,
         weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
         save_strategy='steps', save_steps=settings.save_steps, save_total_limit=1, logging_steps=1, logging_nan_inf_filter=False,
         include_num_input_tokens_seen='all',
-        activation_checkpointing=device!='cpu', dataloader_pin_memory=device!='cpu', dataloader_num_workers=0,
+        activation_checkpointing=settings.activation_checkpointing, dataloader_pin_memory=device!='cpu', dataloader_num_workers=0,
         report_to='none', disable_tqdm=True)
 
 # %% ../../nbs/lab/02_train.ipynb #5df7702c

@@ -1,0 +1,258 @@
+"""Our streaming merge against mergekit 0.1.5 and against a plain copy of the inputs: time, memory and errors, on checkpoints made on the spot.
+
+    python benchmarks/merge.py [--scale full|small] [--rounds 2] [--folder DIR] [--mergekit_env DIR] [--without_mergekit] [--out NAME]
+
+Two bfloat16 checkpoints of the Llama shape SHAPES[scale] (full: 1.1 B parameters, 2.2 GB each in 5 files) with random weights, the second the first plus a change of
+a fifth of its size, so that the angle between matrices is about 11 degrees and SLERP is SLERP. mergekit lives in an environment of its own, made in the
+temporary folder with `torch==2.13.0+cpu` (pip must be set up to find that build), or reused if given.
+
+Every job is a process of its own, timed from its start until its outputs are on the disk: `cp` of both inputs, then fsync of every file; `solar-repro merge`, which
+hashes the inputs, syncs and renames by itself; `mergekit-yaml` as it comes and with `--async-write --out-shard-size 500M`, then fsync. In odd rounds (cold) the inputs are dropped from the system's cache first, in even ones
+(warm) they have been read; the order of jobs turns round. Ratios are within a round. Memory: the private (anonymous) pages of the process and its children, sampled every 20 ms.
+
+Errors are counted over every element against the same formula in float64, rounded to bfloat16, in units of the last place; and where mergekit and we differ,
+whose distance from the unrounded float64 value is larger.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = dict(full=dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, vocab_size=32000),
+              small=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, vocab_size=8000))
+WEIGHTS, T = (.4, .6), .4
+
+
+def shapes(c: dict) -> dict[str, tuple]:
+    h, i, kv = c['hidden_size'], c['intermediate_size'], c['hidden_size']//c['num_attention_heads']*c['num_key_value_heads']
+    layer = {'self_attn.q_proj': (h, h), 'self_attn.k_proj': (kv, h), 'self_attn.v_proj': (kv, h), 'self_attn.o_proj': (h, h), 'mlp.gate_proj': (i, h),
+             'mlp.up_proj': (i, h), 'mlp.down_proj': (h, i), 'input_layernorm': (h,), 'post_attention_layernorm': (h,)}
+    out = {'model.embed_tokens.weight': (c['vocab_size'], h), 'model.norm.weight': (h,), 'lm_head.weight': (c['vocab_size'], h)}
+    return out | {f'model.layers.{n}.{m}.weight': s for n in range(c['num_hidden_layers']) for m, s in layer.items()}
+
+
+def make_pair(folder: Path, scale: str, n_files: int = 5) -> int:
+    "Two checkpoints; the number of parameters of one."
+    import torch
+    from safetensors.torch import save_file
+    torch.set_num_threads(os.cpu_count())
+    c, g = SHAPES[scale], torch.Generator().manual_seed(0)
+    names = sorted(shapes(c))
+    where = {n: f'model-{i*n_files//len(names)+1:05}-of-{n_files:05}.safetensors' for i, n in enumerate(names)}
+    total = 0
+    for m in 'AB':
+        (folder/m).mkdir()
+        (folder/m/'config.json').write_text(json.dumps(dict(c, architectures=['LlamaForCausalLM'], model_type='llama', dtype='bfloat16', rms_norm_eps=1e-5, tie_word_embeddings=False)))
+        (folder/m/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    for f in sorted(set(where.values())):
+        a, b = {}, {}
+        for n in (n for n in names if where[n] == f):
+            s = shapes(c)[n]
+            w = torch.randn(s, generator=g).mul_(.02) if len(s) > 1 else 1 + .01*torch.randn(s, generator=g)
+            a[n], b[n] = w.bfloat16(), (w + torch.randn(s, generator=g).mul_(.004)).bfloat16()
+            total += w.numel()
+        for m, t in (('A', a), ('B', b)): save_file(t, folder/m/f, metadata=dict(format='pt')); sync(folder/m)
+    return total
+
+
+def make_mergekit(folder: Path) -> Path:
+    "An environment with mergekit in it."
+    subprocess.run([sys.executable, '-m', 'venv', str(folder)], check=True)
+    subprocess.run([str(folder/'bin'/'pip'), 'install', '-q', 'torch==2.13.0+cpu', 'mergekit==0.1.5'], check=True)
+    return folder
+
+
+def sync(folder: Path) -> None:
+    for p in [p for p in folder.rglob('*') if p.is_file()] + [folder]:
+        fd = os.open(p, os.O_RDONLY); os.fsync(fd); os.close(fd)
+
+
+def cached(folder: Path, keep: bool) -> None:
+    "Read the weights of both inputs, or drop them from the cache."
+    for p in folder.glob('[AB]/*.safetensors'):
+        with open(p, 'rb') as f:
+            if keep:
+                while f.read(1 << 24): pass
+            else: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def anonymous(pid: int) -> int:
+    "Bytes of private memory of a process and its children."
+    total = 0
+    try:
+        for line in Path(f'/proc/{pid}/status').read_text().splitlines():
+            if line.startswith('RssAnon'): total += int(line.split()[1])*1024
+        for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split(): total += anonymous(int(child))
+    except (FileNotFoundError, ProcessLookupError): pass
+    return total
+
+
+def timed(command: list[str], out: Path, must_sync: bool, env: dict) -> dict:
+    "Seconds until the outputs are on the disk, processor seconds and peak memory of a command."
+    peak, over = [0], threading.Event()
+    used = os.times()
+    began = time.perf_counter()
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
+    def watch():
+        while not over.wait(.02): peak[0] = max(peak[0], anonymous(p.pid))
+    w = threading.Thread(target=watch); w.start()
+    said = p.communicate()[0].decode(errors='replace')
+    if p.returncode == 0 and must_sync: sync(out)
+    seconds = time.perf_counter() - began
+    over.set(); w.join()
+    if p.returncode: raise SystemExit(f'{command} failed:\n{said}')
+    now = os.times()
+    return dict(seconds=round(seconds, 2), cpu_s=round(now.children_user + now.children_system - used.children_user - used.children_system, 2), peak_anon_gib=round(peak[0]/2**30, 3))
+
+
+def yaml_of(folder: Path, method: str) -> Path:
+    a, b = folder/'A', folder/'B'
+    text = dict(linear=f'merge_method: linear\nmodels:\n- model: {a}\n  parameters: {{weight: {WEIGHTS[0]}}}\n- model: {b}\n  parameters: {{weight: {WEIGHTS[1]}}}\ndtype: bfloat16\n',
+                slerp=f'merge_method: slerp\nbase_model: {a}\nmodels:\n- model: {a}\n- model: {b}\nparameters: {{t: {T}}}\ndtype: bfloat16\n')[method]
+    (folder/f'{method}.yml').write_text(text)
+    return folder/f'{method}.yml'
+
+
+def jobs(folder: Path, mergekit: Path | None) -> dict[str, tuple[list[str], bool]]:
+    "Command of each job (OUT stands for the folder to make), and whether we have to sync its outputs."
+    ours = [sys.executable, '-c', 'from solar_repro.lab.cli import main; raise SystemExit(main())', 'merge']   # what `solar-repro` does
+    a, b = str(folder/'A'), str(folder/'B')
+    out = {'cp of both': (['cp', '-r', a, b, 'OUT'], True),
+           'linear': ([*ours, '--method', 'linear', '--weights', *map(str, WEIGHTS), a, b, 'OUT'], False),
+           'slerp': ([*ours, '--method', 'slerp', '--t', str(T), a, b, 'OUT'], False)}
+    if mergekit:
+        for m in ('linear', 'slerp'):
+            run = [str(mergekit/'bin'/'mergekit-yaml'), str(yaml_of(folder, m)), 'OUT', '--no-copy-tokenizer', '--quiet']
+            out[f'mergekit {m}'] = (run, True)
+            out[f'mergekit {m}, async'] = ([*run, '--async-write', '--out-shard-size', '500M'], True)
+    return out
+
+
+def weights_of(folder: Path) -> dict:
+    from safetensors import safe_open
+    return {n: f for p in sorted(folder.glob('*.safetensors')) for f in [safe_open(p, 'pt')] for n in f.keys()}
+
+
+def ulps(x, y):
+    "Steps between bfloat16 numbers, as integers."
+    import torch
+    line = lambda v: torch.where((i := v.view(torch.int16).int()) < 0, -(i & 0x7fff), i)
+    return (line(x) - line(y)).abs()
+
+
+def errors(folder: Path, method: str, mergekit: bool) -> dict:
+    "Every element of the outputs against float64."
+    import torch
+    A, B = weights_of(folder/'A'), weights_of(folder/'B')
+    who = {'ours': weights_of(folder/f'out {method}')} | ({'mergekit': weights_of(folder/f'out mergekit {method}')} if mergekit else {})
+    count = dict.fromkeys(('elements', 'ours farther', 'mergekit farther'), 0) | {f'{w} {k}': 0 for w in who for k in ('off', 'off by more than 1 ulp', 'max ulp')}
+
+    def one(n, lo, hi, ca, cb):
+        a, b = A[n].get_tensor(n).flatten()[lo:hi].double(), B[n].get_tensor(n).flatten()[lo:hi].double()
+        exact = a.mul_(ca) + b.mul_(cb)
+        want, got = exact.bfloat16(), {w: t[n].get_tensor(n).flatten()[lo:hi] for w, t in who.items()}
+        found = dict(elements=hi - lo)
+        for w, x in got.items():
+            d = ulps(x, want)
+            found |= {f'{w} off': int((d > 0).sum()), f'{w} off by more than 1 ulp': int((d > 1).sum()), f'{w} max ulp': int(d.max())}
+        if len(got) == 2:
+            o, m = ((got[w].double() - exact).abs() for w in ('ours', 'mergekit'))
+            tie = exact.abs()*2**-40   # a float64 sum is known to about that; halfway between two numbers either is right
+            found |= {'ours farther': int((o > m + tie).sum()), 'mergekit farther': int((m > o + tie).sum())}
+        return found
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        work = []
+        for n in A:
+            x, y = A[n].get_tensor(n).flatten(), B[n].get_tensor(n).flatten()
+            ca, cb = WEIGHTS if method == 'linear' else coefficients(x, y)
+            work += [pool.submit(one, n, lo, min(lo + (1 << 22), x.numel()), ca, cb) for lo in range(0, x.numel(), 1 << 22)]
+        for w in work:
+            for k, v in w.result().items(): count[k] = max(count[k], v) if k.endswith('max ulp') else count[k] + v
+    return count
+
+
+def coefficients(a, b) -> tuple[float, float]:
+    "SLERP's formula in float64, with the fallback that both sides have."
+    sums = [0., 0., 0.]
+    for x, y in zip(a.split(1 << 22), b.split(1 << 22)):
+        x, y = x.double(), y.double()
+        for i, s in enumerate((x.dot(x), y.dot(y), x.dot(y))): sums[i] += s.item()
+    c = max(-1., min(1., sums[2]/math.sqrt(sums[0])/math.sqrt(sums[1])))
+    if abs(c) > .9995: return 1 - T, T
+    theta = math.acos(c)
+    return math.sin((1 - T)*theta)/math.sin(theta), math.sin(T*theta)/math.sin(theta)
+
+
+def report(r: dict) -> str:
+    "The results as a page."
+    names = list(r['rounds'][0]['jobs'])
+    rows = []
+    for n in names:
+        s = [x['jobs'][n] for x in r['rounds']]
+        to = lambda other: ', '.join(f"{x['jobs'][n]['seconds']/x['jobs'][other]['seconds']:.2f}" for x in r['rounds'])
+        rows.append([n, ', '.join(f"{x['seconds']:.1f}" for x in s), to('cp of both'), f"{max(x['cpu_s'] for x in s):.1f}", f"{max(x['peak_anon_gib'] for x in s):.2f}"])
+    lines = ['# Streaming merge, mergekit and a copy', '', f"{r['n_params']/1e9:.2f} B parameters each, bfloat16; {r['machine']}. Rounds: {', '.join(x['cache'] for x in r['rounds'])}. "
+             f"Made by `python benchmarks/merge.py --scale {r['scale']} --rounds {len(r['rounds'])}`.", '', '| job | seconds, by round | ratio to cp of the round | most processor seconds | peak anonymous GiB |', '|---|---|---|---|---|']
+    lines += ['| ' + ' | '.join(x) + ' |' for x in rows]
+    for m in ('linear', 'slerp'):
+        if f'mergekit {m}' in names:
+            faster = [min(x['jobs'][f'mergekit {m}']['seconds'], x['jobs'][f'mergekit {m}, async']['seconds'])/x['jobs'][m]['seconds'] for x in r['rounds']]
+            plain = [x['jobs'][f'mergekit {m}']['seconds']/x['jobs'][m]['seconds'] for x in r['rounds']]
+            lines += ['', f"{m}: mergekit takes {', '.join(f'{v:.2f}' for v in plain)} times as long ({', '.join(f'{v:.2f}' for v in faster)} in the faster of its two ways)."]
+    lines += ['', '## Errors against float64', '', '| | ' + ' | '.join(r['errors']) + ' |', '|---|' + '---|'*len(r['errors'])]
+    lines += [f'| {k} | ' + ' | '.join(f'{e[k]:,}' for e in r['errors'].values()) + ' |' for k in next(iter(r['errors'].values()))]
+    return '\n'.join(lines) + '\n'
+
+
+def machine() -> str:
+    flags = next((x for x in Path('/proc/cpuinfo').read_text().splitlines() if x.startswith('flags')), '').split() if Path('/proc/cpuinfo').is_file() else []
+    memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30
+    return f"{len(os.sched_getaffinity(0))} {platform.machine()} cores{' with AVX-512' if 'avx512f' in flags else ''}, {memory:.0f} GiB of memory, load {os.getloadavg()[0]:.1f} at the start"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--scale', choices=SHAPES, default='full')
+    p.add_argument('--rounds', type=int, default=2)
+    p.add_argument('--folder', type=Path, help='where the temporary folder is made')
+    p.add_argument('--mergekit_env', type=Path, help='an environment with mergekit 0.1.5')
+    p.add_argument('--without_mergekit', action='store_true')
+    p.add_argument('--out', help='also write benchmarks/results/NAME.json and .md')
+    a = p.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix='merge-', dir=a.folder))
+    try:
+        r = dict(scale=a.scale, machine=machine(), rounds=[])
+        mergekit = None if a.without_mergekit else a.mergekit_env or make_mergekit(folder/'mergekit-env')
+        r['n_params'] = make_pair(folder, a.scale)
+        todo = list(jobs(folder, mergekit).items())
+        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
+        for i in range(a.rounds):
+            said = {}
+            for name, (command, must_sync) in todo[i % len(todo):] + todo[:i % len(todo)]:
+                out = folder/f'out {name}'
+                shutil.rmtree(out, ignore_errors=True)
+                if name.startswith('cp'): out.mkdir()
+                os.sync(); cached(folder, keep=bool(i % 2))
+                said[name] = timed([str(out) if x == 'OUT' else x for x in command], out, must_sync, env)
+                print(f'round {i+1}, {name}: {said[name]}', flush=True)
+            r['rounds'].append(dict(cache='warm' if i % 2 else 'cold', jobs={n: said[n] for n, _ in todo}))
+        r['errors'] = {m: errors(folder, m, bool(mergekit)) for m in ('linear', 'slerp')}
+        print(report(r))
+        if a.out:
+            results = ROOT/'benchmarks'/'results'; results.mkdir(exist_ok=True)
+            (results/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n'); (results/f'{a.out}.md').write_text(report(r))
+    finally: shutil.rmtree(folder)
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,154 @@
+"""The plan: sizes that are known, the profiles of paper scale, the memory model against a real training, the command line."""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from solar_repro.lab.cli import main
+from solar_repro.lab.plan import (BENCH, CARDS, LENGTHS, SHAPES, Found, actual, arithmetic, bought, eval_tokens, forward_flops, hours_figure, make_plan,
+                                  obstacles, share_for, table, telling, train_memory)
+from solar_repro.lab.profile import load_profile
+from solar_repro.lab.run import Lab
+
+ROOT = Path(__file__).parent.parent
+BIG = 'a100', 'a100-bf16', 'gpu-48gib', 'gpu-24gib'
+GOOD = Found('card', True, 80., True, '', 900., 100., 16)
+
+
+@pytest.fixture(scope='module')
+def plans(tmp_path_factory):
+    d = tmp_path_factory.mktemp('none')
+    return {n: (Lab(n, store=d/n), make_plan(Lab(n, store=d/n))) for n in BIG}
+
+
+def test_paper_scale_is_the_papers(plans):
+    p = load_profile('a100')
+    assert p.base.source == 'upstage/SOLAR-10.7B-v1.0' and len(p.base.revision) == 40
+    assert (p.data.rows.alpaca_gpt4, p.data.rows.openorca, p.data.rows.ultrafeedback_clean, p.data.rows.synth_math_alignment) == (52_000, 100_000, 60_800, 20_100)
+    assert p.eval.protocol == 'leaderboard-2023' and p.eval.n_items >= max(x.n for x in BENCH.values())
+    assert p.eval.num_fewshot.model_dump() == dict(arc=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
+    text = (ROOT/'solar_repro'/'profiles'/'a100.toml').read_text()
+    hyper = [l for l in text.split('[sft]')[1].split('[dpo.rows')[0].splitlines() if '=' in l and not l.startswith('#')]
+    own = ('compute_dtype', 'save_steps', 'activation_checkpointing', 'nf4')
+    assert len(hyper) > 25 and not [l for l in hyper if '[' not in l.partition('#')[2] and not l.startswith(own)], 'a hyper-parameter without its source'
+
+
+def test_a_step_is_whole_passes_and_a_key_of_ones_own_changes_the_plan(tmp_path):
+    f = tmp_path/'x.toml'
+    f.write_text('extends = "a100"\n[dpo]\npasses = 5\n')
+    with pytest.raises(ValueError, match='divide batch_size'): load_profile(f)
+    f.write_text('extends = "a100"\n[sft]\nnf4 = false\nactivation_checkpointing = true\n')
+    t = make_plan(Lab(f, store=tmp_path/'s')).stages.set_index('stage')
+    assert 20 < t.loc['SFT v1', 'gib'] < 40                                # two bytes a weight, hardly any activations
+
+
+@pytest.mark.parametrize('name,gib', [('a100', 80), ('a100-bf16', 80), ('gpu-48gib', 48), ('gpu-24gib', 24)])
+def test_every_card_holds_its_profile(plans, name, gib):
+    lab, plan = plans[name]
+    assert obstacles(lab.profile, plan, replace(GOOD, gib=gib*.985)) == []
+    assert plan.stages['gib'].max() > gib/4, 'far too small to be true for 10.7 B parameters'
+
+
+def test_a_smaller_card_is_refused_and_told_what_to_do(plans):
+    lab, plan = plans['a100']
+    said, = obstacles(lab.profile, plan, replace(GOOD, gib=48., name='A6000'))
+    assert 'A6000 has 48 GiB' in said and 'gpu-48gib' in said and 'DPO' in said
+
+
+def test_totals_are_sums_and_a_store_counts(plans, tmp_path):
+    lab, plan = plans['a100']
+    assert table(plan).splitlines()[-1].split()[0] == 'all'
+    flops = plan.stages['pflop'].sum()*1e15
+    assert 50 < flops/(CARDS['A100-80GB'].tflops*1e12*CARDS['A100-80GB'].shares[1])/3600 < 100
+    assert plan.stages['hours_low'].sum() < plan.stages['hours'].sum() < plan.stages['hours_high'].sum()
+    half = replace(plan, stages=plan.stages.assign(held=plan.stages['kind'] == 'sft'))
+    assert share_for(half, 72.) < share_for(plan, 72.) and 'total' in arithmetic(half)
+
+
+def test_what_differs_between_profiles_differs_in_the_plan(plans):
+    t = {n: p.stages.set_index('stage') for n, (_, p) in plans.items()}
+    again = t['gpu-24gib'].loc['SFT v3', 'pflop']/t['a100'].loc['SFT v3', 'pflop']
+    assert 1.4 < again < 1.55                                             # computing layers again: 6 N instead of 4 N
+    more = t['a100-bf16'].loc['SFT v3', 'gib'] - t['a100'].loc['SFT v3', 'gib']
+    s = SHAPES['upstage/SOLAR-10.7B-v1.0']
+    assert abs(more - s.linear*(2 - .516)/2**30) < .5                     # two bytes a weight instead of half a one
+    assert t['a100-bf16']['hours'].sum() < t['a100']['hours'].sum()       # nothing to unpack
+
+
+def test_evaluation_is_what_the_leaderboard_asks():
+    read, made = eval_tokens(BENCH['hellaswag'], 10, 10**9)
+    assert made == 0 and 10e6 < read < 13e6
+    read, made = eval_tokens(BENCH['gsm8k'], 5, 10**9)
+    assert 130 < made/1319 < 131 or 129 < made/1319 < 131
+    assert forward_flops(SHAPES['upstage/SOLAR-10.7B-v1.0'], 0) == pytest.approx(2*10.6e9, rel=.02)
+
+
+def test_a_budget_buys_whole_rows_in_order(plans):
+    lab, plan = plans['a100']
+    order = list(telling()['row'])
+    assert order.index('SFT v4') < order.index('Merge v3') and order.index('DPO v1') < order.index('DPO v3')
+    small, large = bought(lab, plan, 10.), bought(lab, plan, 40.)
+    got = lambda b: set(b.loc[b['bought'], 'row'])
+    assert got(small) and got(small) < got(large) and large['sum'].max() <= 40
+    held = replace(plan, stages=plan.stages.assign(held=True))
+    assert bought(lab, held, 0.)['bought'].all()                          # what the store holds costs nothing
+
+
+def test_lengths_have_provenance():
+    assert all(x.source and x.n > 200 and len(x.quantiles) == 21 for x in LENGTHS.values())
+
+
+@pytest.mark.parametrize('case', [0, 3])
+def test_planned_memory_is_within_15_percent(case):
+    r = subprocess.run([sys.executable, ROOT/'benchmarks'/'memory.py', '--compare', str(case)], capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr
+    out = json.loads(r.stdout.splitlines()[-1])
+    assert out['measured_mib'] > 50 and .85 < out['ratio'] < 1.15, out
+
+
+def test_plan_of_a_card_too_slow_to_ever_fit(plans):
+    _, plan = plans['a100']
+    assert share_for(plan, .1) == float('inf')
+    assert 'are not kept' in arithmetic(plan, 10.) and 'more than' in arithmetic(plan, 10.)
+
+
+def test_command_line_prints_plan_doctor_and_errors(tmp_path, capsys):
+    def call(*words):
+        code = main([*words, '--store', str(tmp_path/'s')])
+        return code, *capsys.readouterr()
+    code, out, err = call('plan', '--profile', 'a100', '--price', '2', '--budget-hours', '24')
+    assert code == 0 and 'SFT v3' in out and 'price' in out and '24 hours buy' in out and 'TFLOP/s' in out
+    assert not (tmp_path/'s').exists(), 'a plan must build nothing'
+    code, out, err = call('plan', '--profile', 'smoke', '--actual'); assert code == 2 and 'solar-repro run' in err
+    code, out, err = call('plan', '--card', 'A100-80GB', '--calibrate'); assert code == 2 and '--calibrate' in err
+    code, out, err = call('plan', '--profile', 'smoke', '--calibrate'); assert code == 0 and 'measured' in out
+
+
+def test_the_card_is_checked_before_a_run(tmp_path, monkeypatch):
+    import solar_repro.lab.plan as planning
+    lab = Lab('a100', store=tmp_path/'s')
+    monkeypatch.setattr(planning, 'look', lambda folder: replace(GOOD, gib=16., bf16=False, nf4_fault='CUDA driver too old', disk_gib=5.))
+    with pytest.raises(ValueError) as e: lab.run()
+    said = str(e.value)
+    assert all(w in said for w in ('16 GiB', 'bfloat16', 'CUDA driver too old', '5 GiB of disk', 'Nothing was started')), said
+    assert not (tmp_path/'s').exists()
+
+
+def test_planned_beside_measured(tmp_path):
+    lab = Lab('smoke', store=tmp_path/'s')
+    lab.run(['data/openorca', 'SFT v3 + v4'])
+    x = actual(lab, make_plan(lab)).set_index('stage')
+    assert {'SFT v3', 'SFT v4', 'base'} <= set(x.index) and (x['measured_hours'] >= 0).all()
+    assert (x.loc[['SFT v3', 'SFT v4'], 'measured_tokens'] >= x.loc[['SFT v3', 'SFT v4'], 'tokens']).all()
+    fig = hours_figure(lab, make_plan(lab)); assert fig.axes
+
+
+def test_memory_parts_add_what_they_say():
+    s = SHAPES['HuggingFaceTB/SmolLM2-135M']
+    m = lambda **k: train_memory(**{**dict(s=s, nf4=True, compute_dtype='bfloat16', lora_r=16, dropout=0., n_tok=1024, passes=1, again=False, device='cuda'), **k})
+    assert m(n_tok=2048)['activations'] == 2*m()['activations'] and m(passes=2)['gradients'] == 4*s.lora(16) and m()['gradients'] == 0
+    assert m(dropout=.1)['activations'] > m()['activations'] > m(again=True)['activations']
+    assert m(nf4=False)['weights'] == 2*(s.linear + s.other)
