@@ -280,17 +280,19 @@ class Card:
     shares: tuple[float, float, float]  # of the peak that is reached: high, expected, low
     source: str
 
+_UNCHECKED = 'peak and bandwidth as commonly quoted, not checked against the data sheet; shares of published runs on the A100'
+
 CARDS = {c.name: c for c in (
     Card('A100-80GB', A100_TFLOPS, 80, 2039, True, _shares(), 'data sheet; shares of published runs'),
     Card('A100-40GB', A100_TFLOPS, 40, 1555, True, _shares(), 'data sheet; shares of published runs'),
-    Card('H100-80GB', 989, 80, 3350, True, _shares(), 'data sheet (SXM); shares of published runs on the A100'),
-    Card('H200', 989, 141, 4800, True, _shares(), 'data sheet; shares of published runs on the A100'),
-    Card('L40S', 362, 48, 864, True, _shares(), 'data sheet; shares of published runs on the A100'),
-    Card('A6000', 155, 48, 768, True, _shares(), 'data sheet; shares of published runs on the A100'),
-    Card('RTX-4090', 165, 24, 1008, True, _shares(), 'data sheet; shares of published runs on the A100'),
-    Card('RTX-3090', 71, 24, 936, True, _shares(), 'data sheet; shares of published runs on the A100'),
-    Card('A10G', 70, 24, 600, True, _shares(), 'data sheet; shares of published runs on the A100'),
-    Card('V100-32GB', 125, 32, 900, False, _shares(), 'data sheet (fp16: it has no bfloat16)'),
+    Card('H100-80GB', 989, 80, 3350, True, _shares(), _UNCHECKED),
+    Card('H200', 989, 141, 4800, True, _shares(), _UNCHECKED),
+    Card('L40S', 362, 48, 864, True, _shares(), _UNCHECKED),
+    Card('A6000', 155, 48, 768, True, _shares(), _UNCHECKED),
+    Card('RTX-4090', 165, 24, 1008, True, _shares(), _UNCHECKED),
+    Card('RTX-3090', 71, 24, 936, True, _shares(), _UNCHECKED),
+    Card('A10G', 70, 24, 600, True, _shares(), _UNCHECKED),
+    Card('V100-32GB', 125, 32, 900, False, _shares(), _UNCHECKED),
     Card('CPU', .1, 16, 20, True, (2., 1., .4), 'two cores of a laptop, roughly: calibrate'))}
 DEFAULT_CARD = {'a100': 'A100-80GB', 'a100-bf16': 'A100-80GB', 'gpu-48gib': 'A6000', 'gpu-24gib': 'RTX-3090'} # of the shipped profiles
 
@@ -435,7 +437,7 @@ class Items:
 
 BENCH = dict(
     arc=Items(N_ITEMS['arc'], 43, 34.4, 27.3, 0), hellaswag=Items(N_ITEMS['hellaswag'], 87.7, 54.2, 126.1, 0),
-    mmlu=Items(N_ITEMS['mmlu'], 112.8, 110.4, 4, 0, groups=57), truthfulqa=Items(N_ITEMS['truthfulqa'], 0, 18.9, 82.7, 0, groups=1, preamble=180),
+    mmlu=Items(N_ITEMS['mmlu'], 112.8, 110.4, 4, 0, groups=57), truthfulqa=Items(N_ITEMS['truthfulqa'], 0, 18.9, 82.7, 0, groups=1, preamble=180), # the preamble is estimated
     winogrande=Items(N_ITEMS['winogrande'], 24.4, 23.4, 23.4, 0), gsm8k=Items(N_ITEMS['gsm8k'], 199, 70.4, 0, 129.9)) # means of the test sets, or of every second item of them
 
 def eval_tokens(
@@ -500,6 +502,7 @@ def _eval_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
     tokens = (read + made,)*3
     return Work(tokens, (tokens[0]*per_tok,)*3, _plus(load, _times(step_s, steps)), weights + GIB, 400*min(items.n, lab.profile.eval.n_items))
 
+# training sets: sizes of their files as the Hub states them; benchmarks: rough guesses
 DOWNLOADS = dict(alpaca_gpt4=48.4e6, openorca=1.01e9, synth_math_instruct=396e6, ultrafeedback_clean=219e6, synth_math_alignment=0.,
                  arc=1e6, hellaswag=40e6, mmlu=10e6, truthfulqa=1e6, winogrande=4e6, gsm8k=3e6) # bytes on the Hub; the alignment set is made from files that are there then
 
