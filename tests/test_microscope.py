@@ -1,0 +1,170 @@
+"The microscope's numbers by hand, and the hand-over from four bits."
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from solar_repro.dpo import load_policy
+from solar_repro.lab.checkpoints import compare, together
+from solar_repro.lab.drift import dequantised, drift, kl_divergence, log_probs, probe_of
+from solar_repro.lab.model import Point, average, load_tokenizer, materialize, quiet, save_adapter
+from solar_repro.lab.profile import load_profile
+from solar_repro.lab.recipe import DEQUANTISED, HANDOVERS, handover_stage, handover_table, recipe
+from solar_repro.lab.run import Lab
+from solar_repro.merge import geometry, rounded, rounding_loss, slerp
+from solar_repro.paper import H6_TASKS
+from solar_repro.tiny.base import random_base
+
+smoke = load_profile('smoke')
+ROWS = [dict(prompt='What is 2 + 3?', completion='5'), dict(prompt='7 + 9 =', completion='7 + 9 = 16.'), dict(prompt='What is 10 - 4?', completion='10 - 4 = 6.')]
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    with quiet(): return random_base(tmp_path_factory.mktemp('base'))
+
+
+def adapter(folder, row, column, size=1., module='mlp.up_proj', shape=(128, 64)):
+    "An adapter that changes one weight of one matrix."
+    A, B = torch.zeros(1, shape[1]), torch.zeros(shape[0], 1)
+    A[0, column], B[row, 0] = 1., size
+    name = f'base_model.model.model.layers.0.{module}'
+    return save_adapter({f'{name}.lora_A.weight': A, f'{name}.lora_B.weight': B}, 1, 1, folder)
+
+
+def random_adapter(folder, seed, size=.05):
+    g, t = torch.Generator().manual_seed(seed), {}
+    for layer in range(2):
+        for m, (n_out, n_in) in dict(up_proj=(128, 64), down_proj=(64, 128)).items():
+            name = f'base_model.model.model.layers.{layer}.mlp.{m}'
+            t |= {f'{name}.lora_A.weight': torch.randn(4, n_in, generator=g), f'{name}.lora_B.weight': torch.randn(n_out, 4, generator=g)*size/2}
+    return save_adapter(t, 4, 4, folder)
+
+
+def test_changes_at_right_angles_and_on_a_line(base, tmp_path):
+    across = [Point(base, ((adapter(tmp_path/f'{r}', r, 0, size), 1.),)) for r, size in ((0, 3.), (1, 4.))]
+    g = geometry(*across, base).set_index('tensor').loc['model.layers.0.mlp.up_proj.weight']
+    assert g.angle_change_deg == pytest.approx(90, abs=1e-3) and g.distance == pytest.approx(5, rel=1e-5)      # 3, 4, 5
+    assert (g.change_a, g.change_b) == pytest.approx((3, 4), rel=1e-5)
+    three = Point(base, ((tmp_path/'0', 2.),)); less = Point(base, ((tmp_path/'0', -1.),))
+    line = lambda a, b: together(geometry(a, b, base), None).iloc[0]
+    assert line(across[0], three).angle_change_deg == pytest.approx(0, abs=.05)
+    assert line(across[0], less).angle_change_deg == pytest.approx(180, abs=.05)
+    assert line(across[0], across[0]).distance == 0
+
+
+def test_points_and_checkpoints_on_disk_compare_alike(base, tmp_path):
+    a, b = (Point(base, ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (1, 2))
+    for name, p in dict(a=a, b=b).items(): materialize(p).save_pretrained(tmp_path/f'on disk {name}')
+    mine = geometry(a, b, base)
+    theirs = compare(tmp_path/'on disk a', tmp_path/'on disk b', base)
+    assert len(mine) > 10
+    pd.testing.assert_frame_equal(mine.sort_values('tensor', ignore_index=True), theirs.sort_values('tensor', ignore_index=True), rtol=1e-9)
+
+
+def test_a_slerp_compares_with_what_it_was_made_of(base, tmp_path):
+    a, b = (Point(base, ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (1, 2))
+    slerp(a, b, .5, .9995, tmp_path/'half')
+    to = lambda p: together(geometry(p, Point(tmp_path/'half'), base), None).distance.item()
+    assert to(a) == pytest.approx(to(b), rel=.1) and 0 < to(average([a, b], [.5, .5])) < to(a)/2
+    other = tmp_path/'other'; other.mkdir()
+    from safetensors.torch import load_file, save_file
+    w = load_file(base/'model.safetensors'); w['renamed'] = w.pop('model.norm.weight'); save_file(w, other/'model.safetensors')
+    with pytest.raises(ValueError, match='same tensors'): geometry(a, Point(other), base)
+
+
+def test_kl_by_hand(base):
+    fair, bent = torch.tensor([[.5, .5], [.9, .1]]).log(), torch.tensor([[.25, .75], [.9, .1]]).log()
+    assert kl_divergence(fair, bent).tolist() == pytest.approx([.5*math.log(4/3), 0], abs=1e-7)
+    d = drift(fair, bent)
+    assert d['kl'] == pytest.approx(.25*math.log(4/3), abs=1e-7) and d['kl_max'] == pytest.approx(.5*math.log(4/3), abs=1e-7)
+    never = torch.tensor([[1., 0.]]).log()
+    assert kl_divergence(never, torch.tensor([[.5, .5]]).log()).item() == pytest.approx(math.log(2), abs=1e-7)   # 0 log 0 is 0
+    said = log_probs(materialize(Point(base)), probe_of(ROWS, base, smoke.template, 64))
+    assert kl_divergence(said, said).max() < 1e-6
+    with pytest.raises(ValueError, match='one vocabulary'): kl_divergence(said, said[:, 1:])
+
+
+def test_rounding_of_known_weights(base, tmp_path):
+    one = torch.ones(4)
+    by = torch.tensor([1/512, 1/128, 3/512, 0.])                       # goes back, is held, is rounded up, does not move
+    got = rounding_loss(one+by, one)
+    assert got == dict(n_params=4, change=pytest.approx(by.norm().item()), lost=pytest.approx(math.sqrt(2)/512), n_moved=3, n_back=1)
+    assert rounding_loss(one+by, one, torch.float32)['lost'] == 0
+    far, near = (rounded(Point(base, ((random_adapter(tmp_path/n, 1, size), 1.),))) for n, size in (('far', 1.), ('near', 1e-4)))
+    share = lambda r: math.sqrt((r.lost**2).sum()/(r.change**2).sum())
+    assert len(far) == len(near) == 4 and share(far) < .01 < share(near)   # small changes lose more
+
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_dequantised_and_merged_is_what_was_trained(base, tmp_path, dtype):
+    point = Point(base, ((random_adapter(tmp_path/'adapter', 3), 1.),))
+    numerics = smoke.sft.model_copy(update=dict(compute_dtype=dtype))
+    probe = probe_of(ROWS, base, smoke.template, 64)
+    trained = log_probs(load_policy(point, tmp_path/'one', numerics, 'cpu').base_model.model.eval(), probe)
+    back = Point(dequantised(base, tmp_path/'back', dtype), point.terms)
+    eps = dict(float32=1e-4, bfloat16=.15)[dtype]                          # sums in another order; bf16 arithmetic against float32
+    assert (log_probs(materialize(back), probe)-trained).abs().max() < eps
+    full = log_probs(materialize(point), probe)
+    assert drift(trained, full)['kl'] > 1e-6                               # four bits are not nothing
+    if dtype == 'float32': assert (full-trained).abs().max() > 10*eps
+    assert load_tokenizer(back.base)('2 + 3')['input_ids'] == load_tokenizer(base)('2 + 3')['input_ids']
+
+
+def profile(tmp_path, merge, more=''):
+    (tmp_path/'own.toml').write_text(f'extends = "smoke"\n{more}\n[merge]\n{merge}\n')
+    return load_profile(tmp_path/'own.toml')
+
+
+def test_the_choice_is_strict(tmp_path):
+    assert profile(tmp_path, '').merge.handover == 'full'
+    for wrong in ('"dequantized"', '"nf4"', 'true'):
+        with pytest.raises(ValueError, match='merge.handover'): profile(tmp_path, f'handover = {wrong}')
+    with pytest.raises(ValueError, match="did you mean 'handover'"): profile(tmp_path, 'hand_over = "full"')
+    half = profile(tmp_path, 'handover = "dequantised"', '[dpo]\nnf4 = false')
+    with pytest.raises(ValueError, match='both trainings in four bits'): recipe(half)
+    with pytest.raises(ValueError, match='trained on full weights'): handover_stage(profile(tmp_path, '', '[dpo]\nnf4 = false'), 'DPO v1', 2)
+    with pytest.raises(ValueError, match='handover names the training'): handover_stage(smoke, 'Merge v1', 2)
+
+
+def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
+    full, back = (recipe(profile(tmp_path, f'handover = "{h}"')) for h in ('full', 'dequantised'))
+    assert set(back)-set(full) == {DEQUANTISED}
+    moved = {n for n in full if full[n] != back[n]}
+    assert moved == {'Merge v4'} | {n for n in full if n.startswith('eval/') and n.split('/')[1] not in ('base', 'Merge v4')}
+    assert all(back[n].inputs['handover'] == DEQUANTISED and back[n].settings['handover'] == 'dequantised' for n in moved)
+    plain = recipe(profile(tmp_path, '', '[sft]\nnf4 = false\n[dpo]\nnf4 = false'))
+    assert not any('handover' in s.settings for s in plain.values())       # nothing is handed over
+
+
+def test_both_ways_run_and_say_so(full, tmp_path):
+    import shutil
+    shutil.copytree(full, tmp_path/'store')
+    one, two = (Lab(profile(tmp_path, f'handover = "{h}"'), store=tmp_path/'store') for h in ('full', 'dequantised'))
+    two.scores(['SFT v3'])
+    score = lambda lab: json.loads((lab.build('eval/SFT v3/hellaswag').path/'items.parquet').with_name('score.json').read_text())
+    for lab, h in ((one, 'full'), (two, 'dequantised')):
+        assert lab.show('eval/SFT v3/hellaswag')['settings']['handover'] == lab.show('Merge v4')['settings']['handover'] == h
+    assert 'handover' in two.show('Merge v4')['inputs'] and two.point('SFT v3').base != one.point('SFT v3').base
+    assert two.point('SFT v3').terms == one.point('SFT v3').terms          # the same training
+    said = [lab.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for lab in (one, two)]
+    assert not said[0].equals(said[1]) and score(one)['n'] == score(two)['n']
+    x, y = one.handover('SFT v3', 2), two.handover('SFT v3', 2)
+    for t in (x, y):
+        t = t.set_index('way')
+        assert list(t.index) == list(HANDOVERS) and t.loc['as trained', 'kl'] < 1e-9
+        assert t.loc['dequantised', 'kl'] < 1e-6 < t.loc['full', 'kl']
+    pd.testing.assert_frame_equal(x, y, atol=1e-6)                         # whichever is known already
+    before = {a.key for a in one.store.entries()}
+    one.handover('SFT v3', 2)
+    assert {a.key for a in one.store.entries()} == before                  # kept
+
+
+def test_table_by_hand():
+    items = lambda w, right: [dict(way=w, task=t, doc_id=i, score=float(i < n)) for t, n in zip(H6_TASKS, right) for i in range(4)]
+    its = pd.DataFrame(items('as trained', [2]*6)+items('full', [2]*5+[3]))
+    sc = its.groupby(['way', 'task'], as_index=False)['score'].mean().assign(se=.25)
+    got = handover_table(pd.DataFrame([dict(way='as trained', kl=0.), dict(way='full', kl=.1)]), sc, its).set_index('way').loc['full']
+    assert (got.h6, got.h6_change, got.change_se, got.items_changed) == pytest.approx((3.25/6, .25/6, .25/6, 1))
