@@ -185,9 +185,9 @@ def files_of(
     if 'math' in name and source != 'hub' and present(Path(source), 'metamath') is None: return ['math', 'gsm8k/train']
     return [*SETS[name].files, *(BENCH_FILES if name == 'openorca' else [])]
 
-def _published(file:str, source:str, revisions:dict[str,str])->list[tuple[str,dict]]: # (id, row)
+def _published(file:str, source:str, revisions:dict[str,str], max_broken:int=0)->list[tuple[str,dict]]: # (id, row)
     f = FILES[file]
-    if source != 'hub': return read_file(located(Path(source), file), f.fields, f.blank)
+    if source != 'hub': return read_file(located(Path(source), file), f.fields, f.blank, max_broken)
     rows = [(f'{f.hub}/{f.split}:{i}', r) for i, r in enumerate(hub_rows(file, revisions), 1)]
     return [(i, r) for i, r in rows if fault(r, f.fields, f.blank) is None]
 
@@ -195,17 +195,18 @@ def candidates(
     name:str, # one of `SETS`
     source:str, # 'hub', or a folder
     revisions:dict[str,str]={}, # of the Hub, from the profile
+    max_broken:int=0, # lines of a file that may be broken
 )->tuple[list[tuple[str,dict]],str]: # (id, row to train on) of every row; the rule, where it is a stand-in
     "All rows of a training set as prompts with answers, or pairs."
     files = files_of(name, source)
-    first = _published(files[0], source, revisions)
+    first = _published(files[0], source, revisions, max_broken)
     if files[0] == 'math':
-        made = [(i, stand_in(r)) for i, r in first + _published(files[1], source, revisions)]
+        made = [(i, stand_in(r)) for i, r in first + _published(files[1], source, revisions, max_broken)]
         if name == 'synth_math_instruct': return [(i, dict(prompt=r['prompt'], completion=r['completion'])) for i, r in made], STAND_IN
         return [(i, dict(prompt=r['prompt'], chosen=r['completion'], rejected=f"The answer is {r['result']}.")) for i, r in made if r['result']], STAND_IN
     if 'math' in name: first = [(i, r) for i, r in first if r['type'] in MATH_TYPES]
     if name == 'synth_math_alignment':
-        math = [r for _, r in _published('math', source, revisions)]
+        math = [r for _, r in _published('math', source, revisions, max_broken)]
         known = {_same(r['problem']) for r in math}
         first = [(i, r) for i, r in first if _same(r['original_question']) in known]
         return list(zip([i for i, _ in first], join_math([r for _, r in first], math))), ''
@@ -227,10 +228,11 @@ def row_text(row:dict)->str: return BREAK.join(row.values())
 
 def benchmark_texts(
     source:str, # 'hub', or a folder
-    revisions:dict[str,str]={},
+    revisions:dict[str,str]={}, # of the Hub, from the profile
+    max_broken:int=0, # lines of a file that may be broken
 )->list[str]:
     "Texts of all benchmark items, train and test."
-    return [item_text(f.split('/')[0], r) for f in BENCH_FILES for _, r in _published(f, source, revisions)]
+    return [item_text(f.split('/')[0], r) for f in BENCH_FILES for _, r in _published(f, source, revisions, max_broken)]
 
 def made_from_benchmarks(
     rows:list[dict], # to train on
@@ -258,11 +260,12 @@ def draw(
     seed:int,
     fits:Callable[[dict],bool]=lambda row: True, # whether a row can be trained on
     revisions:dict[str,str]={}, # of the Hub, from the profile
+    max_broken:int=0, # lines of a file that may be broken
 )->Draw:
     "Draw rows of a published training set."
-    found, rule = candidates(name, source, revisions)
+    found, rule = candidates(name, source, revisions, max_broken)
     order = random.Random(f'{name} {seed}').sample(range(len(found)), len(found))
-    index = make_index(benchmark_texts(source, revisions), ns=(13,)) if name == 'openorca' else None
+    index = make_index(benchmark_texts(source, revisions, max_broken), ns=(13,)) if name == 'openorca' else None
     kept, n_derived, n_long, size = [], 0, 0, max(n, 1000)
     for first in range(0, len(order), size):
         block = [found[i] for i in order[first:first + size]]
@@ -356,14 +359,15 @@ def draw_items(
     source:str, # 'hub', or a folder
     n:int, # test items at most
     revisions:dict[str,str]={}, # of the Hub, from the profile
+    max_broken:int=0, # lines of a file that may be broken
 )->tuple[dict[str,list[dict]],list[str]]: # as `load_benchmark` gives; ids of the test items
     "Items of a published benchmark."
     _near('benchmark', task, TEST_SETS)
-    found = _published(f'{task}/test', source, revisions)
+    found = _published(f'{task}/test', source, revisions, max_broken)
     try: check_items(task, [r for _, r in found])
     except ValueError as e: raise ValueError(f'{source}: {e}') from None
     at = sorted(random.Random(f'{task} {TEST_SEED}').sample(range(len(found)), min(n, len(found))))
-    shots = [r for _, r in _published(f'{task}/train', source, revisions)] if f'{task}/train' in FILES else []
+    shots = [r for _, r in _published(f'{task}/train', source, revisions, max_broken)] if f'{task}/train' in FILES else []
     return dict(train=check_items(task, shots), test=[found[i][1] for i in at]), [found[i][0] for i in at]
 
 # %% ../nbs/01_data.ipynb #750ef235

@@ -72,6 +72,7 @@ class Rows(Strict):
 class Data(Strict):
     "Where training sets and benchmarks come from."
     source: str # 'tiny' (embedded), 'hub', or a folder laid out as `lab.sources` says
+    max_broken: Annotated[int, Field(ge=0)] = 0 # lines of a file that may be no JSON: left out, and named on stderr
     revisions: dict[str, str] = {} # commits on the Hub, by file of `lab.sources`
     rows: Rows
 

@@ -61,7 +61,7 @@ def _published_stages(p:Profile)->list[Stage]:
     from solar_repro.data import files_of, stamps
     from solar_repro.lab.sources import FILES
     where, file = ('hub', None) if p.data.source == 'hub' else ('folder', Path(p.data.source))
-    stamp = lambda files: dict(source=where, files=stamps(files, p.data.source, p.data.revisions))
+    stamp = lambda files: dict(source=where, files=stamps(files, p.data.source, p.data.revisions), max_broken=p.data.max_broken)
     length = lambda d: p.dpo.max_length if d in PAIRS else p.sft.max_length
     return [*(Stage(f'data/{d}', 'data', dict(set=d, **stamp(files_of(d, p.data.source)), n=getattr(p.data.rows, d), seed=p.seed, max_length=length(d),
                                               template=p.template.model_dump()), dict(base='base'), file) for d in Rows.model_fields),
@@ -250,7 +250,7 @@ def _draw_rows(out, settings, inputs, tools):
     from solar_repro.data import draw, write_rows
     from solar_repro.lab.weights import fitting
     fits = fitting(inputs['base'].path, Template.model_validate(settings['template']), settings['max_length'])
-    got = draw(settings['set'], str(tools.file or 'hub'), settings['n'], settings['seed'], fits, settings['files'])
+    got = draw(settings['set'], str(tools.file or 'hub'), settings['n'], settings['seed'], fits, settings['files'], settings['max_broken'])
     write_rows(got.rows, out/'rows.jsonl')
     (out/'draw.json').write_text(json.dumps({k: v for k, v in vars(got).items() if k != 'rows'}, indent=1))
 
@@ -275,7 +275,7 @@ def build_bench(out, settings, inputs, tools):
     "train.jsonl and test.jsonl in the hub's columns."
     from solar_repro.data import draw_items, load_benchmark, write_rows
     if settings['source'] in ('hub', 'folder'):
-        bench, ids = draw_items(settings['task'], str(tools.file or 'hub'), settings['n'], settings['files'])
+        bench, ids = draw_items(settings['task'], str(tools.file or 'hub'), settings['n'], settings['files'], settings['max_broken'])
         (out/'ids.json').write_text(json.dumps(ids))
         for split, rows in bench.items(): write_rows(rows, out/f'{split}.jsonl')
         return

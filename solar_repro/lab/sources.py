@@ -126,14 +126,19 @@ def fault(
             return f'has nothing in field {path!r}; expected some {kind.__name__}', 'Remove the row, or fill it in.'
 
 # %% ../../nbs/lab/13_sources.ipynb #4ba7c9fc
-def _json_lines(path:Path)->Iterator[tuple[int,dict]]:
+def _json_lines(path:Path, max_broken:int)->Iterator[tuple[int,dict]]:
+    broken = []
     with open(path, encoding='utf-8', newline='\n') as f:
         try:
             for i, line in enumerate(f, 1):
                 try: yield i, json.loads(line)
                 except json.JSONDecodeError as e:
-                    raise ValueError(f'{path}: line {i} is no JSON ({e.msg}: {line[:40]!r}); expected one object a line. Make the file again.') from None
+                    broken.append(i)
+                    if len(broken) > max_broken:
+                        raise ValueError(f'{path}: line {i} is no JSON ({e.msg}: {line[:40]!r}); expected one object a line. Make the file again, or set '
+                                         f'max_broken in [data] of the profile to leave such lines out (now {max_broken} a file).') from None
         except UnicodeDecodeError as e: raise ValueError(f'{path}: is not UTF-8 ({e.reason} after line {i if "i" in locals() else 0}); expected UTF-8. Convert the file.') from None
+    if broken: print(f'{path}: left out the broken lines {broken}, as max_broken of the profile allows', file=sys.stderr)
 
 def _parquet(path:Path, columns:list[str])->Iterator[tuple[int,dict]]:
     import pyarrow
@@ -149,11 +154,12 @@ def read_file(
     path:Path, # .jsonl or .parquet
     fields:dict[str,type], # path -> type
     blank:tuple[str,...]=(), # paths of text that may be empty
+    max_broken:int=0, # lines that may be no JSON; they are left out, and named on stderr
 )->list[tuple[str,dict]]: # (id of the row, row)
     "All rows of a file, each checked."
     path, out = Path(path), []
     columns = list(dict.fromkeys(f.split('.')[0] for f in fields))
-    for i, row in _parquet(path, columns) if path.suffix == '.parquet' else _json_lines(path):
+    for i, row in _parquet(path, columns) if path.suffix == '.parquet' else _json_lines(path, max_broken):
         if wrong := fault(row, fields, blank): raise ValueError(f"{path}: {'row' if path.suffix == '.parquet' else 'line'} {i} {wrong[0]}. {wrong[1]}")
         out.append((f'{path.parent.name}/{path.name}:{i}', row))
     if not out: raise ValueError(f'{path}: holds no rows; expected some. Make the file again.')
