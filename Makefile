@@ -21,7 +21,7 @@ BIN     := .venv/bin
 setup:
 	@PYTHON='$(PYTHON)' sh tools/setup.sh
 
-tables: export SOLAR_DATA := $(DATA)
+tables: export SOLAR_DATA := $(or $(DATA),$(SOLAR_DATA))
 tables: setup
 	@$(BIN)/solar-repro weights --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 	@$(BIN)/python -m solar_repro.lab.book --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
