@@ -187,7 +187,8 @@ def files_of(
 
 def _published(file:str, source:str, revisions:dict[str,str], max_broken:int=0)->list[tuple[str,dict]]: # (id, row)
     f = FILES[file]
-    if source != 'hub': return read_file(located(Path(source), file), f.fields, f.blank, max_broken)
+    columns = list(dict.fromkeys(p.split('.')[0] for p in f.fields))      # the same of every file, whatever else it holds
+    if source != 'hub': return [(i, {c: r[c] for c in columns}) for i, r in read_file(located(Path(source), file), f.fields, f.blank, max_broken)]
     rows = [(f'{f.hub}/{f.split}:{i}', r) for i, r in enumerate(hub_rows(file, revisions), 1)]
     return [(i, r) for i, r in rows if fault(r, f.fields, f.blank) is None]
 

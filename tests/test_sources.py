@@ -2,7 +2,6 @@
 import json
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ from solar_repro.lab.sources import BENCH_FILES, FILES, MATH_SUBJECTS, fetch, fe
 from solar_repro.lab.weights import base_settings, check_base, check_fit, fetch_wheel
 from solar_repro.paper import H6_TASKS
 
-SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
+SHARED = Path(os.environ.get('SOLAR_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')
 WORDS = ('river stone garden window market yellow seven winter teacher bread doctor island music silver forest bridge letter apple morning horse '
          'village kitchen summer paper castle engine pocket mirror carpet ladder').split()
 
@@ -29,7 +28,7 @@ def say(i, n=14): return ' '.join(WORDS[(i*7 + j*(i % 5 + 1)) % len(WORDS)] for 
 def rows_of(name, n=12):
     task = name.split('/')[0]
     if name == 'alpaca_gpt4': return [dict(instruction=f'Say {say(i)}.', input='', output=say(i + 1)) for i in range(n)]
-    if name == 'openorca': return [dict(id=f'flan.{i}', system_prompt='', question=f'Ask {say(i)}?', response=say(i + 2)) for i in range(n)]
+    if name == 'openorca': return [dict(id=f'flan.{i}', system_prompt='', question=f'Ask {say(i, 9)[::-1]}?', response=say(i + 2, 5)) for i in range(n)]
     if name == 'metamath':
         return [dict(query=f'Now {say(i)}?', response=f'It is {i}.', type='MATH_Rephrased' if i % 2 else 'GSM_SV', original_question=f'What {say(i)}?') for i in range(n)]
     if name == 'math': return [dict(problem=f'What {say(i)}?', solution=rf'We get $\boxed{{{i}}}$.') for i in range(n)]
