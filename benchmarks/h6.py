@@ -25,7 +25,7 @@ for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_H
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 SHAPES = {
-    'smoke': dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024, tie_word_embeddings=True),
+    'smoke': dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048, tie_word_embeddings=True),
     'smollm2-135m': dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
     'llama-1b': dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
     'solar-10.7b': dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False)}

@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 for k, v in dict(GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', PYTHONWARNINGS='ignore').items(): os.environ.setdefault(k, v)
 
-SFT_RATES = 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3
-DPO_RATES = 3e-5, 1e-4, 3e-4, 1e-3, 2.5e-3
+SFT_RATES = 6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3
+DPO_RATES = 3e-5, 1e-4, 3e-4, 1e-3, 3e-3
 
 
 def answer_loss(point, rows: list[dict], template) -> float:

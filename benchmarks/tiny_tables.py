@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', MPLBACKEND='Agg', PYTHONWARNINGS='ignore',
+for k, v in dict(GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', MPLBACKEND='Agg', PYTHONWARNINGS='ignore',
                  SOLAR_PROGRESS=os.devnull).items(): os.environ.setdefault(k, v)
 
 

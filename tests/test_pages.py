@@ -196,9 +196,10 @@ def test_pages_fit_a_phone(site, pages, chrome):
         width = chrome.js('document.documentElement.scrollWidth')
         if width > 390: wide.append(f'{name}: {width}')
     assert not wide
-    assert not chrome.js('document.querySelector("#quarto-sidebar").checkVisibility()')
+    shown = '(e => e.checkVisibility() && e.getBoundingClientRect().right > 0)(document.querySelector("#quarto-sidebar"))'
+    assert not chrome.js(shown)
     chrome.js('document.querySelector(".quarto-btn-toggle").click()')
-    assert chrome.js('new Promise(r => setTimeout(() => r(document.querySelector("#quarto-sidebar").checkVisibility()), 600))')
+    assert chrome.js(f'new Promise(r => setTimeout(() => r({shown}), 600))')
 
 
 def test_search_finds_slerp_and_opens_its_page(site, chrome):

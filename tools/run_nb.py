@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = dict(OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', SOLAR_PROGRESS=os.devnull)
+ENV = dict(GOMP_SPINCOUNT='30000', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', SOLAR_PROGRESS=os.devnull)
 
 
 def execute(source: Path, out: Path, parameters: list[list[str]]) -> None:

@@ -93,7 +93,7 @@ def execute(
     os.replace(part, out); failed.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/05_book.ipynb #722b66b3
-QUIET_ENV = dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1',
+QUIET_ENV = dict(GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1',
                  HF_HUB_DISABLE_TELEMETRY='1', MPLBACKEND='module://matplotlib_inline.backend_inline', PYTHONWARNINGS='ignore')
 
 @contextmanager

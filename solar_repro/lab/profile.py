@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Rate', 'Dtype', 'DPO_ROWS', 'root', 'Strict', 'Machine', 'Base', 'Template', 'Rows', 'Data',
-           'Numerics', 'Training', 'Sft', 'DpoRow', 'Dpo', 'Merge', 'OwnSet', 'OwnRow', 'NumFewshot', 'Eval', 'Profile',
-           'profiles', 'load_profile']
+           'Numerics', 'Training', 'Sft', 'DpoRow', 'DpoStep', 'Dpo', 'Merge', 'OwnSet', 'OwnRow', 'NumFewshot', 'Eval',
+           'Profile', 'profiles', 'load_profile']
 
 # %% ../../nbs/lab/00_profile.ipynb #918e79ca
 import difflib
@@ -108,16 +108,19 @@ class DpoRow(Strict):
 
 DPO_ROWS = 'DPO v1', 'DPO v2', 'DPO v3', 'Cand. 1', 'Cand. 2'
 
-class Dpo(Training):
+class DpoStep(Training):
+    "One training on preference pairs."
+    beta: Annotated[float, Field(gt=0)]
+
+class Dpo(DpoStep):
     "Direct preference optimisation."
     mode: Literal['stepwise', 'joint'] # sDPO, one step a preference set; or all sets at once
-    beta: Annotated[float, Field(gt=0)]
     rows: dict[Literal[DPO_ROWS], DpoRow] = {}
 
-    def of(self, row:str)->'Dpo':
+    def of(self, row:str)->DpoStep:
         "The settings of one row: its own where it has them."
         own = self.rows[row].model_dump(exclude_none=True) if row in self.rows else {}
-        return self.model_copy(update={**own, 'rows': {}})
+        return DpoStep(**{k: getattr(self, k) for k in DpoStep.model_fields} | own)
 
 class Merge(Strict):
     "SLERP; the averages' weights are the paper's own."

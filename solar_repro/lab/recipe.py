@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .profile import Dpo, DpoRow, Numerics, OwnRow, Profile, Rows, Sft, Template, load_profile
+from .profile import DpoRow, DpoStep, Numerics, OwnRow, Profile, Rows, Sft, Template, load_profile
 from .store import Artifact, Store
 from ..paper import H6_TASKS
 from ..tiny.world import shipped_base
@@ -34,7 +34,7 @@ class Stage:
     inputs: dict[str, str]  # role -> name of another stage
     file: Path | None = None # a file of the user's that is read; its digest stands in the settings
 
-EPOCHS = dict(base=1, data=2, bench=1, ledger=1, sft=1, ref=1, dpo=1, merge=1, eval=2) # kind -> raised when its code changes what it makes
+EPOCHS = dict(base=1, data=3, bench=2, ledger=1, sft=1, ref=1, dpo=1, merge=1, eval=2) # kind -> raised when its code changes what it makes
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
 
 SFT_ROWS = {'SFT v1': ('alpaca_gpt4',), 'SFT v2': ('alpaca_gpt4', 'openorca'),
@@ -94,7 +94,7 @@ def _ref(p:Profile, start:str, data:str)->Stage:
 
 def _dpo_step(p:Profile, row:str, name:str, start:str, sets:tuple[str,...])->list[Stage]:
     refs = [_ref(p, start, d) for d in sets]
-    return [*refs, Stage(name, 'dpo', dict(dpo=p.dpo.of(row).model_dump(exclude={'rows'}), **_training(p)),
+    return [*refs, Stage(name, 'dpo', dict(dpo=p.dpo.of(row).model_dump(), **_training(p)),
                          dict(start=start, **{d: f'data/{d}' for d in sets}, **{f'ref_{d}': r.name for d, r in zip(sets, refs)}))]
 
 def _dpo_stages(p:Profile, row:str)->list[Stage]:
@@ -315,7 +315,7 @@ def build_dpo(out, settings, inputs, tools):
     sets = [d for d in inputs if f'ref_{d}' in inputs]
     rows = [r for d in sets for r in _read_rows(inputs[d])]
     logps = pd.concat([pd.read_csv(inputs[f'ref_{d}'].path/'logps.csv') for d in sets], ignore_index=True)
-    train_dpo(point_of(inputs['start'], tools.store), rows, logps, out, Dpo.model_validate(settings['dpo']),
+    train_dpo(point_of(inputs['start'], tools.store), rows, logps, out, DpoStep.model_validate(settings['dpo']),
               Template.model_validate(settings['template']), settings['seed'], settings['machine']['device'], tools.tick)
     base, _ = _parts(inputs['start'])
     _write_point(out, base, [[None, 1.]])

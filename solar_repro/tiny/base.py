@@ -45,7 +45,7 @@ def build_tokenizer(
     "A whole-word tokenizer of the world's vocabulary."
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary(world))}, unk_token=UNK))
     t.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), 'removed', invert=True)
-    spaces = decoders.Replace(Regex(r' (?=[.,?:])| ?(?=\n)|(?<=\n) '), '')
+    spaces = decoders.Replace(Regex(r' (?=[.,?:)])| ?(?=\n)|(?<=[\n(]) '), '')
     t.decoder = decoders.Sequence([decoders.WordPiece(prefix='~~~', cleanup=False), decoders.Fuse(), spaces])
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=EOS, pad_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False)
 
@@ -53,9 +53,9 @@ def build_tokenizer(
 @dataclass(frozen=True)
 class BaseSettings:
     "All that decides the base model's weights, on one kind of machine."
-    world_seed: int = 44
+    world_seed: int = 45
     seed: int = 0                 # initial weights and corpus
-    n_pages: int = 450_000        # pages of the corpus, each read once
+    n_pages: int = 300_000        # pages of the corpus, each read once
     hidden_size: int = 192
     n_layers: int = 6
     n_heads: int = 6
