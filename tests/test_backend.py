@@ -321,7 +321,7 @@ def test_a_change_of_protocol_runs_only_what_it_must(tmp_path):
     p = load_profile('smoke')
     then = p.model_copy(update=dict(eval=p.eval.model_copy(update=dict(protocol='leaderboard-2023'))))
     assert recipe(then) == recipe(p)
-    foreign = lambda x: x.model_copy(update=dict(base=x.base.model_copy(update=dict(source='llama'))))
+    foreign = lambda x: x.model_copy(update=dict(base=x.base.model_copy(update=dict(source='any/llama', revision='abc'))))
     again = {n for n, s in recipe(foreign(then)).items() if s != recipe(foreign(p))[n]}
     assert again == {n for n in recipe(p) if n.startswith('eval/')}     # a tokenizer that adds a BOS: all prompts change, no training does
     lab, other = Lab(p, store=tmp_path), Lab(then, store=tmp_path)

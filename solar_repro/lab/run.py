@@ -25,7 +25,7 @@ from ..paper import H6_TASKS
 
 # %% ../../nbs/lab/04_run.ipynb #f04f9aff
 # what a stage of each kind costs beside the others, roughly, as measured in the tiny world; only estimates of time left use it
-WEIGHTS = dict(base=.5, data=.5, bench=.1, sft=20., ref=2., dpo=10., merge=.2, eval=.6, handover=12.)
+WEIGHTS = dict(base=.5, data=.5, bench=.1, ledger=.2, sft=20., ref=2., dpo=10., merge=.2, eval=.6, handover=12.)
 
 class Progress:
     "Reports how far a run is and, from the pace so far, how long it will take."
@@ -317,6 +317,18 @@ class Lab:
                 if 'plain' in s: rows.append(dict(model=m, task=f'{t}_plain', metric='mc2', score=s['plain'], se=s['plain_se'], n=s['n']))
         return pd.DataFrame(rows)
 
+    def overlaps(self)->pd.DataFrame: # n, set, task, doc_id, n_rows, row
+        "Test items that share `n` words in a row with rows of a training set (`lab.ledger`)."
+        return pd.read_parquet(self.build('ledger').path/'overlaps.parquet')
+
+    def clean_scores(self,
+        names:list[str]|None=None, # models; None: all of `models`
+        n:int=13, # words in a row
+    )->pd.DataFrame: # model, task, score, clean, clean_se, n, n_clean; fractions
+        "Every score beside its value on items that share no `n` words in a row with any training set."
+        from solar_repro.lab.ledger import clean_scores
+        return clean_scores(self.records(names), self.overlaps(), n)
+
     def protocols(self,
         names:list[str]|None=None, # models; None: the base and all rows of Tables 3 to 7
     )->pd.DataFrame: # model, task, and the score under each protocol that the stored answers allow; fractions
@@ -367,7 +379,14 @@ class Lab:
     @property
     def label(self)->str:
         "What stands beside every result: the scale and the seed."
-        return f'{self.profile.label}, seed {self.profile.seed}'
+        return f'{self.profile.label}, seed {self.profile.seed}' + self._stand_in
+
+    @property
+    def _stand_in(self)->str:
+        "Names the rule that fills the math sets where a folder has no MetaMathQA."
+        if 'gsm8k/train' not in self.recipe['data/synth_math_instruct'].settings.get('files', {}): return ''
+        from solar_repro.data import STAND_IN
+        return f', {STAND_IN}'
 
     def provenance(self)->pd.DataFrame: # one row a built stage: stage, kind, key, content, seconds, started
         "What the results were made from."

@@ -1,0 +1,64 @@
+"""The base's six scores by our pipeline and by lm-eval's own Hugging Face backend, on the same published items, side by side.
+
+    python benchmarks/base_parity.py --profile smol [--items 24] [--tasks arc gsm8k] [--store DIR] [--out NAME]
+
+Both read the checkpoint and the items that the store holds (built where missing) and lm-eval's own task definitions, in float32. Prints a line a task: both scores,
+their difference, the largest difference of a log-likelihood, seconds of both. Fails if any two scores differ by more than 1e-4.
+"""
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1').items(): os.environ.setdefault(k, v)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--profile', default='smol'); p.add_argument('--store', type=Path); p.add_argument('--items', type=int)
+    p.add_argument('--tasks', nargs='+'); p.add_argument('--out')
+    a = p.parse_args()
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from solar_repro.eval import _lm_eval, build_requests, collect, evaluate
+    from solar_repro.lab.model import load_tokenizer, materialize
+    from solar_repro.lab.profile import load_profile
+    from solar_repro.lab.run import Lab
+    from solar_repro.paper import H6_TASKS
+
+    profile = load_profile(a.profile)
+    if a.items: profile = profile.model_copy(update=dict(eval=profile.eval.model_copy(update=dict(n_items=a.items))))
+    lab = Lab(profile, store=a.store)
+    torch.set_num_threads(profile.machine.threads)
+    model = materialize(lab.point('base')).float()
+    hf = HFLM(pretrained=model, tokenizer=load_tokenizer(lab.point('base').base), batch_size=1, device='cpu')
+    kind = 'tiny' if profile.data.source == 'tiny' else 'lm-eval'
+    rows = []
+    for t in a.tasks or H6_TASKS:
+        bench, shots = lab.build(f'bench/{t}').path, getattr(profile.eval.num_fewshot, t)
+        began = time.perf_counter()
+        ours, records = evaluate(lab.point('base'), t, bench, shots, profile.eval.batch_size, model=model, tasks=kind)
+        middle = time.perf_counter()
+        asked = build_requests(t, bench, shots, kind)
+        requests = [r for x in asked.tasks for r in x.instances]
+        with _lm_eval():
+            for r, got in zip(requests, getattr(hf, requests[0].request_type)(requests, disable_tqdm=True), strict=True): r.resps, r.filtered_resps = [got], {}
+            for x in asked.tasks: x.apply_filters()
+            theirs = collect(t, asked)
+        end = time.perf_counter()
+        lls = [abs(x - y) for r, s in zip(records, theirs) for x, y in zip(r.get('loglikelihoods', []), s.get('loglikelihoods', []))]
+        score = sum(r['score'] for r in theirs)/len(theirs)
+        rows.append(dict(task=t, shots=shots, items=len(records), ours=ours['score'], hf=score, difference=abs(ours['score'] - score),
+                         most_nats=max(lls) if lls else None, ours_s=middle - began, hf_s=end - middle))
+        nats = f'{max(lls):.1e} nats at most' if lls else 'the same texts' if all(r['text'] == s['text'] for r, s in zip(records, theirs)) else 'other texts'
+        print(f"{t:>10}: ours {ours['score']:.6f}, HF {score:.6f}, difference {rows[-1]['difference']:.1e}, {nats}; {middle - began:.0f} s and {end - middle:.0f} s", flush=True)
+    h6 = {k: sum(r[k] for r in rows)/len(rows) for k in ('ours', 'hf')}
+    print(f"{'mean':>10}: ours {h6['ours']:.6f}, HF {h6['hf']:.6f}")
+    if a.out:
+        path = Path(__file__).resolve().parent/'results'/f'{a.out}.json'
+        path.parent.mkdir(exist_ok=True); path.write_text(json.dumps(dict(label=lab.label, base=lab.recipe['base'].settings['source'], rows=rows, mean=h6), indent=1) + '\n')
+    return int(max(r['difference'] for r in rows) > 1e-4)
+
+
+if __name__ == '__main__': raise SystemExit(main())
