@@ -286,11 +286,11 @@ def stamps(
     files:list[str], # names of `lab.sources.FILES`
     source:str, # 'hub', or a folder
     revisions:dict[str,str]={}, # of the Hub, from the profile
-)->dict[str,str]: # file -> revision on the Hub, or sha256 of the file
+)->dict[str,str|None]: # file -> sha256 of the file, or revision on the Hub; None: pinned nowhere, so it can be planned but not built
     "What a draw from these files depends on, for the key of its stage."
     if source != 'hub': return {f: file_digest(located(Path(source), f)) for f in files}
-    from solar_repro.lab.sources import requests
-    return {f: requests(f, revisions)[0]['revision'] for f in files}
+    from solar_repro.lab.sources import FILES
+    return {f: revisions.get(f, FILES[f].revision) for f in files}
 
 # %% ../nbs/01_data.ipynb #561b393c
 @dataclass(frozen=True)
