@@ -98,7 +98,7 @@ def merge(paths:list[Path], method:str|None, weights:list[float]|None, t:float|N
     from solar_repro.lab import merging
     *inputs, out = paths
     if len(inputs) == 1 and inputs[0].suffix in ('.yml', '.yaml'):
-        if method or weights or base or density or dtype or t is not None: raise ValueError(f'merge: {inputs[0]} is a recipe and options are given too; expected one of them. Put the options into the recipe.')
+        if method or weights or base or density or dtype or normalize or dare_seed or lam != 1 or t is not None: raise ValueError(f'merge: {inputs[0]} is a recipe and options are given too; expected one of them. Put the options into the recipe.')
         r = merging.from_yaml(inputs[0].read_text(), inputs[0].name)
     else:
         if not method: raise ValueError(f'merge: no --method for {[str(p) for p in inputs]}; expected one of {merging.METHODS}, or CONFIG.yml OUT. Name one.')

@@ -96,6 +96,8 @@ class Recipe:
         for what,low,settings in (('t', 0, [self.t]), ('density', 1e-9, self.density)):
             odd = [v for s in settings for _,g in s for v in g if not low<=v<=1]
             if odd: raise no(f"{what}={odd[0]}; expected {'more than 0' if low else '0'} to 1. Correct it.")
+        if self.method not in ON_BASE and (self.base is not None or any(g!=(1.,) for _,g in self.lam)):
+            raise no(f"{self.method} with base {self.base} and lambda {self.lam}; expected neither, since it adds up no changes. Leave them out.")
         if self.dtype is not None and self.dtype not in ('float64', 'float32', 'float16', 'bfloat16'):
             raise no(f"dtype {self.dtype!r}; expected float64, float32, float16 or bfloat16. Correct --dtype.")
 
@@ -118,6 +120,7 @@ def recipe(
 )->Recipe:
     "A recipe with the same numbers everywhere."
     n = len(models)
+    if method=='slerp' and weights is not None: raise ValueError(f"merge: weights {list(weights)} with slerp; expected t. Give --t.")
     if weights is None: weights = [1/n if method=='linear' else 1.]*n if n else []
     return Recipe(method, tuple(map(str, models)), None if base is None else str(base), () if method=='slerp' else tuple(setting(w, 'weight') for w in weights),
                   () if density is None else (setting(density, 'density'),)*n, setting(t, 't') if method=='slerp' else (), setting(lam, 'lambda'),

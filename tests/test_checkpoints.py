@@ -1,0 +1,472 @@
+"Merging, comparing and exporting whole checkpoints, by functions and by the shell."
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from solar_repro.lab import merging
+from solar_repro.lab.checkpoints import compare, open_checkpoint, together
+from solar_repro.lab.cli import main
+from solar_repro.lab.merging import from_yaml, kept_at_random, merge, recipe, to_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
+SHELL = [sys.executable, '-c', 'from solar_repro.lab.cli import main; raise SystemExit(main())']
+
+
+def write(folder: Path, tensors: dict, n_files: int = 1, **config) -> Path:
+    "A checkpoint of made-up tensors."
+    folder.mkdir(parents=True)
+    (folder/'config.json').write_text(json.dumps(dict(model_type='llama', architectures=['LlamaForCausalLM'], dtype='bfloat16') | config))
+    names = sorted(tensors)
+    where = {n: f'model-{i*n_files//len(names)+1:05}-of-{n_files:05}.safetensors' for i, n in enumerate(names)}
+    if n_files > 1: (folder/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=where)))
+    for f in set(where.values()):
+        save_file({n: tensors[n].contiguous() for n in names if where[n] == f}, folder/(f if n_files > 1 else 'model.safetensors'), metadata=dict(format='pt'))
+    return folder
+
+
+def read(folder: Path) -> dict:
+    found = {n: w for f in sorted(folder.glob('*.safetensors')) for n, w in load_file(f).items()}
+    assert found
+    return found
+
+
+def noise(seed: int, like: dict | None = None, size: float = 1.) -> dict:
+    "Random tensors of awkward sizes, or a model near another."
+    g = torch.Generator().manual_seed(seed)
+    if like: return {n: (w.double() + size*torch.randn(w.shape, generator=g, dtype=torch.double)).to(w.dtype) for n, w in like.items()}
+    shapes = {'model.embed_tokens.weight': (1001, 33), 'model.layers.0.mlp.up_proj.weight': (257, 129), 'model.layers.1.mlp.up_proj.weight': (257, 129),
+              'model.layers.2.mlp.up_proj.weight': (1, 1), 'model.norm.weight': (7,), 'lm_head.weight': (5_000_003,)}   # the last does not fit one chunk of a file
+    return {n: torch.randn(s, generator=g) for n, s in shapes.items()}
+
+
+def to(tensors: dict, dtype) -> dict: return {n: w.to(dtype) for n, w in tensors.items()}
+
+
+def run(*words: str, **kw) -> subprocess.CompletedProcess:
+    return subprocess.run([*SHELL, *map(str, words)], env=ENV, capture_output=True, text=True, timeout=120, **kw)
+
+
+def said(capsys, *words) -> tuple[int, str, str]:
+    code = main([str(w) for w in words])
+    return code, *capsys.readouterr()
+
+
+# ---- values
+
+def ulps(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    "How many numbers of their dtype lie between them."
+    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    line = lambda v: torch.where((i := v.view(ints).long()) < 0, -(i & ((1 << (8*x.element_size() - 1)) - 1)), i)
+    return (line(x) - line(y)).abs()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize('weights', [(.5, .5), (.4, .6), (.2, .3, .5), (1.7, -.7)])
+def test_average_against_float64(tmp_path, dtype, weights):
+    first = noise(0)
+    models = [to(noise(i, first, .5), dtype) for i in range(1, len(weights)+1)]
+    paths = [write(tmp_path/f'm{i}', m, n_files=1+i) for i, m in enumerate(models)]
+    got = read(merge(recipe('linear', paths, weights), tmp_path/'out', shard_bytes=400_000))
+    assert set(got) == set(first)
+    for n in first:
+        want = sum(w*m[n].double() for w, m in zip(weights, models)).to(dtype)
+        assert got[n].dtype == dtype and got[n].shape == first[n].shape and ulps(got[n], want).max() <= 1, n
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('t', [0., .3, .5, 1.])
+def test_slerp_against_float64(tmp_path, dtype, t):
+    A = noise(0); B = noise(1, A, .7)
+    B['model.norm.weight'] = A['model.norm.weight']*1.0001       # parallel: linear
+    A, B = to(A, dtype), to(B, dtype)
+    out = merge(recipe('slerp', [write(tmp_path/'A', A), write(tmp_path/'B', B, 3)], t=t), tmp_path/'out')
+    got, record = read(out), json.loads((out/'slerp.json').read_text())
+    assert [n for n in sorted(A) if record[n]['fell_back']] == ['model.layers.2.mlp.up_proj.weight', 'model.norm.weight']   # one number is parallel to another
+    for n in A:
+        a, b = A[n].double(), B[n].double()
+        angle = torch.acos(((a*b).sum()/a.norm()/b.norm()).clamp(-1, 1))
+        want = (1-t)*a + t*b if record[n]['fell_back'] else (torch.sin((1-t)*angle)*a + torch.sin(t*angle)*b)/torch.sin(angle)
+        assert ulps(got[n], want.to(dtype)).max() <= 1, n
+
+
+def test_methods_by_hand(tmp_path):
+    row = lambda *x: {'model.layers.0.w': torch.tensor(x)}
+    C, A, B = (write(tmp_path/n, row(*x)) for n, x in dict(C=[1., 1., 1., 1.], A=[3., 1.5, 0., 1.], B=[2., 1., 2., -3.]).items())   # changes (2, .5, -1, 0) and (1, 0, 1, -4)
+
+    def values(i, *a, **kw): return read(merge(recipe(*a, **kw), tmp_path/f'out{i}'))['model.layers.0.w'].tolist()
+    assert values(0, 'linear', [A, B], [.25, .75]) == [2.25, 1.125, 1.5, -2.]
+    assert values(1, 'linear', [A, B], [1, 3], normalize=True) == [2.25, 1.125, 1.5, -2.]
+    assert values(2, 'task_arithmetic', [A, B], [1, -1], base=C, lam=.5) == [1.5, 1.25, 0., 3.]
+    assert values(3, 'ties', [A, B], base=C, density=.5) == [2.5, 1., 2., -3.]           # kept: (2, ., -1, .) and (1, ., 1, -4): 1 ties with 1; third: -1 and 1 cancel, so plus
+    assert values(4, 'ties', [A, B], [3, 1], base=C, density=1.) == [2.75, 1.5, 0., -3.]   # third: -3 outvotes 1
+    x, y = ({'model.layers.0.w': torch.tensor(v)} for v in ([1., 0.], [.5, math.sqrt(.75)]))
+    half = read(merge(recipe('slerp', [write(tmp_path/'x', x), write(tmp_path/'y', y)]), tmp_path/'xy'))['model.layers.0.w']
+    assert half.tolist() == pytest.approx([math.sqrt(.75), .5], abs=1e-7)                # 30 degrees of 60
+
+
+@pytest.mark.parametrize('method', ['dare_linear', 'dare_ties'])
+def test_dare_is_the_same_however_it_is_cut(tmp_path, method, monkeypatch):
+    C = noise(0); A, B = (noise(i, C, .5) for i in (1, 2))
+    paths = [write(tmp_path/n, T) for n, T in dict(A=A, B=B).items()]
+    base = write(tmp_path/'C', C)
+    make = lambda name, seed, **kw: read(merge(recipe(method, paths, base=base, density=.3, seed=seed), tmp_path/name, **kw))
+    one = make('one', 5)
+    monkeypatch.setattr(merging, 'CHUNK', 1 << 16); monkeypatch.setattr(merging, 'PIECE', 1000)
+    two, other = make('two', 5, threads=3, shard_bytes=300_000), make('other', 6)
+    assert all(torch.equal(one[n], two[n]) for n in C) and not torch.equal(one['lm_head.weight'], other['lm_head.weight'])
+    if method == 'dare_linear':
+        n, total = 'lm_head.weight', 0.
+        for i, T in enumerate((A, B)): total = total + (T[n].double()-C[n].double())*kept_at_random(f'5 {n} {i}', .3, 0, len(C[n]))/.3
+        assert torch.allclose(one[n].double(), C[n].double()+total, rtol=1e-6, atol=1e-6)
+        drift = (one[n]-C[n]).double().mean() - sum((T[n]-C[n]).double().mean() for T in (A, B))
+        assert abs(drift) < 4*math.sqrt(2*.25*(1/.3-1)/len(C[n]))                        # thinning keeps the mean
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('method', ['linear', 'slerp', 'ties', 'dare_ties'])
+def test_gpu_gives_what_the_processor_gives(tmp_path, method):
+    C = to(noise(0), torch.bfloat16); paths = [write(tmp_path/f'm{i}', noise(i, C, .5)) for i in (1, 2)]
+    r = recipe(method, paths, base=None if method in ('linear', 'slerp') else write(tmp_path/'C', C), density=None if method in ('linear', 'slerp') else .3)
+    one, two = read(merge(r, tmp_path/'one')), read(merge(r, tmp_path/'two', device='cuda'))
+    assert all(ulps(one[n], two[n]).max() <= 1 for n in one)
+
+
+# ---- what is written
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    A = to(noise(0), torch.bfloat16)
+    return write(tmp_path/'A', A, 2), write(tmp_path/'B', noise(1, A, .5))
+
+
+def test_bounded_files_index_and_card(tmp_path, pair):
+    out = merge(recipe('linear', pair, [.4, .6]), tmp_path/'out', shard_bytes=100_000)
+    index = json.loads((out/'model.safetensors.index.json').read_text())
+    assert index['weight_map'] == {n: e.file.name for n, e in open_checkpoint(out).entries.items()}
+    sizes = {f.name: sum(e.stop-e.start for e in open_checkpoint(out).entries.values() if e.file == f) for f in open_checkpoint(out).files}
+    assert len(sizes) >= 3 and sum(v > 100_000 for v in sizes.values()) == 1 and index['metadata']['total_size'] == sum(sizes.values())   # one tensor alone is larger
+    card = (out/'README.md').read_text()
+    head = yaml.safe_load(card.split('---')[1])
+    assert head['base_model'] == ['A', 'B'] and 'linear' in head['tags'] and f'torch {torch.__version__}' in card
+    files = [f for p in pair for f in sorted(p.glob('*.safetensors'))]
+    assert len(files) == 3 and all(hashlib.sha256(f.read_bytes()).hexdigest() in card for f in files)
+    assert from_yaml((out/'mergekit_config.yml').read_text()) == recipe('linear', pair, [.4, .6])
+    assert not list(tmp_path.glob('.*merging'))
+
+
+@pytest.fixture(scope='module')
+def llamas(tmp_path_factory) -> list[Path]:
+    "A base and two that start from it, as transformers saves them, with tokenizer and generation config."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from solar_repro.lab.model import quiet
+    from solar_repro.tiny.base import random_base
+    tmp = tmp_path_factory.mktemp('llamas')
+    with quiet():
+        base = random_base(tmp/'base')
+        for i in (1, 2):
+            m = AutoModelForCausalLM.from_pretrained(base)
+            g = torch.Generator().manual_seed(i)
+            with torch.no_grad():
+                for p in m.parameters(): p.add_(.02*torch.randn(p.shape, generator=g))
+            m.generation_config.max_new_tokens = 7
+            m.save_pretrained(tmp/f'm{i}', max_shard_size='100KB'); AutoTokenizer.from_pretrained(base).save_pretrained(tmp/f'm{i}')
+    return [Path(base), tmp/'m1', tmp/'m2']
+
+
+def test_transformers_loads_what_is_merged(tmp_path, llamas):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    _, one, two = llamas
+    out = merge(recipe('linear', [one, two], [.25, .75]), tmp_path/'out', shard_bytes=100_000)
+    got = AutoModelForCausalLM.from_pretrained(out)
+    a, b = (AutoModelForCausalLM.from_pretrained(p) for p in (one, two))
+    with torch.no_grad():
+        for p, q in zip(a.parameters(), b.parameters(), strict=True): p.mul_(.25).add_(q, alpha=.75)
+    ids = torch.arange(30)[None]
+    assert torch.allclose(got(ids).logits, a(ids).logits, atol=1e-5) and not torch.allclose(got(ids).logits, b(ids).logits, atol=1e-2)
+    assert AutoTokenizer.from_pretrained(out)('2 + 3') == AutoTokenizer.from_pretrained(one)('2 + 3') and got.generation_config.max_new_tokens == 7
+
+
+# ---- killed, and run again
+
+def test_killed_and_run_again(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    A = {f'model.layers.{i}.w': torch.randn(1000, 4000, generator=g).bfloat16() for i in range(12)}
+    a, b = write(tmp_path/'A', A), write(tmp_path/'B', noise(1, A, .5))
+    words = ['merge', '--method', 'ties', '--density', '.5', '--base', a, '--shard-size', '.016', '--threads', '1', a, b]
+    p = subprocess.Popen([*SHELL, *map(str, words), str(tmp_path/'out')], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(6000):
+        done = sorted(tmp_path.glob('.out.*.merging/*.safetensors.json'))
+        if len(done) >= 3 or p.poll() is not None: break
+        time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.communicate()
+    assert 3 <= len(done) < 12 and not (tmp_path/'out').exists(), p.returncode
+    finished = {f.with_suffix('').name: f.with_suffix('').stat().st_mtime_ns for f in done}
+    [private] = tmp_path.glob('.out.*.merging')
+    (private/'model-00012-of-00012.safetensors.part').write_bytes(b'half')
+    assert run(*words, tmp_path/'out').returncode == 0
+    assert finished and all((tmp_path/'out'/f).stat().st_mtime_ns == t for f, t in finished.items())     # not written again
+    assert run(*words, tmp_path/'whole').returncode == 0
+    again, whole = read(tmp_path/'out'), read(tmp_path/'whole')
+    assert len(again) == 12 and all(torch.equal(again[n], whole[n]) for n in whole)
+    assert sorted(f.name for f in (tmp_path/'out').iterdir()) == sorted(f.name for f in (tmp_path/'whole').iterdir()) and not list(tmp_path.glob('.*merging'))
+
+
+def test_what_another_merge_left_is_not_taken_for_this_one(tmp_path, pair):
+    plan = tmp_path/'.out.0123456789ab.merging'
+    plan.mkdir(); (plan/'model.safetensors').write_bytes(b'other'); (plan/'model.safetensors.json').write_text('{}')
+    out = merge(recipe('linear', pair), tmp_path/'out')
+    assert len(read(out)) == 6 and not plan.exists()
+
+
+def test_an_input_that_changed_is_read_again(tmp_path, pair, monkeypatch):
+    r = recipe('linear', pair, [.5, .5])
+    with monkeypatch.context() as m:
+        m.setattr(merging, '_publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))              # stopped at the very end
+        with pytest.raises(KeyboardInterrupt): merge(r, tmp_path/'out')
+    B = {n: w*2 for n, w in read(pair[1]).items()}
+    save_file(B, pair[1]/'model.safetensors')
+    A, got = read(pair[0]), read(merge(r, tmp_path/'out'))
+    assert all(torch.equal(got[n], ((A[n].double()+B[n].double())/2).bfloat16()) for n in A)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    "Half a gigabyte each, of zeros that take no place on the disk."
+    for m in 'AB':
+        (tmp_path/m).mkdir(); (tmp_path/m/'config.json').write_text('{}')
+        n, header = 1 << 28, json.dumps({'layers.0.w': dict(dtype='BF16', shape=[1 << 14, 1 << 14], data_offsets=[0, 1 << 29])}).encode()
+        with open(tmp_path/m/'model.safetensors', 'wb') as f: f.write(len(header).to_bytes(8, 'little') + header); f.truncate(8+len(header)+2*n)
+    code = ("import re; from pathlib import Path; from solar_repro.lab.merging import merge, recipe\n"
+            "anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024\n"
+            "peak, before = [0], anon()\n"
+            "def tick(done, total): peak[0] = max(peak[0], anon())\n"
+            f"merge(recipe('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), tick=tick)\nprint(before, peak[0])")
+    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, peak = map(float, done.stdout.split())
+    assert 0 < peak < 1024 and peak-before < 300, (before, peak)      # MiB; a thread has 8 for writing and 4 for computing
+    assert (tmp_path/'out'/'model.safetensors').stat().st_size > 1 << 29
+
+
+# ---- refusals
+
+def tokens(folder: Path, vocab: dict) -> None:
+    (folder/'tokenizer.json').write_text(json.dumps(dict(model=dict(vocab=vocab), added_tokens=[])))
+
+
+def broken(folder: Path, A: dict, how: str) -> Path:
+    "A checkpoint that cannot be merged with `A`."
+    n = 'model.layers.0.mlp.up_proj.weight'
+    if how == 'architecture': return write(folder, A, architectures=['MistralForCausalLM'])
+    if how == 'function': return write(folder, A, rope_theta=5e5)
+    if how == 'shape': return write(folder, A | {n: A[n].T.contiguous()})
+    if how == 'missing': return write(folder, {k: v for k, v in A.items() if k != n})
+    if how == 'extra': return write(folder, A | {'model.layers.9.w': torch.ones(2, 3)})
+    if how in ('nan', 'inf'): w = A[n].clone(); w[5, 6] = float(how); return write(folder, A | {n: w})
+    if how == 'quantised': return write(folder, A, quantization_config=dict(quant_method='awq'))
+    if how == 'dtype': return write(folder, to(A, torch.float32))
+    if how == 'pickle': folder.mkdir(); (folder/'config.json').write_text('{}'); torch.save(A, folder/'pytorch_model.bin'); return folder
+    if how == 'cut': f = write(folder, A)/'model.safetensors'; f.write_bytes(f.read_bytes()[:-10]); return folder
+    if how == 'part': f = write(folder, A, 2)/'model-00002-of-00002.safetensors'; f.unlink(); return folder
+    if how == 'vocabulary': write(folder, A); tokens(folder, dict(a=0, c=1)); return folder
+    if how == 'order': write(folder, A); tokens(folder, dict(a=1, b=0)); return folder
+    raise AssertionError(how)
+
+
+REFUSED = dict(architecture=['MistralForCausalLM'], function=['rope_theta', '500000.0'], shape=['model.layers.0.mlp.up_proj.weight is (257, 129)', '(129, 257)'],
+               missing=['lacks model.layers.0.mlp.up_proj.weight (257, 129)'], extra=['model.layers.9.w (2, 3)'], nan=['model.layers.0.mlp.up_proj.weight (257, 129)', 'is nan at (5, 6)'],
+               inf=['is inf at (5, 6)', 'take an earlier checkpoint'], quantised=['quantised (awq)'], dtype=['BF16 and F32', '--dtype'], pickle=['pytorch_model.bin', 'save_pretrained'],
+               cut=['expected a whole file'], part=['model-00002-of-00002.safetensors', 'index'], vocabulary=['only in', ': b (1 in all)', ': c (1 in all)'],
+               order=["with another id: 'a' (0 and 1), 'b' (1 and 0)"])
+
+
+@pytest.mark.parametrize('how', REFUSED)
+@pytest.mark.parametrize('method', ['linear', 'slerp'])
+def test_refused(tmp_path, pair, how, method, capsys):
+    A = read(pair[0]); tokens(pair[0], dict(a=0, b=1))
+    other = broken(tmp_path/'other', A, how)
+    code, out, err = said(capsys, 'merge', '--method', method, pair[0], other, tmp_path/'out')
+    assert code == 2 and not out and err.startswith('solar-repro: ') and 'expected' in err and err.count('\n') == 1
+    for word in REFUSED[how]: assert word in err, err
+    assert not (tmp_path/'out').exists() and not list(tmp_path.glob('.*merging'))
+
+
+def test_pickle_advice_works(tmp_path, llamas):
+    "The line that a refusal gives makes a checkpoint that is not refused."
+    import re
+    import shlex
+    one = llamas[1]; old = tmp_path/'old'; old.mkdir()
+    (old/'config.json').write_bytes((one/'config.json').read_bytes()); torch.save(read(one), old/'pytorch_model.bin')
+    with pytest.raises(ValueError) as e: open_checkpoint(old)
+    command = shlex.split(re.search(r'python -c ".*?"', str(e.value))[0])
+    done = subprocess.run([sys.executable, *command[1:]], env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert compare(one, f'{old}-safetensors')['distance'].max() == 0
+
+
+@pytest.mark.parametrize('words, heard', [
+    (['--method', 'linear', '--weights', '.5', '.6'], ['sum to 1.1', '--normalize']), (['--method', 'linear', '--weights', '1'], ['1 weights for 2 models']),
+    (['--method', 'slerp', '--t', '1.5'], ['t=1.5']), (['--method', 'ties'], ['Give --base']), (['--method', 'karcher'], ['karcher', 'slerp']), ([], ['no --method']),
+    (['--method', 'linear', '--t', '.5'], ['--t 0.5']), (['--method', 'slerp', '--weights', '.5', '.5'], ['weights']), (['--method', 'linear', '--lambda', '2'], ['lambda']),
+    (['--method', 'linear', '--base', 'x'], ['base']), (['--method', 'linear', '--dtype', 'int8'], ['int8'])])
+def test_arguments_refused(tmp_path, pair, capsys, words, heard):
+    code, _, err = said(capsys, 'merge', *words, *pair, tmp_path/'out')
+    assert code == 2 and 'expected' in err and not (tmp_path/'out').exists()
+    for word in heard: assert word in err, err
+
+
+def test_normalize_is_asked_for(tmp_path, pair, capsys):
+    assert said(capsys, 'merge', '--method', 'linear', '--weights', '1', '3', '--normalize', *pair, tmp_path/'out')[0] == 0
+    assert said(capsys, 'merge', '--method', 'linear', '--weights', '0.25', '0.75', *pair, tmp_path/'same')[0] == 0
+    one, two = read(tmp_path/'out'), read(tmp_path/'same')
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_target_and_space_refused(tmp_path, pair, capsys, monkeypatch):
+    (tmp_path/'there').mkdir()
+    code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'there')
+    assert code == 2 and 'exists; expected a new folder' in err
+    code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'no'/'out')
+    assert code == 2 and 'Make it first' in err
+    code, _, err = said(capsys, 'merge', '--method', 'linear', tmp_path/'nowhere', pair[0], tmp_path/'out')
+    assert code == 2 and 'nowhere' in err and 'hf download' in err
+    monkeypatch.setattr(merging.shutil, 'disk_usage', lambda p: type('Usage', (), dict(free=10_000)))
+    code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'out')
+    assert code == 2 and '0.01 GB to write' in err and 'Free some space' in err and not (tmp_path/'out').exists()
+
+
+def test_two_processes_do_not_write_one_target(tmp_path, pair):
+    r = recipe('linear', pair)
+    stamps = merging._stamps([open_checkpoint(p) for p in pair])
+    _, lock = merging._private(tmp_path/'out', dict(format=1, recipe=to_yaml(r), inputs=stamps, shard_bytes=2_000_000_000))
+    with pytest.raises(OSError, match='another process'): merge(r, tmp_path/'out')
+    lock.close()
+    assert len(read(merge(r, tmp_path/'out'))) == 6
+
+
+# ---- recipes
+
+def test_mergekit_recipe_gives_each_tensor_its_number(tmp_path, pair, capsys):
+    a, b = pair
+    config = tmp_path/'config.yml'
+    config.write_text(f'''
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [0, 3]
+      - model: {b}
+        layer_range: [0, 3]
+merge_method: slerp
+base_model: {b}
+parameters:
+  t:
+    - filter: mlp
+      value: [0, 0.25, 1]
+    - filter: embed
+      value: 0.75
+    - value: 0
+dtype: bfloat16
+tokenizer_source: base
+''')
+    assert said(capsys, 'merge', config, tmp_path/'out')[0] == 0
+    got, A, B = read(tmp_path/'out'), read(a), read(b)
+    t = {'model.embed_tokens.weight': .75, 'model.layers.0.mlp.up_proj.weight': 0, 'model.layers.1.mlp.up_proj.weight': .25, 'model.layers.2.mlp.up_proj.weight': 1,
+         'model.norm.weight': 0, 'lm_head.weight': 0}
+    for n, w in got.items():                                      # the base is t=0
+        x, y = B[n].double(), A[n].double()
+        angle = torch.acos(((x*y).sum()/x.norm()/y.norm()).clamp(-1, 1))
+        want = x if t[n] == 0 else y if t[n] == 1 else (torch.sin((1-t[n])*angle)*x + torch.sin(t[n]*angle)*y)/torch.sin(angle)
+        assert ulps(w, want.bfloat16()).max() <= 1, n
+    again = tmp_path/'again.yml'; again.write_bytes((tmp_path/'out'/'mergekit_config.yml').read_bytes())
+    assert said(capsys, 'merge', again, tmp_path/'out2')[0] == 0
+    assert all(torch.equal(w, got[n]) for n, w in read(tmp_path/'out2').items())
+
+
+@pytest.mark.parametrize('r', [recipe('linear', ['A', 'B', 'C'], [.2, .3, .5]), recipe('linear', ['A', 'B'], [1, 2], normalize=True, dtype='float32'), recipe('slerp', ['A', 'B'], t=.1),
+                               recipe('task_arithmetic', ['A', 'B'], [1, -.5], base='C', lam=.7), recipe('ties', ['A', 'B'], base='C', density=.2),
+                               recipe('dare_linear', ['A'], base='C', density=.1, seed=9), recipe('dare_ties', ['A', 'B'], [.5, .5], base='C', density=.1)], ids=lambda r: r.method)
+def test_yaml_there_and_back(r): assert from_yaml(to_yaml(r)) == r
+
+
+def test_recipe_and_options_do_not_mix(tmp_path, capsys):
+    (tmp_path/'c.yml').write_text('{merge_method: linear, models: [{model: A, parameters: {weight: 1}}, {model: B, parameters: {weight: 1}}]}')
+    for words, heard in ((['--method', 'slerp'], 'expected one of them'), (['--normalize'], 'expected one of them'), ([], 'hf download A')):
+        code, _, err = said(capsys, 'merge', *words, tmp_path/'c.yml', tmp_path/'out')
+        assert code == 2 and heard in err, err
+
+
+# ---- looking
+
+def test_compare_prints_and_returns(tmp_path, pair, capsys, llamas):
+    base, one, two = llamas
+    code, out, _ = said(capsys, 'compare', one, two, '--base', base)
+    assert code == 0 and 'outside' in out and 'angle_change_deg' in out
+    code, out, _ = said(capsys, 'compare', one, two, '--tensors')
+    rows = compare(one, two)
+    assert code == 0 and all(n in out for n in rows.tensor) and set(rows.tensor) == set(read(one))
+    whole = together(compare(one, two, base=base), None).iloc[0]
+    a, b, c = (torch.cat([read(p)[n].double().flatten() for n in sorted(read(p))]) for p in (one, two, base))
+    assert whole.distance == pytest.approx((a-b).norm().item()) and whole.cosine_change == pytest.approx(((a-c)@(b-c)/(a-c).norm()/(b-c).norm()).item())
+    code, _, err = said(capsys, 'compare', one, pair[0])
+    assert code == 2 and 'expected one architecture' in err
+
+
+# ---- adapters and export
+
+def test_adapters_of_one_base(tmp_path, llamas):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from solar_repro.lab.model import save_adapter
+    base, g = llamas[0], torch.Generator().manual_seed(0)
+
+    def adapter(name, r, module='up_proj', n_in=64):
+        t = {f'base_model.model.model.layers.{i}.mlp.{module}.lora_{x}.weight': torch.randn(s, generator=g)/8 for i in range(2) for x, s in (('A', (r, n_in)), ('B', (128, r)))}
+        return save_adapter(t, r, 16, tmp_path/name)
+    one, two = adapter('one', 4), adapter('two', 8)
+    load = lambda a: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), a).merge_and_unload().state_dict()
+    start, x, y, got = AutoModelForCausalLM.from_pretrained(base).state_dict(), load(one), load(two), load(merge(recipe('linear', [one, two], [.3, .7]), tmp_path/'mean'))
+    summed = load(merge(recipe('task_arithmetic', [one, two], [1, -.5], base=base, lam=2), tmp_path/'sum'))
+    changed = [n for n in x if not torch.equal(x[n], y[n])]
+    assert len(changed) == 2
+    for n in x:
+        assert torch.allclose(got[n], .3*x[n]+.7*y[n], atol=1e-6), n
+        assert torch.allclose(summed[n], start[n]+2*(x[n]-start[n])-(y[n]-start[n]), atol=1e-5), n
+    for r, heard in ((recipe('slerp', [one, two]), 'only ones whose result is an adapter'), (recipe('linear', [one, adapter('gate', 4, 'gate_proj')]), 'is absent in'),
+                     (recipe('linear', [one, two], [.5, .6]), 'sum to 1.1'), (recipe('linear', [one, base]), 'expected one kind')):
+        with pytest.raises(ValueError, match=heard): merge(r, tmp_path/'refused')
+
+
+def test_export_loads_in_one_line(tmp_path, full, capsys):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from solar_repro.lab.model import materialize
+    from solar_repro.lab.run import Lab
+    common = ['--profile', 'smoke', '--store', full]
+    lab, ids = Lab('smoke', store=full), torch.arange(40)[None]
+    logits = lambda m: m.eval()(input_ids=ids).logits.detach()
+    for name in ('Merge v1', 'Merge v4'):
+        want, out = logits(materialize(lab.point(name))), tmp_path/name
+        assert said(capsys, 'export', name, out, *common)[0] == 0
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out, dtype='auto')), want)
+        assert len(AutoTokenizer.from_pretrained(out)) and name in (out/'README.md').read_text()
+    code, _, err = said(capsys, 'export', 'Merge v4', tmp_path/'slerp', '--adapter', *common)
+    assert code == 2 and 'Leave out --adapter' in err
+    assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', '--adapter', *common)[0] == 0
+    got, want = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter')), logits(materialize(lab.point('Merge v1')))
+    assert torch.allclose(got, want, atol=1e-4)      # float32 in another order
+    assert not torch.allclose(want, logits(materialize(lab.point('base'))), atol=1e-4)
+    assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', *common)[0] == 2
