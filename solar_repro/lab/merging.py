@@ -708,7 +708,7 @@ def merge(
     _beside(private, models[0], r, shards)
     (private/'README.md').write_text(_card(r, hashes, notes))
     if said: (private/'slerp.json').write_text(json.dumps(said, indent=1))
-    for f in [*(private/f'{s.name}.json' for s in shards), private/'lock']: f.unlink()
+    for f in [*(private/f'{s.name}.json' for s in shards), *private.glob('*.part'), private/'lock']: f.unlink()
     return _publish(private, out, lock)
 
 def _publish(private:Path, out:Path, lock)->Path:
