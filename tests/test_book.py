@@ -286,6 +286,6 @@ def test_one_notebook_alone_on_an_empty_and_on_a_full_store(smoke, tmp_path):
     "Both print the same tables, bit for bit."
     empty = smoke.papermill(smoke.code, 'nbs/04_merge.ipynb', tmp_path/'empty')
     full = smoke.papermill(tmp_path/'elsewhere', str(smoke.code/'nbs'/'04_merge.ipynb'), smoke.store)
-    shown = [[o.data['text/plain'] for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'execute_result'] for nb in (empty, full)]
+    shown = [[re.sub(' at 0x[0-9a-f]+', '', o.data['text/plain']) for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'execute_result'] for nb in (empty, full)]
     assert shown[0] == shown[1] and any('Merge v4' in x for x in shown[0])
     assert [p.name for p in (tmp_path/'elsewhere').iterdir()] == ['OUT.ipynb']

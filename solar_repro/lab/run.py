@@ -226,12 +226,12 @@ class Lab:
         "Build stages and everything that they need."
         missing = [n for n in self.needs(list(self.recipe) if names is None else names) if self._find(n) is None]
         if not missing: return
-        for f in (f for n in missing for f, stamp in self.recipe[n].settings.get('files', {}).items() if stamp is None):
-            from solar_repro.lab.sources import requests
-            requests(f, self.profile.data.revisions) # an error: no commit is pinned
         if self.profile.machine.device == 'cuda':
             from solar_repro.lab.plan import check_machine
             check_machine(self, missing) # before hours are spent
+        for f in (f for n in missing for f, stamp in self.recipe[n].settings.get('files', {}).items() if stamp is None):
+            from solar_repro.lab.sources import requests
+            requests(f, self.profile.data.revisions) # an error: no commit is pinned
         progress = self._progress(missing)
         try:
             for k, n in enumerate(missing):
