@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from jinja2 import Environment
 
 from . import paper
-from .lab.stats import Paired, holm, noise, paired, paired_mean, resolvable
+from .lab.stats import Paired, holm, noise, paired, paired_mean, paired_se, resolvable
 from .paper import CLAIMS, H6_TASKS, TITLES, Claim, h6
 
 # %% ../nbs/06_tables.ipynb #ef4550a2
@@ -62,18 +62,20 @@ def table(
     return pd.DataFrame(dict(model=list(rows), **columns)).round(2)
 
 # %% ../nbs/06_tables.ipynb #d7d12619
+def _items(records:pd.DataFrame, task:str, m:str)->dict[str,Sequence[float]]: # benchmark -> scores, in the items' order
+    of = {t: g.sort_values('doc_id')['score'].to_numpy() for t, g in records[records['model'] == m].groupby('task')}
+    tasks = H6_TASKS if task == 'h6' else (task,)
+    lacking = [t for t in tasks if t not in of]
+    if lacking: raise ValueError(f'pair: no items of {m} on {lacking}; expected records of both models. Evaluate it first, e.g. with lab.records([{m!r}]).')
+    return {t: of[t] for t in tasks}
+
 def pair(
     records:pd.DataFrame, # model, task, doc_id, score; one row an item
     task:str, # 'h6' or one of the six
     a:str, b:str, # models
 )->Paired: # difference a - b, its standard error, p
     "Two models on the items of one benchmark, or of all six."
-    of = {m: {t: g.sort_values('doc_id') for t, g in records[records['model'] == m].groupby('task')} for m in (a, b)}
-    tasks = H6_TASKS if task == 'h6' else (task,)
-    for m in of:
-        lacking = [t for t in tasks if t not in of[m]]
-        if lacking: raise ValueError(f'pair: no items of {m} on {lacking}; expected records of both models. Evaluate it first, e.g. with lab.records([{m!r}]).')
-    x, y = ({t: of[m][t]['score'].to_numpy() for t in tasks} for m in (a, b))
+    x, y = _items(records, task, a), _items(records, task, b)
     return paired_mean(x, y) if task == 'h6' else paired(x[task], y[task])
 
 def compared(
@@ -192,7 +194,7 @@ def _compare(c:Claim, s:pd.DataFrame, records:pd.DataFrame|None=None)->pd.DataFr
         x, y = s.loc[(a, task)], s.loc[(b, task)]
         d, se = x['score'] - y['score'], (x['se']**2 + y['se']**2)**.5
         if records is not None:     # where two answer all alike, their scores' own errors tell what that is worth
-            se = (pair(records, task, a, b).se or se)
+            se = paired_se(_items(records, task, a), _items(records, task, b)) or se
         rows.append(dict(compares=f'{TITLES[task]}, {a} {op} {b}', difference=100*d, se=100*se, verdict=judge(op, d, se)))
     return pd.DataFrame(rows)
 
