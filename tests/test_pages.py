@@ -339,7 +339,7 @@ def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
     assert set(other.status()['state']) == {'built'}
     changed = Lab(own_profile(tmp_path / 'mine', rows=ALPACA[:-1]), store=store)
     missing = set(changed.status().query('state == "missing"')['stage'])
-    assert {m for m in missing if not m.startswith('eval/')} == {'data/times', 'SFT v5'}
+    assert {m for m in missing if not m.startswith('eval/')} == {'data/times', 'ledger', 'SFT v5'}
 
 
 @pytest.mark.parametrize('line, says', [
