@@ -224,7 +224,7 @@ def limits_of(
     c, size, free = model.config.get_text_config(), model.dtype.itemsize, free_bytes(model.device)
     kv = 2*math.prod(kv_shape(model))*size                                # bytes a token
     work = kv + (12*c.hidden_size + 4*c.intermediate_size)*size
-    cap_tok, cap_kv = (4096, 65536) if model.device.type == 'cpu' else (65536, 2**20)
+    cap_tok, cap_kv = (min(4096, 2**28//work), 65536) if model.device.type == 'cpu' else (65536, 2**20)     # larger passes are slower on a CPU
     floor = lambda n, least: 1 << (max(n, least).bit_length() - 1)
     return Limits(floor(min(cap_tok, free//4//work), 256), floor(min(2**28, free//8)//(8*c.vocab_size), 64), n_rows, floor(min(cap_kv, free//2//kv), 1024),
                   *((512, 32) if model.device.type == 'cpu' else (8192, 256)))
