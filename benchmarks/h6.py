@@ -183,6 +183,25 @@ def show(r: dict) -> str:
     return '\n'.join(out)
 
 
+AIM = 4. # times as fast over the six tasks together, and no task slower
+
+def page(r: dict, command: str) -> str:
+    "The result in words, and as a table."
+    rows, least = r['tasks'], min(r['ratio'], r['ratio_test_sets'])
+    slower = [l['task'] for l in rows if l['ratio'] < 1]
+    same, asked = sum(l['equal'] for l in rows), sum(l['requests'] for l in rows)
+    n = ', '.join(f"{l['items']} items of {l['task']}" for l in rows)
+    verdict = (f"**The aim of {AIM:g} times with no task slower is {'' if least >= AIM and not slower and len(rows) == len(SHOTS) else 'not '}reached**: {r['ratio']:.2f} times as fast on these items, "
+               f"{r['ratio_test_sets']:.2f} times if each task's time an item is multiplied by the items of its test set, and {'no task is slower' if not slower else 'slower in ' + ', '.join(slower)} (worst {r['worst']:.2f}). "
+               f"Without guesses of what GSM8K's answers say next, which texts of a random model favour, it is {r['no_guesses']['ratio']:.2f} and {r['no_guesses']['ratio_test_sets']:.2f}.")
+    products = ('Both sides multiply matrices with oneDNN here.' if r['hf_packed'] else
+                "On a CPU part of this is the matrix library: ours is oneDNN with weights laid out beforehand, HFLM's is what torch takes, and `--hf_packed` gives both sides the former.")
+    return (f"# H6: our backend against HFLM\n\nA model of {r['shape']}'s shape with random weights, {r['dtype']}, on {r['machine']} (load {r['load_before']} before), at the leaderboard's shots: {n}. "
+            f"HFLM is timed with batches of {' and '.join(map(str, rows[0]['hf_s_by_batch']))}, and the fastest counts, task by task.\n\n"
+            f"{same} of {asked} greedy flags and texts are equal, and no log-likelihood differs by more than {max(l['max_difference_nats'] for l in rows):.0e} nats. {verdict} {products}\n\n"
+            f"Repeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n")
+
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description='Our backend against HFLM on the six benchmarks.')
     p.add_argument('--items', type=int, default=4, help='items a benchmark')
@@ -204,4 +223,4 @@ if __name__ == '__main__':
     if a.out:
         out = Path(__file__).resolve().parent/'results'
         out.mkdir(exist_ok=True)
-        (out/f'{a.out}.md').write_text(f'# H6: our backend against HFLM\n\n```\n{show(r)}\n```\n'); (out/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')
+        (out/f'{a.out}.md').write_text(page(r, ' '.join(['python', 'benchmarks/h6.py', *sys.argv[1:]]))); (out/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')

@@ -352,3 +352,4 @@ def test_the_benchmark_compares_the_same_answers():
     assert r['ratio_test_sets'] == pytest.approx(whole('hf_s')/whole('ours_s'))
     assert r['no_guesses']['ratio_test_sets'] == pytest.approx(whole('hf_s')/whole('no_guesses_s'))
     assert 'smoke, random weights, float32' in bench['show'](r)
+    assert '26 of 26 greedy flags' in bench['page'](r, 'x') and 'is not reached' in bench['page'](r, 'x')      # three tasks of six
