@@ -339,12 +339,17 @@ def test_the_benchmark_compares_the_same_answers():
     bench = runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'h6.py'))
     threads = torch.get_num_threads()
     try:
-        r = bench['compare'](argparse.Namespace(items=2, tasks=['arc', 'gsm8k'], hf_batch=[1], batch=8, generate=6, shape='smoke', device='cpu', dtype='float32',
-                                                threads=1, load=0.))
+        r = bench['compare'](argparse.Namespace(items=2, mmlu_items=4, tasks=['arc', 'mmlu', 'gsm8k'], hf_batch=[1], hf_packed=False, batch=8, generate=6, shape='smoke', device='cpu',
+                                                dtype='float32', threads=1, load=0.))
     finally: torch.set_num_threads(threads); torch.set_flush_denormal(False)
-    arc, gsm8k = r['tasks']
+    arc, mmlu, gsm8k = r['tasks']
     assert arc['equal'] == arc['requests'] == 8 and gsm8k['equal'] == gsm8k['requests'] == 2 and arc['max_difference_nats'] < CLOSE
     assert arc['ours_tok'] < arc['hf_tok']/2 and arc['ours_logits'] < arc['hf_logits']/20
     assert all(l['hf_share'] > 0 and l['ours_share'] > 0 for l in r['tasks'])
     assert r['ratio'] == pytest.approx(sum(l['hf_s'] for l in r['tasks'])/sum(l['ours_s'] for l in r['tasks']))
+    assert mmlu['equal'] == mmlu['requests'] == 16
+    whole = lambda k: (1172*arc[k] + 1319*gsm8k[k])/2 + 14042*mmlu[k]/4
+    assert r['ratio_test_sets'] == pytest.approx(whole('hf_s')/whole('ours_s'))
+    assert r['no_guesses']['ratio_test_sets'] == pytest.approx(whole('hf_s')/whole('no_guesses_s'))
     assert 'smoke, random weights, float32' in bench['show'](r)
+    assert '26 of 26 greedy flags' in bench['page'](r, 'x') and 'is not reached' in bench['page'](r, 'x')      # three tasks of six
