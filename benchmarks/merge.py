@@ -4,14 +4,14 @@
 
 Two bfloat16 checkpoints of the Llama shape SHAPES[scale] (full: 1.1 B parameters, 2.2 GB each in 5 files) with random weights, the second the first plus a change of
 a fifth of its size, so that the angle between matrices is about 11 degrees and SLERP is SLERP. mergekit lives in an environment of its own, made in the
-temporary folder with `torch==2.13.0+cpu` (pip must be set up to find that build), or reused if given.
+temporary folder with `torch==2.13.0+cpu` (or, where pip finds no build of that name, `torch==2.13.0`), or reused if given.
 
 Every job is a process of its own, timed from its start until its outputs are on the disk: `cp` of both inputs, then fsync of every file; `solar-repro merge`, which
 hashes the inputs, syncs and renames by itself; `mergekit-yaml` as it comes and with `--async-write --out-shard-size 500M`, then fsync. In odd rounds (cold) the inputs are dropped from the system's cache first, in even ones
 (warm) they have been read; the order of jobs turns round. Ratios are within a round. Memory: the private (anonymous) pages of the process and its children, sampled every 20 ms.
 
-Errors are counted over every element against the same formula in float64, rounded to bfloat16, in units of the last place; and where mergekit and we differ,
-whose distance from the unrounded float64 value is larger.
+Errors are counted over every element against the same formula in float64. An element is off if another bfloat16 number is nearer to the unrounded float64 value, and
+one side is farther than the other if its number is; by less than SURE times the summands nobody is, since float64 itself is not known better: in the middle between two numbers either is right.
 """
 import argparse
 import json
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPES = dict(full=dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, vocab_size=32000),
               small=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, vocab_size=8000))
 WEIGHTS, T = (.4, .6), .4
+SURE = 2**-44   # a float64 sum of two, with coefficients that come from sums over a tensor
 
 
 def shapes(c: dict) -> dict[str, tuple]:
@@ -69,8 +70,9 @@ def make_pair(folder: Path, scale: str, n_files: int = 5) -> int:
 def make_mergekit(folder: Path) -> Path:
     "An environment with mergekit in it."
     subprocess.run([sys.executable, '-m', 'venv', str(folder)], check=True)
-    subprocess.run([str(folder/'bin'/'pip'), 'install', '-q', 'torch==2.13.0+cpu', 'mergekit==0.1.5'], check=True)
-    return folder
+    for torch in ('torch==2.13.0+cpu', 'torch==2.13.0'):
+        if subprocess.run([str(folder/'bin'/'pip'), 'install', '-q', torch, 'mergekit==0.1.5']).returncode == 0: return folder
+    raise SystemExit('merge: pip found neither build of torch 2.13.0 with mergekit 0.1.5; expected one. Make an environment by hand and give it with --mergekit_env.')
 
 
 def sync(folder: Path) -> None:
@@ -151,25 +153,31 @@ def ulps(x, y):
     return (line(x) - line(y)).abs()
 
 
+def nearest(x):
+    "float64 rounded to bfloat16 once, ties to even, by its bits (torch goes by way of float32)."
+    import torch
+    v = x.view(torch.int64)
+    return ((v + (1 << 44) - 1 + (v >> 45 & 1)) >> 45 << 45).view(torch.float64).bfloat16()
+
+
 def errors(folder: Path, method: str, mergekit: bool) -> dict:
     "Every element of the outputs against float64."
     import torch
     A, B = weights_of(folder/'A'), weights_of(folder/'B')
     who = {'ours': weights_of(folder/f'out {method}')} | ({'mergekit': weights_of(folder/f'out mergekit {method}')} if mergekit else {})
-    count = dict.fromkeys(('elements', 'ours farther', 'mergekit farther'), 0) | {f'{w} {k}': 0 for w in who for k in ('off', 'off by more than 1 ulp', 'max ulp')}
+    count = {'elements': 0} | {f'{w} {k}': 0 for w in who for k in ('off', 'off by more than 1 ulp', 'max ulp')} | ({f'{w} farther': 0 for w in who} if mergekit else {})
 
     def one(n, lo, hi, ca, cb):
-        a, b = A[n].get_tensor(n).flatten()[lo:hi].double(), B[n].get_tensor(n).flatten()[lo:hi].double()
-        exact = a.mul_(ca) + b.mul_(cb)
-        want, got = exact.bfloat16(), {w: t[n].get_tensor(n).flatten()[lo:hi] for w, t in who.items()}
-        found = dict(elements=hi - lo)
+        a, b = A[n].get_tensor(n).flatten()[lo:hi].double().mul_(ca), B[n].get_tensor(n).flatten()[lo:hi].double().mul_(cb)
+        exact, sure = a + b, (a.abs() + b.abs())*SURE
+        got = {w: t[n].get_tensor(n).flatten()[lo:hi] for w, t in who.items()}
+        want, distance, found = nearest(exact), {w: (x.double() - exact).abs() for w, x in got.items()}, dict(elements=hi - lo)
+        best = (want.double() - exact).abs()
         for w, x in got.items():
-            d = ulps(x, want)
+            d = ulps(x, want)*(distance[w] > best + sure)
             found |= {f'{w} off': int((d > 0).sum()), f'{w} off by more than 1 ulp': int((d > 1).sum()), f'{w} max ulp': int(d.max())}
-        if len(got) == 2:
-            o, m = ((got[w].double() - exact).abs() for w in ('ours', 'mergekit'))
-            tie = exact.abs()*2**-40   # a float64 sum is known to about that; halfway between two numbers either is right
-            found |= {'ours farther': int((o > m + tie).sum()), 'mergekit farther': int((m > o + tie).sum())}
+        for w, other in (('ours', 'mergekit'), ('mergekit', 'ours')):
+            if mergekit: found[f'{w} farther'] = int((distance[w] > distance[other] + sure).sum())
         return found
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         work = []
@@ -212,6 +220,9 @@ def report(r: dict) -> str:
             lines += ['', f"{m}: mergekit takes {', '.join(f'{v:.2f}' for v in plain)} times as long ({', '.join(f'{v:.2f}' for v in faster)} in the faster of its two ways)."]
     lines += ['', '## Errors against float64', '', '| | ' + ' | '.join(r['errors']) + ' |', '|---|' + '---|'*len(r['errors'])]
     lines += [f'| {k} | ' + ' | '.join(f'{e[k]:,}' for e in r['errors'].values()) + ' |' for k in next(iter(r['errors'].values()))]
+    for m, e in r['errors'].items():
+        if 'mergekit off' in e:
+            lines += ['', f"{m}: ours is farther from the float64 value than mergekit's in {e['ours farther']:,} elements and closer in {e['mergekit farther']:,}; mergekit's is off in {e['mergekit off']:,}, ours in {e['ours off']:,}."]
     return '\n'.join(lines) + '\n'
 
 

@@ -101,6 +101,16 @@ def test_slerp_against_float64(tmp_path, dtype, t):
         assert ulps(got[n], want.to(dtype)).max() <= 1, n
 
 
+def test_bfloat16_is_rounded_once(tmp_path):
+    "So little above the middle between 130/128 and 131/128 that float32 holds the middle, from which one goes to the even 130."
+    row = lambda v: {'model.layers.0.w': torch.tensor([v, -v]).bfloat16()}
+    a, b = write(tmp_path/'a', row(130/64)), write(tmp_path/'b', row(2**-26))
+    w = 130.5/260
+    exact = torch.tensor(w*130/64 + (1-w)*2**-26, dtype=torch.float64)
+    assert exact > 130.5/128 == exact.float() and exact.bfloat16() == 130/128
+    assert read(merge(recipe('linear', [a, b], [w, 1-w]), tmp_path/'out'))['model.layers.0.w'].tolist() == [131/128, -131/128]
+
+
 def test_methods_by_hand(tmp_path):
     row = lambda *x: {'model.layers.0.w': torch.tensor(x)}
     C, A, B = (write(tmp_path/n, row(*x)) for n, x in dict(C=[1., 1., 1., 1.], A=[3., 1.5, 0., 1.], B=[2., 1., 2., -3.]).items())   # changes (2, .5, -1, 0) and (1, 0, 1, -4)
@@ -281,6 +291,7 @@ def broken(folder: Path, A: dict, how: str) -> Path:
     if how == 'cut': f = write(folder, A)/'model.safetensors'; f.write_bytes(f.read_bytes()[:-10]); return folder
     if how == 'part': f = write(folder, A, 2)/'model-00002-of-00002.safetensors'; f.unlink(); return folder
     if how == 'vocabulary': write(folder, A); tokens(folder, dict(a=0, c=1)); return folder
+    if how == 'added token': write(folder, A | {'model.embed_tokens.weight': torch.ones(1002, 33, dtype=torch.bfloat16)}); tokens(folder, dict(a=0, b=1, c=2)); return folder
     if how == 'order': write(folder, A); tokens(folder, dict(a=1, b=0)); return folder
     raise AssertionError(how)
 
@@ -289,7 +300,7 @@ REFUSED = dict(architecture=['MistralForCausalLM'], function=['rope_theta', '500
                missing=['lacks model.layers.0.mlp.up_proj.weight (257, 129)'], extra=['model.layers.9.w (2, 3)'], nan=['model.layers.0.mlp.up_proj.weight (257, 129)', 'is nan at (5, 6)'],
                inf=['is inf at (5, 6)', 'take an earlier checkpoint'], quantised=['quantised (awq)'], dtype=['BF16 and F32', '--dtype'], pickle=['pytorch_model.bin', 'save_pretrained'],
                cut=['expected a whole file'], part=['model-00002-of-00002.safetensors', 'index'], vocabulary=['only in', ': b (1 in all)', ': c (1 in all)'],
-               order=["with another id: 'a' (0 and 1), 'b' (1 and 0)"])
+               **{'added token': ['only in', ': c (1 in all)']}, order=["with another id: 'a' (0 and 1), 'b' (1 and 0)"])
 
 
 @pytest.mark.parametrize('how', REFUSED)
@@ -350,7 +361,7 @@ def test_target_and_space_refused(tmp_path, pair, capsys, monkeypatch):
 def test_two_processes_do_not_write_one_target(tmp_path, pair):
     r = recipe('linear', pair)
     stamps = merging._stamps([open_checkpoint(p) for p in pair])
-    _, lock = merging._private(tmp_path/'out', dict(format=1, recipe=to_yaml(r), inputs=stamps, shard_bytes=2_000_000_000))
+    _, lock = merging._private(tmp_path/'out', dict(format=2, recipe=to_yaml(r), inputs=stamps, shard_bytes=2_000_000_000))
     with pytest.raises(OSError, match='another process'): merge(r, tmp_path/'out')
     lock.close()
     assert len(read(merge(r, tmp_path/'out'))) == 6

