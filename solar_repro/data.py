@@ -357,10 +357,11 @@ def read_rows(
 )->list[dict]:
     "Read rows from JSON lines."
     out = []
-    for i, line in enumerate(Path(path).read_text(encoding='utf-8').split('\n')[:-1], 1):
-        try: out.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f'{path}: line {i} is no JSON ({e.msg}: {line[:40]!r}); expected one object a line. Make the file again.') from None
+    with open(path, encoding='utf-8', newline='\n') as f:     # line by line: a text with one rare letter takes four bytes a letter in memory
+        for i, line in enumerate(f, 1):
+            try: out.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise ValueError(f'{path}: line {i} is no JSON ({e.msg}: {line[:40]!r}); expected one object a line. Make the file again.') from None
     return out
 
 # %% ../nbs/01_data.ipynb #909a605f
