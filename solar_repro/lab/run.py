@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from .. import tables
+from ..data import read_rows
 from . import view
 from .profile import Profile, load_profile, root
 from .recipe import BUILDERS, DEQUANTISED, EPOCHS, MODEL_KINDS, MODELS, Stage, Tools, handed_over, handover_stage, handover_table, point_of, recipe
@@ -229,9 +230,7 @@ class Lab:
         if self.profile.machine.device == 'cuda':
             from solar_repro.lab.plan import check_machine
             check_machine(self, missing) # before hours are spent
-        for f in (f for n in missing for f, stamp in self.recipe[n].settings.get('files', {}).items() if stamp is None):
-            from solar_repro.lab.sources import requests
-            requests(f, self.profile.data.revisions) # an error: no commit is pinned
+        if any(self.recipe[n].kind == 'sft' for n in missing) and self.recipe['base'].settings['source'] not in ('tiny', 'random'): self._check_prompts()
         progress = self._progress(missing)
         try:
             for k, n in enumerate(missing):
@@ -242,6 +241,17 @@ class Lab:
         finally:
             if 'ipykernel' in sys.modules: _in_notebook('')
             elif sys.stderr.isatty() and not os.environ.get('SOLAR_PROGRESS'): print(file=sys.stderr)
+
+    def _check_prompts(self)->None:
+        "Raise if a foreign base cannot read the benchmarks' prompts: before it is trained, not after."
+        from lm_eval.models.utils import normalize_gen_kwargs
+        from solar_repro.eval import build_requests
+        from solar_repro.lab.weights import check_prompts
+        for t in H6_TASKS:
+            s = self.recipe[f'eval/base/{t}'].settings
+            args = [r.args for x in build_requests(t, self.build(f'bench/{t}').path, s['num_fewshot'], s.get('tasks', 'tiny')).tasks for r in x.instances]
+            room = max((normalize_gen_kwargs(kw)['max_gen_toks'] for _, kw in args if isinstance(kw, dict)), default=0)
+            check_prompts(self.build('base').path, t, [c if isinstance(x, dict) else c + x for c, x in args], room)
 
     def build(self, name:str)->Artifact:
         "One stage, built or found."
@@ -286,7 +296,7 @@ class Lab:
 
     def rows(self, name:str)->list[dict]: # prompts with answers, or pairs
         "The rows of a data stage, such as `data/openorca`."
-        return [json.loads(l) for l in (self.build(name).path/'rows.jsonl').read_text(encoding='utf-8').splitlines()]
+        return read_rows(self.build(name).path/'rows.jsonl')
 
     def log(self, name:str)->pd.DataFrame: # one row a step
         "The training log of an SFT or DPO stage."
@@ -361,7 +371,7 @@ class Lab:
         "Items on which two models score differently, the largest change first."
         x, y = self.items(a, task), self.items(b, task)
         assert x['asked'].equals(y['asked']), f'{a} and {b} were asked different items of {task}'
-        items = [json.loads(l) for l in (self.build(f'bench/{task}').path/'test.jsonl').read_text(encoding='utf-8').splitlines()]
+        items = read_rows(self.build(f'bench/{task}').path/'test.jsonl')
         text = [next(items[i][k] for k in ('question', 'sentence', 'ctx') if k in items[i]) for i in x['doc_id']]
         out = pd.DataFrame({'doc_id': x['doc_id'], a: x['score'], b: y['score'], 'change': y['score'] - x['score'],
                             f'{a} says': x['prediction'], f'{b} says': y['prediction'], 'gold': x['gold'], 'item': text})
@@ -382,7 +392,8 @@ class Lab:
     @property
     def label(self)->str:
         "What stands beside every result: the scale and the seed."
-        return f'{self.profile.label}, seed {self.profile.seed}' + self._stand_in
+        from solar_repro.lab.weights import base_note
+        return f"{self.profile.label}, seed {self.profile.seed}{base_note(self.recipe['base'].settings)}{self._stand_in}"
 
     @property
     def _stand_in(self)->str:

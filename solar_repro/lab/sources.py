@@ -23,7 +23,7 @@ class File:
     hub: str                        # id on the Hugging Face Hub
     configs: tuple[str|None, ...]   # configurations there, put one behind the other
     split: str
-    revision: str|None              # commit on the Hub; None: none is known to us, so the profile has to name one
+    revision: str                   # commit on the Hub
     licence: str
     folder: str                     # in a folder of data
     stems: tuple[str, ...]          # file names there without ending, the best first
@@ -38,16 +38,17 @@ _PAIR = {'prompt': str, 'chosen.-1.content': str, 'rejected.-1.content': str}
 _ARC, _HELLA, _MMLU = '210d026faf9955653af8916fad021475a3f00453', '218ec52e09a7e7462a5400043bb9a69a41d06b76', 'c30699e8356da336a370243923dbaf21066bb9fe'
 _WINO, _GSM = '01e74176c63542e6b0bcb004dcdea22d94fb67b5', '740312add88f781978c0658806c59bc2815b9866'
 _META, _MATH, _TQA = 'aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18', '21a5633873b6a120296cce3e2df9d5550074f4a3', '741b8276f2d1982aa3d5b832d3ee81ed3b896490'
+_ALPACA, _ORCA, _ULTRA = '48bb1405118c738817748474e889f72c0dd77ffb', '4db284c5eba9378dae839634f54abce4a0a7cfdf', 'fd249d3c129bd99dbd97f5f162c35dcff04316a6'
 
 TRAIN_FILES = dict(
-    alpaca_gpt4=File('vicgalle/alpaca-gpt4', (None,), 'train', None, 'CC BY-NC 4.0', 'alpaca_gpt4', ('train', 'train_sample'),
+    alpaca_gpt4=File('vicgalle/alpaca-gpt4', (None,), 'train', _ALPACA, 'CC BY-NC 4.0', 'alpaca_gpt4', ('train', 'train_sample'),
         dict(instruction=str, input=str, output=str), ('input',)),
-    openorca=File('Open-Orca/OpenOrca', (None,), 'train', None, 'MIT', 'openorca', ('train', 'train_sample'),
+    openorca=File('Open-Orca/OpenOrca', (None,), 'train', _ORCA, 'MIT', 'openorca', ('train', 'train_sample'),
         dict(id=str, system_prompt=str, question=str, response=str), ('system_prompt',), '1M-GPT4-Augmented.parquet'),
     metamath=File('meta-math/MetaMathQA', (None,), 'train', _META, 'MIT', 'metamath', ('train', 'train_sample'),
         dict(query=str, response=str, type=str, original_question=str)),
     math=File('EleutherAI/hendrycks_math', MATH_SUBJECTS, 'train', _MATH, 'MIT', 'math', ('train', 'train_sample'), dict(problem=str, solution=str)),
-    ultrafeedback=File('allenai/ultrafeedback_binarized_cleaned', (None,), 'train_prefs', None, 'MIT', 'ultrafeedback_binarized_cleaned',
+    ultrafeedback=File('allenai/ultrafeedback_binarized_cleaned', (None,), 'train_prefs', _ULTRA, 'MIT', 'ultrafeedback_binarized_cleaned',
         ('train', 'train_sample'), _PAIR),
 )
 
@@ -110,6 +111,8 @@ def field(
         else: raise KeyError(key)
     return row
 
+_EMPTY = 'has nothing in field'
+
 def fault(
     row:dict,
     fields:dict[str,type], # path -> type
@@ -123,11 +126,11 @@ def fault(
             return f'has no field {path!r}; expected {list(fields)}, found {sorted(row)}', 'Compare the columns of the file with those of the published set.'
         if type(x) is not kind: return f'has {type(x).__name__} {str(x)[:40]!r} in field {path!r}; expected {kind.__name__}', 'Convert the column, or remove the row.'
         if not (x.strip() if kind is str else x or kind is int) and path not in blank:
-            return f'has nothing in field {path!r}; expected some {kind.__name__}', 'Remove the row, or fill it in.'
+            return f'{_EMPTY} {path!r}; expected some {kind.__name__}', 'Remove the row, or fill it in.'
 
 # %% ../../nbs/lab/17_sources.ipynb #4ba7c9fc
 def _json_lines(path:Path, max_broken:int)->Iterator[tuple[int,dict]]:
-    broken = []
+    broken, i = [], 0
     with open(path, encoding='utf-8', newline='\n') as f:
         try:
             for i, line in enumerate(f, 1):
@@ -137,8 +140,8 @@ def _json_lines(path:Path, max_broken:int)->Iterator[tuple[int,dict]]:
                     if len(broken) > max_broken:
                         raise ValueError(f'{path}: line {i} is no JSON ({e.msg}: {line[:40]!r}); expected one object a line. Make the file again, or set '
                                          f'max_broken in [data] of the profile to leave such lines out (now {max_broken} a file).') from None
-        except UnicodeDecodeError as e: raise ValueError(f'{path}: is not UTF-8 ({e.reason} after line {i if "i" in locals() else 0}); expected UTF-8. Convert the file.') from None
-    if broken: print(f'{path}: left out the broken lines {broken}, as max_broken of the profile allows', file=sys.stderr)
+        except UnicodeDecodeError as e: raise ValueError(f'{path}: is not UTF-8 ({e.reason} after line {i}); expected UTF-8. Convert the file.') from None
+    if broken: print(f'{path.parent.name}/{path.name}: left out the broken lines {broken}, as max_broken of the profile allows', file=sys.stderr)
 
 def _parquet(path:Path, columns:list[str])->Iterator[tuple[int,dict]]:
     import pyarrow
@@ -173,11 +176,7 @@ def requests(
 )->list[dict]: # arguments of `datasets.load_dataset`
     "What is asked of the Hub for a file."
     f = FILES[name]
-    revision = revisions.get(name, f.revision)
-    if revision is None:
-        raise ValueError(f'data: no revision of {f.hub} ({name}) is pinned; expected a commit, or the rows could change under a result. Add {name} = "COMMIT" to '
-                         '[data.revisions] of the profile; solar-repro fetch says which commit is newest.')
-    where = dict(path=f.hub, revision=revision) if hub is None else dict(path=str(Path(hub)/f.hub))
+    where = dict(path=f.hub, revision=revisions.get(name, f.revision)) if hub is None else dict(path=str(Path(hub)/f.hub))
     data = {} if f.hub_file is None else dict(data_files=f.hub_file)
     return [dict(**where, name=c, split=f.split, **data) for c in f.configs]
 
@@ -186,15 +185,19 @@ def hub_rows(
     name:str, # one of `FILES`
     revisions:dict[str,str]={}, # of the profile
     hub:Path|None=None, # a folder in the Hub's layout in its place
-)->Iterator[dict]: # rows, with the columns that we read
+)->Iterator[dict|None]: # rows, with the columns that we read; None: a row with an empty field
     "The rows of a file on the Hub, downloaded by `datasets` where its cache has them not yet."
     from datasets import load_dataset
-    columns = list(dict.fromkeys(p.split('.')[0] for p in FILES[name].fields))
+    f, i = FILES[name], 0
+    columns = list(dict.fromkeys(p.split('.')[0] for p in f.fields))
     for r in requests(name, revisions, hub):
         found = load_dataset(**r)
         missing = [c for c in columns if c not in found.column_names]
         if missing: raise ValueError(f"data: {r['path']} has no field {missing[0]!r}; expected {columns}, found {found.column_names}. Choose the revision that we pin.")
-        yield from found.select_columns(columns)
+        for i, row in enumerate(found.select_columns(columns), i + 1):
+            wrong = fault(row, f.fields, f.blank)
+            if wrong and not wrong[0].startswith(_EMPTY): raise ValueError(f"{f.hub}: row {i} of {f.split} {wrong[0]}. {wrong[1]}")
+            yield None if wrong else row
 
 # %% ../../nbs/lab/17_sources.ipynb #a2daee99
 RECORD = 'fetched.json'
@@ -208,10 +211,6 @@ def file_digest(path:Path)->str: # sha256, hex
 def _digest(path:str, size:int, changed:int)->str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def _newest(hub_id:str)->str:
-    from huggingface_hub import HfApi
-    return HfApi().dataset_info(hub_id).sha
-
 def _put(write:Callable, path:Path)->None:
     "Write a file so that it is whole or absent."
     part = path.with_name(f'.{path.name}.{os.getpid()}')
@@ -222,6 +221,8 @@ def _put(write:Callable, path:Path)->None:
     finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/17_sources.ipynb #a68bf9a2
+def _commit(name:str, revisions:dict[str,str], hub:Path|None)->str: return 'local' if hub else revisions.get(name, FILES[name].revision)
+
 def fetch_file(
     name:str, # one of `FILES`
     to:Path, # folder of data
@@ -230,22 +231,18 @@ def fetch_file(
     tick:Callable[[int],None]=lambda rows: None, # told of progress
 )->dict: # file, sha256, rows, left_out, hub, revision
     "Write one file of a folder from the Hub."
-    f = FILES[name]
-    if hub is None and revisions.get(name, f.revision) is None: revisions = {**revisions, name: _newest(f.hub)}
+    f, count = FILES[name], dict(rows=0, left_out=0)
     path = Path(to)/f.folder/f'{f.stems[0]}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
-    revisions = revisions if hub is None else {**revisions, name: 'local'}
-    count = dict(rows=0, left_out=0)
     def write(out):
-        for row in hub_rows(name, revisions, hub):
-            wrong = fault(row, f.fields, f.blank)
-            if wrong and 'nothing in field' not in wrong[0]: raise ValueError(f"{f.hub}: row {sum(count.values())} {wrong[0]}. {wrong[1]}")
-            count['left_out' if wrong else 'rows'] += 1
-            if not wrong: out.write(json.dumps(row, ensure_ascii=False) + '\n')
-            if sum(count.values()) % 1000 == 0: tick(sum(count.values()))
+        for i, row in enumerate(hub_rows(name, revisions, hub), 1):
+            count['rows' if row else 'left_out'] += 1
+            if row: out.write(json.dumps(row, ensure_ascii=False) + '\n')
+            if i % 10_000 == 0: tick(i)
     _put(write, path)
-    return dict(file=f'{f.folder}/{path.name}', sha256=file_digest(path), **count, hub=f.hub, revision=revisions.get(name, f.revision))
+    return dict(file=f'{f.folder}/{path.name}', sha256=file_digest(path), **count, hub=f.hub, revision=_commit(name, revisions, hub))
 
+# %% ../../nbs/lab/17_sources.ipynb #1f744a42
 def fetch(
     to:Path, # folder to fill
     revisions:dict[str,str]={}, # of the profile
@@ -258,10 +255,11 @@ def fetch(
     to.mkdir(parents=True, exist_ok=True)
     record = json.loads((to/RECORD).read_text(encoding='utf-8')) if (to/RECORD).is_file() else {}
     for k, name in enumerate(names, 1):
-        have = record.get(name)
-        if have and (to/have['file']).is_file() and file_digest(to/have['file']) == have['sha256']: say(f"{k} of {len(names)}: {have['file']} is there"); continue
-        say(f'{k} of {len(names)}: {name} from {FILES[name].hub}')
+        have, commit = record.get(name), _commit(name, revisions, hub)
+        if have and have['revision'] == commit and (to/have['file']).is_file() and file_digest(to/have['file']) == have['sha256']:
+            say(f"{k} of {len(names)}: {have['file']} is there"); continue
+        say(f'{k} of {len(names)}: {name} from {FILES[name].hub} at {commit[:7]}')
         record[name] = fetch_file(name, to, revisions, hub, lambda n: say(f'  {n} rows'))
         _put(lambda f: f.write(json.dumps(record, indent=1) + '\n'), to/RECORD)
-        say(f"  {record[name]['rows']} rows, {record[name]['left_out']} left out as empty; revision {record[name]['revision']}")
+        say(f"  {record[name]['rows']} rows, {record[name]['left_out']} left out as empty")
     return record
