@@ -18,6 +18,7 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 from execnb.nbio import mk_cell, read_nb, write_nb
+from keep_outputs import take_outputs
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.processors import FilterDefaults
@@ -39,19 +40,6 @@ def fix_md(s: str, up: str) -> str:
         parts[i] = (re.sub(rf'\[(`[^`]+`)\]\({BASE}[^)]*\)', r'\1', p) if p.startswith('```')
                     else re.sub(rf'\]\({BASE}', f']({up}', p))
     return ''.join(parts)
-
-
-def run_outputs(nb, executed: Path) -> bool:
-    "Take over the outputs of an executed copy, by cell id; False, and nothing taken, if its cells are not these."
-    if not executed.is_file():
-        return False
-    done = {c.id: c for c in read_nb(executed).cells}
-    if any(c.id not in done or done[c.id].source != c.source for c in nb.cells):
-        return False
-    for c in nb.cells:
-        if c.cell_type == 'code':
-            c.outputs = done[c.id].get('outputs', [])
-    return True
 
 
 def parsed(source: str) -> list[ast.stmt]:
@@ -110,7 +98,7 @@ def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) 
     folder = src.relative_to(nbs).parent
     up = '../' * len(folder.parts)
     nb = read_nb(src)
-    if not run_outputs(nb, run / src.relative_to(nbs)) and run.is_dir() and src.name != 'index.ipynb':
+    if not take_outputs(nb, run / src.relative_to(nbs)) and run.is_dir() and src.name != 'index.ipynb':
         print(f'{src.relative_to(nbs)}: not as it was executed for {run.parent.name}; shown with the outputs stored in it')
     module = next((m[1] for c in nb.cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, flags=re.M))), '')
     show_exports(nb, f"{up}{pages.get(f'{cfg.lib_name}.{module}', '')}")
