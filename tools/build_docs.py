@@ -83,14 +83,16 @@ def alt_texts(nb) -> None:
     for c in nb.cells:
         if c.cell_type == 'markdown':
             for block in re.split(r'\n\s*\n|\n(?=#)', c.source):
-                if m := re.match(r'#+\s+(.*)', block):
-                    heading, prose = m[1], ''
-                elif not block.startswith(('<', '|', '```')):
-                    prose = block
-        elif any('image/png' in o.get('data', {}) for o in c.get('outputs', [])) and 'fig-alt' not in c.source:
+                if m := re.match(r'#+\s+(.*)\n?', block):
+                    heading, block = m[1], block[m.end():]
+                if block.strip() and not block.startswith(('<', '|', '```')):
+                    prose = block.lstrip('> ')
+            continue
+        n = sum('image/png' in o.get('data', {}) for o in c.get('outputs', []))
+        if n and 'fig-alt' not in c.source:
             first = re.split(r'(?<=[.:])\s', ' '.join(prose.split()))[0]
-            alt = re.sub(r'[*`$\\"]|\[|\]\([^)]*\)', '', f'Figure under {heading}: {first}').strip(': ')
-            c.source = f'#| fig-alt: "{alt}"\n{c.source}'
+            alt = re.sub(r'[*`$\\"]|\[|\]\([^)]*\)', '', f'under {heading}: {first}').strip(': ')
+            c.source = f'#| fig-alt: "{"Figure" if n == 1 else f"One of {n} figures"} {alt}"\n{c.source}'
 
 
 def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) -> str:
