@@ -187,9 +187,9 @@ def test_every_page_renders_offline_in_both_schemes(site, pages, chrome):
     assert n > 5000 and not faults, json.dumps(faults, indent=1)[:4000]
 
 
-# Words that reach beyond the screen and cannot be scrolled to.
+# Words and pictures that reach beyond the screen and cannot be scrolled to.
 CUT = '''[...document.querySelectorAll('main *')].filter(e => {
-  if (!e.checkVisibility() || e.getBoundingClientRect().right <= innerWidth + 1 || ![...e.childNodes].some(t => t.nodeType === 3 && t.textContent.trim())) return false;
+  if (!e.checkVisibility() || e.getBoundingClientRect().right <= innerWidth + 1 || e.tagName !== 'IMG' && ![...e.childNodes].some(t => t.nodeType === 3 && t.textContent.trim())) return false;
   for (let p = e.parentElement; p; p = p.parentElement) if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return false;
   return true; }).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 30)).slice(0, 3).join(', ')'''
 
@@ -230,8 +230,8 @@ def test_a_table_sorts_and_filters_in_a_browser(chrome, tmp_path):
     t = pd.DataFrame(dict(model=['SFT v1', 'SFT v2', 'DPO v1'], gsm8k=[9.5, 10.25, float('nan')]))
     (tmp_path / 'page.html').write_text(f'<meta charset="utf-8"><body>{explore(t).html}{explore(t).html}')
     chrome.open((tmp_path / 'page.html').as_uri())
-    rows = lambda: chrome.js('[...document.querySelectorAll("div")[0].querySelectorAll("tbody tr")].filter(r => !r.hidden).map(r => r.cells[0].textContent)')
-    click = lambda k: chrome.js(f'document.querySelectorAll("div")[0].querySelectorAll("th button")[{k}].click()')
+    rows = lambda: chrome.js('[...document.querySelectorAll("[data-explore]")[0].querySelectorAll("tbody tr")].filter(r => !r.hidden).map(r => r.cells[0].textContent)')
+    click = lambda k: chrome.js(f'document.querySelectorAll("[data-explore]")[0].querySelectorAll("th button")[{k}].click()')
     def type_(text):
         chrome.js(f'(() => {{ const i = document.querySelector("input"); i.value = {json.dumps(text)}; i.dispatchEvent(new Event("input")); }})()')
         return rows()
@@ -240,7 +240,7 @@ def test_a_table_sorts_and_filters_in_a_browser(chrome, tmp_path):
     click(0); assert rows() == ['DPO v1', 'SFT v1', 'SFT v2']
     assert type_('sft v1') == ['SFT v1'] and type_('gsm8k>10') == ['SFT v2'] and type_('gsm8k<=9.5 sft') == ['SFT v1'] and type_('nothing') == []
     assert chrome.js('document.querySelector("output").textContent') == '0 of 3 rows' and len(type_('')) == 3
-    assert chrome.js('document.querySelectorAll("div")[1].querySelector("tbody tr").cells[0].textContent') == 'SFT v1'     # the other table is left alone
+    assert chrome.js('document.querySelectorAll("[data-explore]")[1].querySelector("tbody tr").cells[0].textContent') == 'SFT v1'     # the other table is left alone
 
 
 # ---- stored outputs
@@ -601,7 +601,7 @@ def test_wheel_works_outside_the_repository(full, tmp_path):
     venv, work = tmp_path / 'venv', tmp_path / 'my-solar'
     assert run(sys.executable, '-m', 'venv', '--without-pip', venv).returncode == 0
     site_packages = venv / 'lib' / f'python{sys.version_info.major}.{sys.version_info.minor}' / 'site-packages'
-    made = run(*pip, '--python', venv, 'install', '--no-deps', '--no-index', wheel)
+    made = run(*pip, '--python', venv, 'install', '--no-deps', '--no-index', wheel, PYTHONPATH='')          # this tree would count as installed
     assert made.returncode == 0, made.stderr[-2000:]
     (site_packages / 'libraries.pth').write_text(sysconfig.get_path('purelib'))
     env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'SOLAR_STORE')}

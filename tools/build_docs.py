@@ -177,14 +177,13 @@ def main() -> None:
     pages = [process(f.resolve(), nbs, proc, run, reference) for f in sources]
     for name in ('_quarto.yml', 'nbdev.yml', 'styles.css'):
         shutil.copy2(nbs / name, proc / name)
-    if (nbs / 'recorded').is_dir():
-        shutil.copytree(nbs / 'recorded', proc / 'recorded')
     side = {'website': {'sidebar': {'contents': sidebar(pages)}}}
     (proc / 'sidebar.yml').write_text(yaml.safe_dump(side, sort_keys=False), encoding='utf-8')
     site = build(str(proc))
     dest = cfg.doc_path
     shutil.rmtree(dest, ignore_errors=True)
     shutil.move(proc / dest.name, dest)
+    shutil.copytree(nbs / 'recorded', dest / 'recorded', dirs_exist_ok=True)
     offline(dest)
     for w in site.warnings:
         print('warning:', w)

@@ -43,8 +43,8 @@ def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_m
     numbers = '\n\n'.join((lab.folder / 'tables' / f'table{n}.md').read_text(encoding='utf-8').strip() for n in tables)
     return '\n\n'.join([
         f'A recorded run: **{lab.label}**, not SOLAR 10.7B. {took}{tables_took}{tests}',
-        f'<img src="recorded/table{SHOWN}.png" alt="{alt}">',
-        '<img src="recorded/claims.png" alt="Each claim of section 4.3 with its verdict on the paper\'s numbers and on ours">',
+        f'<p><img src="recorded/table{SHOWN}.png" alt="{alt}"></p>',
+        '<p><img src="recorded/claims.png" alt="Each claim of section 4.3 with its verdict on the paper\'s numbers and on ours"></p>',
         f'<details>\n<summary>Tables 3 to 7 in numbers</summary>\n\n{numbers}\n\n</details>'])
 
 
