@@ -3,7 +3,7 @@
 # make test     notebooks in sync with the library, every notebook, every test
 # make lab      explore in JupyterLab
 # make docs     the documentation site, in _docs/, with the outputs of runs/PROFILE/ where that was run
-# make notebooks  run the notebooks again and keep their outputs in nbs/
+# make notebooks  make tables, then keep the executed notebooks' outputs in nbs/
 # make record   put the pictures, tables and times of runs/PROFILE/ on the front page and into README.md
 # make check    only: are notebooks, library and README in sync?
 # make clean    remove .venv, the site and caches; results in runs/ stay
@@ -35,8 +35,8 @@ lab: setup
 docs: setup
 	@$(BIN)/python tools/build_docs.py --profile '$(PROFILE)'
 
-notebooks: setup
-	@$(BIN)/python tools/run_nb.py --all
+notebooks: tables
+	@$(BIN)/python tools/keep_outputs.py --profile '$(PROFILE)'
 
 record: setup
 	@$(BIN)/python tools/record_run.py --profile '$(PROFILE)'

@@ -110,7 +110,7 @@ def test_site_shows_a_run_only_if_its_notebooks_are_these(site, pages):
     "Outputs come from the executed notebook; one that has changed is said, and shown without."
     assert 'outputs: runs/tiny/notebooks' in site[1] and '05_eval.ipynb: not as it was executed' in site[1]
     images = pages[site[0] / 'merge.html'].images
-    assert len(images) == 1 and re.match(r'Figure under \w+', images[0]['alt']) and len(images[0]['alt']) > 25
+    assert len(images) == 1 and re.match(r'Figure under [\w ]+: \w+', images[0]['alt']) and len(images[0]['alt']) > 40
     assert '<table class="dataframe">' in (site[0] / 'merge.html').read_text()
 
 
@@ -187,15 +187,25 @@ def test_every_page_renders_offline_in_both_schemes(site, pages, chrome):
     assert n > 5000 and not faults, json.dumps(faults, indent=1)[:4000]
 
 
+# Words and pictures that reach beyond the screen and cannot be scrolled to.
+CUT = '''[...document.querySelectorAll('main *')].filter(e => {
+  if (!e.checkVisibility() || e.getBoundingClientRect().right <= innerWidth + 1 || e.tagName !== 'IMG' && ![...e.childNodes].some(t => t.nodeType === 3 && t.textContent.trim())) return false;
+  for (let p = e.parentElement; p; p = p.parentElement) if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return false;
+  return true; }).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 30)).slice(0, 3).join(', ')'''
+
+
 def test_pages_fit_a_phone(site, pages, chrome):
     "Nothing makes the page wider than the screen; the menu opens."
     chrome.look(390, 844)
     wide = []
-    for name in ('index', 'data', 'merge', 'tables', 'lab/run', 'api/recipe'):
-        chrome.open((site[0] / f'{name}.html').as_uri())
+    for file in pages:
+        chrome.open(file.as_uri())
         width = chrome.js('document.documentElement.scrollWidth')
-        if width > 390: wide.append(f'{name}: {width}')
+        if width > 390: wide.append(f'{file.name}: {width}')
+        cut = chrome.js(CUT)
+        if cut: wide.append(f'{file.name}: {cut}')
     assert not wide
+    chrome.open((site[0] / 'index.html').as_uri())
     shown = '(e => e.checkVisibility() && e.getBoundingClientRect().right > 0)(document.querySelector("#quarto-sidebar"))'
     assert not chrome.js(shown)
     chrome.js('document.querySelector(".quarto-btn-toggle").click()')
@@ -220,8 +230,8 @@ def test_a_table_sorts_and_filters_in_a_browser(chrome, tmp_path):
     t = pd.DataFrame(dict(model=['SFT v1', 'SFT v2', 'DPO v1'], gsm8k=[9.5, 10.25, float('nan')]))
     (tmp_path / 'page.html').write_text(f'<meta charset="utf-8"><body>{explore(t).html}{explore(t).html}')
     chrome.open((tmp_path / 'page.html').as_uri())
-    rows = lambda: chrome.js('[...document.querySelectorAll("div")[0].querySelectorAll("tbody tr")].filter(r => !r.hidden).map(r => r.cells[0].textContent)')
-    click = lambda k: chrome.js(f'document.querySelectorAll("div")[0].querySelectorAll("th button")[{k}].click()')
+    rows = lambda: chrome.js('[...document.querySelectorAll("[data-explore]")[0].querySelectorAll("tbody tr")].filter(r => !r.hidden).map(r => r.cells[0].textContent)')
+    click = lambda k: chrome.js(f'document.querySelectorAll("[data-explore]")[0].querySelectorAll("th button")[{k}].click()')
     def type_(text):
         chrome.js(f'(() => {{ const i = document.querySelector("input"); i.value = {json.dumps(text)}; i.dispatchEvent(new Event("input")); }})()')
         return rows()
@@ -230,7 +240,38 @@ def test_a_table_sorts_and_filters_in_a_browser(chrome, tmp_path):
     click(0); assert rows() == ['DPO v1', 'SFT v1', 'SFT v2']
     assert type_('sft v1') == ['SFT v1'] and type_('gsm8k>10') == ['SFT v2'] and type_('gsm8k<=9.5 sft') == ['SFT v1'] and type_('nothing') == []
     assert chrome.js('document.querySelector("output").textContent') == '0 of 3 rows' and len(type_('')) == 3
-    assert chrome.js('document.querySelectorAll("div")[1].querySelector("tbody tr").cells[0].textContent') == 'SFT v1'     # the other table is left alone
+    assert chrome.js('document.querySelectorAll("[data-explore]")[1].querySelector("tbody tr").cells[0].textContent') == 'SFT v1'     # the other table is left alone
+
+
+# ---- stored outputs
+
+def test_kept_outputs_are_those_of_every_execution(tmp_path, monkeypatch):
+    "What differs between executions is not kept; pictures are small and look the same; what did not run as it stands is not touched."
+    import base64, io
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from PIL import Image
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import keep_outputs
+    fig, ax = plt.subplots(figsize=(6, 3)); ax.plot([1, 3, 2], label='loss'); ax.legend(); f = io.BytesIO(); fig.savefig(f, format='png'); plt.close(fig)
+    png, new = base64.b64encode(f.getvalue()).decode(), nbformat.v4.new_output
+
+    def executed(k):
+        cell = nbformat.v4.new_code_cell('show()', id='a')
+        cell.outputs = [new('stream', name='stderr', text=f'step {k}'), new('stream', name='stdout', text=f'in {keep_outputs.tempfile.gettempdir()}/tmp{k}abc and {ROOT}/runs/store\n'),
+                        new('display_data', {'text/html': f'<table id="T_{k*5}"><td id="T_{k*5}_row0">1</td></table>', 'image/png': png})]
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('k', id='injected'), cell]), tmp_path / f'{k}.ipynb')
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('show()', id='a')])
+        assert keep_outputs.take_outputs(nb, tmp_path / f'{k}.ipynb')
+        return nb.cells[0].outputs
+    a, b = executed('1'), executed('2')
+    assert a == b and [o.output_type for o in a] == ['stream', 'display_data'] and a[0].text == 'in TEMPORARY and runs/store\n'
+    kept = base64.b64decode(a[1].data['image/png'])
+    look = lambda x: np.asarray(Image.open(io.BytesIO(x)).convert('RGB'), float)
+    assert len(kept) < len(f.getvalue())/2 and np.abs(look(kept) - look(f.getvalue())).mean() < 1
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('show(2)', id='a')])
+    assert not keep_outputs.take_outputs(nb, tmp_path / '1.ipynb') and not nb.cells[0].outputs
+    assert not keep_outputs.take_outputs(nb, tmp_path / 'absent.ipynb')
 
 
 # ---- README
@@ -240,14 +281,25 @@ def blocks(kind):
     return re.findall(rf'```{kind}\n(.*?)```', text, flags=re.S)
 
 
+NAMES = 'solar-repro', 'make', 'papermill', 'python', 'sh', 'conda'
+FETCHING = 'solar-repro fetch --to DIR', 'solar-repro base --rebuild'         # these need the network, or hours
+
+
 def commands():
-    return sorted({c for b in blocks('sh') for line in b.splitlines() if (c := re.sub(r'\s+#.*', '', line).strip()) and not c.startswith('#')})
+    "Every command of README and CONTRIBUTING, in blocks and in the text."
+    text = (ROOT / 'README.md').read_text(encoding='utf-8') + (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    inline = [c for c in re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', text, flags=re.S)) if c.split()[0] in NAMES and ' ' in c]
+    listed = [c for b in blocks('sh') for line in b.splitlines() if (c := re.sub(r'\s+#.*', '', line).strip()) and not c.startswith('#')]
+    return sorted({*listed, *inline})
 
 
-@pytest.mark.parametrize('command', commands())
-def test_readme_command_is_one_that_works(command, tmp_path):
-    "Each command of README and CONTRIBUTING is run, or, where it would install, fetch or take long, checked by its own parser."
-    words = shlex.split(command)
+OURS = [c for c in commands() if c.startswith('solar-repro ') and c not in FETCHING]
+
+
+@pytest.mark.parametrize('command', [c for c in commands() if c not in OURS])
+def test_readme_command_is_one_that_works(command):
+    "What would install, fetch or take long is checked by its own parser; what the targets of make run is run by other tests."
+    words = shlex.split(command.replace(' ...', ''))
     words = words[next(k for k, w in enumerate(words) if not re.fullmatch(r'[A-Z_]+=\S+', w)):]           # VAR=value before it
     name, args = words[0], words[1:]
     if name == 'solar-repro':
@@ -259,7 +311,7 @@ def test_readme_command_is_one_that_works(command, tmp_path):
         from papermill import inspect_notebook
         assert {args[k + 1] for k, a in enumerate(args) if a == '-p'} <= set(inspect_notebook(str(ROOT / args[0]))) and args[1].endswith('.ipynb')
     elif name in ('python', 'python3.11') and args[0] == '-m':
-        assert args[1] in ('build', 'pytest') or run(sys.executable, *args[:2], '--help').returncode == 0
+        assert args[1] in ('build', 'pytest', 'venv') or run(sys.executable, *args[:2], '--help').returncode == 0
     elif name == 'python':
         assert (ROOT / args[0]).is_file()
         for flag in (a for a in args[1:] if a.startswith('-')): assert f"'{flag}'" in (ROOT / args[0]).read_text(), flag
@@ -269,6 +321,57 @@ def test_readme_command_is_one_that_works(command, tmp_path):
         assert (ROOT / args[0]).is_file()
     else:
         assert name in ('git', 'cd', 'source', 'conda', 'pip'), f'{command}: say in this test how it is to be checked'
+
+
+@pytest.fixture(scope='module')
+def models(full, tmp_path_factory):
+    "What the commands that merge and compare name: checkpoints A and B, what both started from, and a mergekit recipe."
+    from solar_repro.lab.cli import main
+    desk = tmp_path_factory.mktemp('desk')
+    for name, folder in (('SFT v1', 'A'), ('SFT v2', 'B'), ('base', 'C')):
+        assert main(['export', name, str(desk / folder), '--profile', 'smoke', '--store', str(full)]) == 0
+    (desk / 'CONFIG.yml').write_text(f'merge_method: linear\ndtype: float32\nmodels:\n  - {{model: {desk}/A, parameters: {{weight: 0.4}}}}\n  - {{model: {desk}/B, parameters: {{weight: 0.6}}}}\n')
+    return desk
+
+
+@pytest.mark.parametrize('command', OURS)
+def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsys):
+    "As it stands, but on the smoke profile; DIR, NAME and mine.toml are what a reader would put there."
+    from solar_repro.lab.cli import main
+    monkeypatch.chdir(tmp_path)
+    for f in models.iterdir(): (tmp_path / f.name).symlink_to(f)
+    args = shlex.split(command)[1:]
+    args = [dict(NAME='SFT v1', DIR='new').get(a, a) for a in args]
+    if args[0] not in ('init', 'merge', 'compare'): args += ['--store', str(full), *([] if '--profile' in args else ['--profile', 'smoke'])]
+    if args[0] == 'verify': assert main(['run', *args[1:]]) == 0                # it compares the tables of a run
+    before = {a.name for a in tmp_path.iterdir()}
+    assert main(args) == 0, capsys.readouterr().err
+    made = {a.name for a in tmp_path.iterdir()} - before
+    assert capsys.readouterr().out.strip() or made
+
+
+def test_licences_and_citation_are_those_of_the_package():
+    from configparser import ConfigParser
+    from solar_repro.data import SETS, TEST_SETS
+    readme, ini = (ROOT / 'README.md').read_text(encoding='utf-8'), ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(ROOT / 'settings.ini')
+    rows = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', readme[readme.index('## Licences'):], flags=re.M))
+    for s in (*SETS.values(), *TEST_SETS.values()):
+        titles = dict(zip(('Synth. Math-Instruct', 'Synth. Math-Alignment'), ('MetaMathQA', 'MATH'))).get(s.title, s.title)
+        licence = s.licence.split(' (')[0]
+        assert any(k.split(',')[0] == licence and titles in v for k, v in rows.items()), f'{s.title}: {s.licence}'
+    software, = [b for b in re.findall(r'@software\{.*?\n\}', readme, flags=re.S)]
+    assert f"{{{ini['DEFAULT']['version']}}}" in software and f"{{{ini['DEFAULT']['git_url']}}}" in software
+
+
+def test_contributing_names_what_exists():
+    "Files, and the functions, classes and constants that a walk names."
+    text = re.sub(r'```.*?```', '', (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8'), flags=re.S)
+    code = '\n'.join(p.read_text(encoding='utf-8') for p in (*(ROOT / 'solar_repro').rglob('*.py'), *(ROOT / 'nbs').rglob('*.ipynb')))
+    paths = set(re.findall(r'`((?:nbs|solar_repro|tests|tools|benchmarks)/[\w/.]+)`', text)) - {'nbs/lab/20_mine.ipynb'}
+    assert len(paths) > 8 and not [p for p in paths if not (ROOT / p).exists()]
+    names = {n.strip('.') for n in re.findall(r'`([A-Za-z_.]+)`', text) if '/' not in n}
+    assert len(names) > 20 and not [n for n in names if not re.search(rf'\b{re.escape(n.split(".")[-1])}', code)]
 
 
 def test_readme_python_and_profile_work(full, tmp_path, monkeypatch):
@@ -298,13 +401,13 @@ def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
     assert early.returncode != 0 and 'make tables PROFILE=smoke' in early.stderr                # no report yet
     tables.publish(lab.scores(), lab.folder, lab.label, lab.provenance(), lab.own)
     # the last steps of the tool clean and render the whole project; here only its own part is looked at
-    done = run(sys.executable, '-c', 'import runpy, sys; m = runpy.run_path("tools/record_run.py"); from pathlib import Path; m["put"](Path("nbs/index.ipynb"), m["text_of"]("smoke", Path("nbs"), 9.))', cwd=project, **env)
+    done = run(sys.executable, '-c', 'import runpy, sys; sys.path.insert(0, "tools"); m = runpy.run_path("tools/record_run.py"); from pathlib import Path; m["put"](Path("nbs/index.ipynb"), m["text_of"]("smoke", Path("nbs"), 8., 9.))', cwd=project, **env)
     assert done.returncode == 0, done.stderr[-2000:]
     first = (project / 'nbs' / 'index.ipynb').read_text()
-    assert '**smoke test, seed 0**, not SOLAR 10.7B' in first and '`make test` took 9 minutes' in first and first.count('| SFT v3 + v4') >= 1
-    assert (project / 'nbs' / 'recorded' / 'table4.png').is_file() and '![Table 4, smoke test' in first
+    assert '**smoke test, seed 0**, not SOLAR 10.7B' in first and '`make tables`, notebooks and all, took 8 minutes. `make test` took 9 minutes' in first and first.count('| SFT v3 + v4') >= 1
+    assert (project / 'nbs' / 'recorded' / 'table4.png').is_file() and 'alt=\\"Table 4, smoke test' in first
     readme = run(sys.executable, '-c', 'import sys; sys.path.insert(0, "tools"); from build_readme import render; from pathlib import Path; print(render(Path("nbs/index.ipynb")))', cwd=project)
-    assert '](nbs/recorded/table4.png)' in readme.stdout
+    assert 'src="nbs/recorded/table4.png"' in readme.stdout
 
 
 # ---- rows of one's own
@@ -426,10 +529,59 @@ def test_a_cell_shows_progress_and_can_be_interrupted_without_harm(full, tmp_pat
     assert Lab('smoke', store=tmp_path / 'store').build('SFT v1').content == Lab('smoke', store=full).build('SFT v1').content
 
 
+LAB_CODE = """import sys
+from solar_repro.lab.run import Lab
+print(sys.executable, sys.prefix)
+Lab('smoke', store={store!r})"""
+
+
+def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
+    "JupyterLab as `make lab` starts it, on a machine whose home folder has a python3 kernel that does not work."
+    import socket
+    import time
+    import urllib.request
+    websocket = pytest.importorskip('websocket', reason='websocket-client speaks to the kernel; JupyterLab brings it')
+    rogue = tmp_path / '.local' / 'share' / 'jupyter' / 'kernels' / 'python3'
+    rogue.mkdir(parents=True)
+    (rogue / 'kernel.json').write_text(json.dumps(dict(argv=['/bin/false', '{connection_file}'], display_name='another', language='python')))
+    recipe = run('make', '-n', 'lab').stdout.splitlines()[-1]
+    assert '.venv/bin/python -m jupyterlab nbs' in recipe
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    command = recipe.replace('.venv/bin/python', shlex.quote(sys.executable))
+    log = open(tmp_path / 'log', 'w')
+    lab = subprocess.Popen(f'exec env {command} --no-browser --allow-root --ip=127.0.0.1 --port={port} --IdentityProvider.token=t', shell=True, cwd=ROOT, stdout=log, stderr=log,
+                           env={**{k: v for k, v in ENV.items() if not k.startswith(('JUPYTER', 'XDG'))}, 'HOME': str(tmp_path)})
+    try:
+        def ask(path, data=None):
+            r = urllib.request.Request(f'http://127.0.0.1:{port}/{path}', headers=dict(Authorization='token t'), data=data and json.dumps(data).encode())
+            return urllib.request.urlopen(r, timeout=60).read()
+        for _ in range(300):
+            try: ask('api/status'); break
+            except OSError: time.sleep(.2)
+        assert b'04_merge.ipynb' in ask('api/contents') and b'jupyter-config-data' in ask('lab')
+        kernel = json.loads(ask('api/kernels', dict(name='python3')))['id']
+        ws = websocket.create_connection(f'ws://127.0.0.1:{port}/api/kernels/{kernel}/channels', header=['Authorization: token t'], timeout=120)
+        head = dict(msg_id='1', msg_type='execute_request', username='', session='s', version='5.3', date='2026-01-01T00:00:00Z')
+        ws.send(json.dumps(dict(header=head, parent_header={}, metadata={}, channel='shell', content=dict(code=LAB_CODE.format(store=str(full)), silent=False))))
+        said, shown = '', ''
+        while True:
+            m = json.loads(ws.recv())
+            if m['parent_header'].get('msg_id') != '1': continue
+            said += m['content'].get('text', '') if m['msg_type'] == 'stream' else ''
+            shown += m['content']['data'].get('text/html', '') if m['msg_type'] == 'execute_result' else ''
+            if m['msg_type'] == 'error': raise AssertionError(m['content'])
+            if m['msg_type'] == 'status' and m['content']['execution_state'] == 'idle': break
+        ws.close()
+        assert said.split()[-2:] == [sys.executable, sys.prefix], said
+        assert 'Rows scored' in shown and 'stages are built' in shown
+    finally:
+        lab.terminate(); lab.wait(60); log.close()
+
+
 # ---- the wheel
 
-def test_wheel_works_outside_the_repository(tmp_path):
-    "Built from a copy of the tree, installed into a folder of its own, used from another: notebooks laid out, one of them run."
+def test_wheel_works_outside_the_repository(full, tmp_path):
+    "Built from a copy of the tree, installed into a new environment, used from a new folder: notebooks laid out, one of the story run at smoke scale."
     tree = tmp_path / 'tree'
     tree.mkdir()
     for name in ('nbs', 'solar_repro'):
@@ -444,15 +596,24 @@ def test_wheel_works_outside_the_repository(tmp_path):
     here = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'solar_repro').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     assert not here - names
     assert {n.removeprefix('solar_repro/notebooks/') for n in names if n.endswith('.ipynb')} == {p.relative_to(ROOT / 'nbs').as_posix() for p in NOTEBOOKS}
-    home, work = tmp_path / 'installed', tmp_path / 'my-solar'
-    made = run(*pip, 'install', '--no-deps', '--no-index', '--target', home, wheel)
+    # a new environment, which has the libraries of this one (nothing is fetched) but not its solar_repro
+    import sysconfig
+    venv, work = tmp_path / 'venv', tmp_path / 'my-solar'
+    assert run(sys.executable, '-m', 'venv', '--without-pip', venv).returncode == 0
+    site_packages = venv / 'lib' / f'python{sys.version_info.major}.{sys.version_info.minor}' / 'site-packages'
+    made = run(*pip, '--python', venv, 'install', '--no-deps', '--no-index', wheel, PYTHONPATH='')          # this tree would count as installed
     assert made.returncode == 0, made.stderr[-2000:]
-    cli = [sys.executable, '-c', 'import sys, solar_repro; assert solar_repro.__file__.startswith(sys.argv[1]), solar_repro.__file__; '
-           'from solar_repro.lab.cli import main; sys.exit(main(sys.argv[2:]))', str(home)]
-    made = run(*cli, 'init', work, cwd=tmp_path, PYTHONPATH=str(home))
+    (site_packages / 'libraries.pth').write_text(sysconfig.get_path('purelib'))
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'SOLAR_STORE')}
+    def there(*cmd, cwd=tmp_path, **more):
+        return subprocess.run([str(venv / 'bin' / cmd[0]), *map(str, cmd[1:])], cwd=cwd, env={**env, **more}, capture_output=True, text=True, timeout=900)
+    assert there('python', '-c', 'import solar_repro; print(solar_repro.__file__)').stdout.startswith(str(site_packages))
+    made = there('solar-repro', 'init', work)
     assert made.returncode == 0 and f'{len(NOTEBOOKS)} notebooks' in made.stdout, made.stderr[-2000:]
-    assert 'is not empty' in run(*cli, 'init', work, cwd=tmp_path, PYTHONPATH=str(home)).stderr
-    made = run(*cli, 'status', '--profile', 'tiny', cwd=work, PYTHONPATH=str(home))
+    assert 'is not empty' in there('solar-repro', 'init', work).stderr
+    made = there('solar-repro', 'status', cwd=work)
     assert made.returncode == 0 and str(work / 'runs' / 'store') in made.stdout, made.stderr[-2000:]
-    made = run(sys.executable, '-m', 'papermill', 'nbs/lab/00_profile.ipynb', 'done.ipynb', '--no-progress-bar', cwd=work, PYTHONPATH=str(home))
+    command, = [c for c in commands() if c.startswith('papermill') and 'smoke' in c]                      # the README's, with the seed that the store holds
+    made = there('python', '-m', *shlex.split(command.replace('seed 1', 'seed 0')), '--no-progress-bar', cwd=work, SOLAR_STORE=str(full))
     assert made.returncode == 0, made.stderr[-2000:]
+    assert any('smoke test, seed 0' in str(c.get('outputs')) for c in nbformat.read(work / 'merge.ipynb', 4).cells)

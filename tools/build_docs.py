@@ -18,6 +18,7 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 from execnb.nbio import mk_cell, read_nb, write_nb
+from keep_outputs import take_outputs
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.processors import FilterDefaults
@@ -39,19 +40,6 @@ def fix_md(s: str, up: str) -> str:
         parts[i] = (re.sub(rf'\[(`[^`]+`)\]\({BASE}[^)]*\)', r'\1', p) if p.startswith('```')
                     else re.sub(rf'\]\({BASE}', f']({up}', p))
     return ''.join(parts)
-
-
-def run_outputs(nb, executed: Path) -> bool:
-    "Take over the outputs of an executed copy, by cell id; False, and nothing taken, if its cells are not these."
-    if not executed.is_file():
-        return False
-    done = {c.id: c for c in read_nb(executed).cells}
-    if any(c.id not in done or done[c.id].source != c.source for c in nb.cells):
-        return False
-    for c in nb.cells:
-        if c.cell_type == 'code':
-            c.outputs = done[c.id].get('outputs', [])
-    return True
 
 
 def parsed(source: str) -> list[ast.stmt]:
@@ -95,14 +83,16 @@ def alt_texts(nb) -> None:
     for c in nb.cells:
         if c.cell_type == 'markdown':
             for block in re.split(r'\n\s*\n|\n(?=#)', c.source):
-                if m := re.match(r'#+\s+(.*)', block):
-                    heading, prose = m[1], ''
-                elif not block.startswith(('<', '|', '```')):
-                    prose = block
-        elif any('image/png' in o.get('data', {}) for o in c.get('outputs', [])) and 'fig-alt' not in c.source:
+                if m := re.match(r'#+\s+(.*)\n?', block):
+                    heading, block = m[1], block[m.end():]
+                if block.strip() and not block.startswith(('<', '|', '```')):
+                    prose = block.lstrip('> ')
+            continue
+        n = sum('image/png' in o.get('data', {}) for o in c.get('outputs', []))
+        if n and 'fig-alt' not in c.source:
             first = re.split(r'(?<=[.:])\s', ' '.join(prose.split()))[0]
-            alt = re.sub(r'[*`$\\"]|\[|\]\([^)]*\)', '', f'Figure under {heading}: {first}').strip(': ')
-            c.source = f'#| fig-alt: "{alt}"\n{c.source}'
+            alt = re.sub(r'[*`$\\"]|\[|\]\([^)]*\)', '', f'under {heading}: {first}').strip(': ')
+            c.source = f'#| fig-alt: "{"Figure" if n == 1 else f"One of {n} figures"} {alt}"\n{c.source}'
 
 
 def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) -> str:
@@ -110,7 +100,7 @@ def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) 
     folder = src.relative_to(nbs).parent
     up = '../' * len(folder.parts)
     nb = read_nb(src)
-    if not run_outputs(nb, run / src.relative_to(nbs)) and run.is_dir() and src.name != 'index.ipynb':
+    if not take_outputs(nb, run / src.relative_to(nbs)) and run.is_dir() and src.name != 'index.ipynb':
         print(f'{src.relative_to(nbs)}: not as it was executed for {run.parent.name}; shown with the outputs stored in it')
     module = next((m[1] for c in nb.cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, flags=re.M))), '')
     show_exports(nb, f"{up}{pages.get(f'{cfg.lib_name}.{module}', '')}")
@@ -187,14 +177,13 @@ def main() -> None:
     pages = [process(f.resolve(), nbs, proc, run, reference) for f in sources]
     for name in ('_quarto.yml', 'nbdev.yml', 'styles.css'):
         shutil.copy2(nbs / name, proc / name)
-    if (nbs / 'recorded').is_dir():
-        shutil.copytree(nbs / 'recorded', proc / 'recorded')
     side = {'website': {'sidebar': {'contents': sidebar(pages)}}}
     (proc / 'sidebar.yml').write_text(yaml.safe_dump(side, sort_keys=False), encoding='utf-8')
     site = build(str(proc))
     dest = cfg.doc_path
     shutil.rmtree(dest, ignore_errors=True)
     shutil.move(proc / dest.name, dest)
+    shutil.copytree(nbs / 'recorded', dest / 'recorded', dirs_exist_ok=True)
     offline(dest)
     for w in site.warnings:
         print('warning:', w)

@@ -11,7 +11,7 @@ def cell_text(cell: dict) -> str:
     "One cell as markdown; directives and empty cells give nothing."
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'markdown':                     # pictures lie beside the notebook
-        return source.strip().replace('](recorded/', '](nbs/recorded/')
+        return source.strip().replace('src="recorded/', 'src="nbs/recorded/')
     source = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     return f'```python\n{source}\n```' if cell['cell_type'] == 'code' and source else ''
 

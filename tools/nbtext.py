@@ -15,7 +15,8 @@ def notebooks(named: list[str]) -> list[Path]:
 
 
 def run(*args) -> None:
-    subprocess.run([str(a) for a in args], check=True, cwd=ROOT)
+    program, *rest = args                                   # beside this Python, whether its folder is on PATH or not
+    subprocess.run([str(Path(sys.executable).parent / program), *map(str, rest)], check=True, cwd=ROOT)
 
 
 def main() -> None:

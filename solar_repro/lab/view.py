@@ -44,6 +44,8 @@ _SCRIPT = '''<script>document.querySelectorAll('[data-explore="ID"]:not([data-on
 
 _STYLE = '''<style>[data-explore] th button{all:unset;cursor:pointer;font-weight:bold}[data-explore] th button:focus-visible{outline:2px solid currentColor}
 [data-explore] th[aria-sort=ascending] button::after{content:" ▲"}[data-explore] th[aria-sort=descending] button::after{content:" ▼"}
+[data-explore] .rows{max-height:30rem;overflow:auto;width:fit-content;max-width:100%}[data-explore] table.dataframe{display:table}[data-explore] table.dataframe :is(th.words,td:not([data-v])){text-align:left}
+[data-explore] thead th{position:sticky;top:0;z-index:1;background:var(--jp-layout-color0,var(--bs-body-bg,Canvas))}
 [data-explore] input{font:inherit;padding:.15rem .4rem;width:18rem;max-width:60%}[data-explore] output{margin-left:.6rem}</style>'''
 
 # %% ../../nbs/lab/03_view.ipynb #0dfefefe
@@ -64,10 +66,11 @@ def explore(
     "A table that sorts by its headings and filters by words or comparisons (`gsm8k>20`), in any Jupyter."
     if not len(table.columns): raise ValueError('explore: the table has no columns; expected at least one. Did a selection leave nothing?')
     shown = table.head(most)
-    head = ''.join(f'<th scope="col"><button type="button">{html.escape(str(c))}</button></th>' for c in shown)
+    words = [not pd.api.types.is_numeric_dtype(t) for t in shown.dtypes]
+    head = ''.join(f'<th scope="col"{" class=words" if w else ""}><button type="button">{html.escape(str(c))}</button></th>' for c, w in zip(shown, words))
     rows = '\n'.join(f'<tr>{"".join(_cell(x, digits) for x in r)}</tr>' for r in shown.astype(object).itertuples(index=False))
     left = f'<p>The first {most} of {len(table)} rows.</p>' if len(table) > most else ''
-    body = f'<table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{left}'
+    body = f'<div class="rows" tabindex="0" role="region" aria-label="Table"><table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{left}'
     key = hashlib.sha256(body.encode()).hexdigest()[:12]
     tools = '<input type="search" aria-label="Filter rows" placeholder="filter: words, or column&gt;number"><output></output>'
     return View(f'<div data-explore="{key}">{tools}{body}</div>{_STYLE}{_SCRIPT.replace("ID", key)}', shown.to_string(index=False))
