@@ -151,6 +151,25 @@ def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
             want = judged(t, of[x['doc_id']], x)
             assert x['score'] == pytest.approx(want['score'], abs=1e-12) and np.all(x['gold'] == np.array(want['gold'])) and x['prediction'] == want['prediction']
 
+def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
+    "lm-eval cleans HellaSwag's endings before it counts their characters, and its TruthfulQA has no plainly worded answers."
+    from test_sources import FILES, model_of, profile_of, put, rows_of
+    for k, name in enumerate(FILES):
+        rows = rows_of(name)
+        if name.startswith('hellaswag'): rows = [r | dict(endings=[f'[header] {e} [title] on'*(j + 1) for j, e in enumerate(r['endings'])]) for r in rows]
+        put(tmp_path/'data', name, rows, ('.jsonl', '.parquet')[k % 2])
+    lab = Lab(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
+    lab.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
+    said, found = verify(lab, tmp_path/'none')
+    assert found.empty and '12 scores counted again from 48 answers' in said, found.to_string()
+    assert any('[' not in c for d in evidence.docs(lab, 'hellaswag') for c in evidence.choices('hellaswag', d))
+    for t in H6_TASKS: assert len(flips(lab, 'base', 'SFT v4', t)) == len(lab.flips('base', 'SFT v4', t))
+    file = next(f for f in export_results(lab, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
+    assert '[header]' not in json.loads(file.read_text().splitlines()[0])['arguments']['gen_args_0']['arg_1']
+    path = lab._find('eval/base/hellaswag').path
+    change_item_score(path); forge(path)
+    assert 'score of item 1' in set(verify(lab, tmp_path/'none')[1]['what'])
+
 # ---- one number, two models, lm-eval's files --------------------------------------------------------------------------
 
 def command(store, *words): return main([*words, '--profile', 'smoke', '--store', str(store)])
