@@ -34,7 +34,7 @@ def text_of(profile: str, nbs: Path, test_minutes: float | None) -> str:
     for png in sorted((lab.folder / 'figures').glob('*.png')):
         shutil.copyfile(png, nbs / 'recorded' / png.name)
     tables = {n: pd.read_csv(lab.folder / 'tables' / f'table{n}.csv') for n in range(3, 8)}
-    alt = {n: ' '.join(finding(n, t, lab.label).split()) for n, t in tables.items()}
+    alt = {n: ' '.join(finding(n, t, lab.label, lab.records()).split()) for n, t in tables.items()}
     took = (f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on {os.cpu_count()} CPU cores, without a GPU.'
             if lab.profile.machine.device == 'cpu' else f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on one GPU.')
     tests = f' `make test` took {test_minutes:.0f} minutes.' if test_minutes else ''
