@@ -335,13 +335,23 @@ def test_a_change_of_protocol_runs_only_what_it_must(tmp_path):
 
 # ---- the benchmark ----------------------------------------------------------------------------------------------------
 
-def test_the_benchmark_compares_the_same_answers():
-    bench = runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'h6.py'))
+@pytest.fixture(scope='module')
+def bench(): return runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'h6.py'))
+
+def compared(bench, **options):
     threads = torch.get_num_threads()
-    try:
-        r = bench['compare'](argparse.Namespace(items=2, mmlu_items=4, tasks=['arc', 'mmlu', 'gsm8k'], hf_batch=[1], hf_packed=False, batch=8, generate=6, shape='smoke', device='cpu',
-                                                dtype='float32', threads=1, load=0.))
+    try: return bench['compare'](argparse.Namespace(**dict(items=2, mmlu_items=4, profile=None, hf_batch=[1], hf_packed=False, batch=8, generate=6, shape='smoke', device='cpu', dtype='float32',
+                                                           threads=1, load=0.) | options))
     finally: torch.set_num_threads(threads); torch.set_flush_denormal(False)
+
+def test_the_benchmark_asks_a_profiles_base_its_own_items(bench, full, monkeypatch):
+    monkeypatch.setenv('SOLAR_STORE', str(full))
+    r = compared(bench, profile='smoke', tasks=['arc', 'truthfulqa', 'gsm8k'])
+    assert [(l['items'], l['shots']) for l in r['tasks']] == [(2, 4), (2, 0), (2, 2)] and all(l['equal'] == l['requests'] and l['max_difference_nats'] < CLOSE for l in r['tasks'])
+    assert 'the base of profile smoke (smoke test)' in bench['page'](r, 'x') and 'random' not in bench['page'](r, 'x')
+
+def test_the_benchmark_compares_the_same_answers(bench):
+    r = compared(bench, tasks=['arc', 'mmlu', 'gsm8k'])
     arc, mmlu, gsm8k = r['tasks']
     assert arc['equal'] == arc['requests'] == 8 and gsm8k['equal'] == gsm8k['requests'] == 2 and arc['max_difference_nats'] < CLOSE
     assert arc['ours_tok'] < arc['hf_tok']/2 and arc['ours_logits'] < arc['hf_logits']/20
@@ -351,5 +361,7 @@ def test_the_benchmark_compares_the_same_answers():
     whole = lambda k: (1172*arc[k] + 1319*gsm8k[k])/2 + 14042*mmlu[k]/4
     assert r['ratio_test_sets'] == pytest.approx(whole('hf_s')/whole('ours_s'))
     assert r['no_guesses']['ratio_test_sets'] == pytest.approx(whole('hf_s')/whole('no_guesses_s'))
-    assert 'smoke, random weights, float32' in bench['show'](r)
-    assert '26 of 26 greedy flags' in bench['page'](r, 'x') and 'is not reached' in bench['page'](r, 'x')      # three tasks of six
+    assert gsm8k['hf_passes'] >= gsm8k['no_guesses_passes'] and "smoke's shape with random weights" in bench['show'](r)
+    assert '26 of 26 greedy flags' in bench['page'](r, 'x') and 'is not reached' in bench['page'](r, 'x') and 'that is asked for' not in bench['page'](r, 'x')      # three tasks of six
+    arc['max_difference_nats'] = 2*CLOSE
+    assert 'that is asked for' in bench['page'](r, 'x')

@@ -151,6 +151,25 @@ def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
             want = judged(t, of[x['doc_id']], x)
             assert x['score'] == pytest.approx(want['score'], abs=1e-12) and np.all(x['gold'] == np.array(want['gold'])) and x['prediction'] == want['prediction']
 
+def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
+    "lm-eval cleans HellaSwag's endings before it counts their characters, and its TruthfulQA has no plainly worded answers."
+    from test_sources import FILES, model_of, profile_of, put, rows_of
+    for k, name in enumerate(FILES):
+        rows = rows_of(name)
+        if name.startswith('hellaswag'): rows = [r | dict(endings=[f'[header] {e} [title] on'*(j + 1) for j, e in enumerate(r['endings'])]) for r in rows]
+        put(tmp_path/'data', name, rows, ('.jsonl', '.parquet')[k % 2])
+    lab = Lab(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
+    lab.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
+    said, found = verify(lab, tmp_path/'none')
+    assert found.empty and '12 scores counted again from 48 answers' in said, found.to_string()
+    assert any('[' not in c for d in evidence.docs(lab, 'hellaswag') for c in evidence.choices('hellaswag', d))
+    for t in H6_TASKS: assert len(flips(lab, 'base', 'SFT v4', t)) == len(lab.flips('base', 'SFT v4', t))
+    file = next(f for f in export_results(lab, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
+    assert '[header]' not in json.loads(file.read_text().splitlines()[0])['arguments']['gen_args_0']['arg_1']
+    path = lab._find('eval/base/hellaswag').path
+    change_item_score(path); forge(path)
+    assert 'score of item 1' in set(verify(lab, tmp_path/'none')[1]['what'])
+
 # ---- one number, two models, lm-eval's files --------------------------------------------------------------------------
 
 def command(store, *words): return main([*words, '--profile', 'smoke', '--store', str(store)])
@@ -244,7 +263,36 @@ def test_mcnemar_on_agrestis_table():
     assert got.difference == pytest.approx(.04) and got.p == pytest.approx(stats.binomtest(86, 236).pvalue)
     assert got.p == pytest.approx(mcnemar([[794, 150], [86, 570]], exact=False, correction=False).pvalue, abs=2e-5)
     assert got.se == pytest.approx(.0095, abs=1e-4)            # the book's standard error of the difference
-    assert got.se == pytest.approx(stats.sem(np.subtract(a, b)))
+
+def pairs_of(both, first, second, neither):
+    return [1.]*both + [1.]*first + [0.]*second + [0.]*neither, [1.]*both + [0.]*first + [1.]*second + [0.]*neither
+
+def test_the_error_of_a_difference_is_bonetts_and_prices():
+    "The example of the R package statpsych, ci.prop.ps(.05, 12, 4, 26, 6): 48 pairs, 26 and 4 of them unlike, standard error 0.09448809."
+    a, b = pairs_of(12, 26, 4, 6)
+    assert ours.paired(a, b).se == pytest.approx(.09448809, abs=1e-8)
+    d = np.array([*np.subtract(a, b), 1, -1])
+    assert ours.difference_se(a, b) == pytest.approx(stats.sem(d, ddof=0))
+
+@pytest.mark.parametrize('n', (2, 20, 400))
+def test_no_difference_seen_is_not_known_to_be_none(n):
+    "Alike on all n items: the true difference may still be what n items could miss one time in twenty, 3/n."
+    a, b = pairs_of(n, 0, 0, 0)
+    assert 2/n > ours.difference_se(a, b) > .7/n and ours.resolvable(ours.difference_se(a, b)) > 0
+    six = dict.fromkeys(H6_TASKS, a)
+    assert ours.paired_mean(six, six).se == pytest.approx(ours.difference_se(a, b)/math.sqrt(6))
+    shares = np.linspace(.1, .9, n)
+    assert ours.difference_se(shares, shares) == pytest.approx(math.sqrt(2)*stats.sem(shares))
+
+def test_the_interval_of_a_difference_holds_what_it_should():
+    "Two standard errors either way, against simulated models that agree on 97 of 100 items; a plain standard error is zero now and then."
+    rng, n, p = np.random.default_rng(0), 60, (.02, .01)
+    held = {}
+    for k in range(3000):
+        u = rng.random(n); d = (u < p[0]).astype(float) - (u > 1 - p[1])
+        a, b = (d > 0).astype(float), (d < 0).astype(float)
+        for name, se in (('ours', ours.difference_se(a, b)), ('plain', stats.sem(d))): held.setdefault(name, []).append(abs(d.mean() - (p[0] - p[1])) <= 2*se)
+    assert np.mean(held['ours']) > .94 > .9 > np.mean(held['plain'])
 
 def test_holm_against_statsmodels():
     p = [.01, .04, .03, .005, .9]
@@ -335,6 +383,21 @@ def test_best_is_marked_where_it_is_not_resolved():
         for t in map(paper.TITLES.get, ('h6', 'arc', 'gsm8k')):
             cells = shown[t].str.split('(').str[0]
             assert cells.str.contains('≈').sum() == marked and cells.str.startswith('**').sum() == bold
+
+def test_a_title_and_the_marks_below_it_say_the_same():
+    "H6 of two models that agree on most items: far apart for a paired test, close by their own errors."
+    names, n = tables.models(7), 60
+    right = dict(zip(names, (40, 36, 30, 29)))
+    records = items_of({m: [1]*k + [0]*(n - k) for m, k in right.items()})
+    t = tables.table(7, scores_of(records))
+    assert f'{names[0]} has the highest H6 (66.7) and is ahead of {names[1]} (+6.7 ±' in tables.finding(7, t, 'x', records)
+    assert 'h6' not in tables.unresolved(t, records) and 'is not resolved from' in tables.finding(7, t, 'x')
+    fig = tables.figure(7, scores_of(records), 'x', records=records)
+    assert 'is ahead of' in fig._suptitle.get_text(); tables.plt.close(fig)
+    close = items_of({m: [1]*(40 if k == 0 else 39) + [0]*(20 if k == 0 else 21) for k, m in enumerate(names)}).query('task == "arc" or model != @names[0]')
+    close = pd.concat([close, items_of({names[0]: [1]*39 + [0]*21}).query('task != "arc"')])
+    t = tables.table(7, scores_of(close))
+    assert 'h6' in tables.unresolved(t, close) and 'is not resolved from' in tables.finding(7, t, 'x', close)
 
 def test_comparisons_are_corrected_over_their_table(full):
     records = Lab('smoke', store=full).records()

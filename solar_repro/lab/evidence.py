@@ -67,14 +67,14 @@ def choices(
     doc:dict, # an item
 )->list[str]:
     "What can be chosen, as the item words it."
-    return {'arc': lambda: doc['choices']['text'], 'hellaswag': lambda: doc['endings'], 'mmlu': lambda: doc['choices'],
+    return {'arc': lambda: doc['choices']['text'], 'hellaswag': lambda: doc.get('choices', doc['endings']),     # lm-eval's are cleaned 'mmlu': lambda: doc['choices'],
             'truthfulqa': lambda: doc['mc2_targets']['choices'], 'winogrande': lambda: [doc['option1'], doc['option2']]}[task]()
 
 def judged(
     task:str, # one of `H6_TASKS`
     doc:dict, # the item
     answer:dict, # its record: loglikelihoods, or text
-)->dict: # gold, prediction, score; truthfulqa: plain
+)->dict: # gold, prediction, score; truthfulqa of the tiny world: plain
     "What an answer comes to."
     if task == 'gsm8k':
         gold, found = doc['answer'].split('#### ')[-1].strip(), re.search(r'#### (-?[0-9.,]+)', answer['text'])
@@ -82,8 +82,9 @@ def judged(
         return dict(gold=gold, prediction=said, score=float(bare(said) == bare(gold)))
     lls = np.array(answer['loglikelihoods'], float)
     if task == 'truthfulqa':
-        true, plain = np.array(doc['mc2_targets']['labels']) == 1, np.array(doc['plain'])
-        return dict(gold=np.flatnonzero(true).tolist(), prediction=int(lls.argmax()), score=_mass(lls, true), plain=_mass(lls[plain], true[plain]))
+        true, plain = np.array(doc['mc2_targets']['labels']) == 1, np.array(doc.get('plain', []), bool)
+        out = dict(gold=np.flatnonzero(true).tolist(), prediction=int(lls.argmax()), score=_mass(lls, true))
+        return out | (dict(plain=_mass(lls[plain], true[plain])) if len(plain) else {})
     per = [len(c) for c in choices(task, doc)] if task in ('arc', 'hellaswag') else 1
     gold = int({'arc': lambda: doc['choices']['label'].index(doc['answerKey']), 'hellaswag': lambda: doc['label'],
                 'mmlu': lambda: doc['answer'], 'winogrande': lambda: int(doc['answer']) - 1}[task]())
@@ -91,23 +92,28 @@ def judged(
     return dict(gold=gold, prediction=said, score=float(said == gold))
 
 # %% ../../nbs/lab/11_evidence.ipynb #e93de76b
-def _bench(lab:Lab, task:str)->Path: return lab.build(f'bench/{task}').path
+def _asked(lab:Lab, task:str):
+    from solar_repro.eval import build_requests
+    s = lab.recipe[f'eval/base/{task}'].settings
+    return build_requests(task, lab.build(f'bench/{task}').path, s['num_fewshot'], s.get('tasks', 'tiny'))
 
 def docs(
     lab:Lab,
     task:str, # one of `H6_TASKS`
 )->list[dict]:
-    "The test items of a benchmark."
-    from solar_repro.data import read_rows
-    return read_rows(_bench(lab, task)/'test.jsonl')
+    "The test items of a benchmark, as lm-eval's task reads them."
+    from solar_repro.lab.model import quiet
+    asked = _asked(lab, task)
+    with quiet(): items = {ids[i]: doc for t, ids in zip(asked.tasks, asked.doc_ids) for i, doc in t.doc_iterator()}
+    return [items[i] for i in sorted(items)]
 
 def requests(
     lab:Lab,
     task:str, # one of `H6_TASKS`
 )->dict[int,list]: # test item -> lm-eval's requests
     "What a benchmark asks."
-    from solar_repro.eval import build_requests, by_item
-    return by_item(build_requests(task, _bench(lab, task), getattr(lab.profile.eval.num_fewshot, task)))
+    from solar_repro.eval import by_item
+    return by_item(_asked(lab, task))
 
 def evaluated(
     lab:Lab,
@@ -137,7 +143,7 @@ def _counted(protocols:list[str], task:str, items:list[dict])->dict: # as in sco
     from solar_repro.eval import METRICS, mean_se, score_as
     by = {p: dict(zip(('score', 'se'), score_as(p, task, items))) for p in protocols}
     out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(items), protocols=by)
-    if task == 'truthfulqa': out['plain'], out['plain_se'] = mean_se([x['plain'] for x in items])
+    if 'plain' in items[0]: out['plain'], out['plain_se'] = mean_se([x['plain'] for x in items])
     return out
 
 def _recount(lab:Lab, model:str, task:str, of:list[dict], asked:dict[int,str])->tuple[list[dict],dict,list]: # items, score, faults
