@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from solar_repro.dpo import (check_start, dpo_loss, dpo_rows, forked_length, for
 from solar_repro.lab.model import Point, average, concat_adapter, load_base, load_tokenizer, materialize, quiet, read_adapter
 from solar_repro.lab.profile import load_profile
 from solar_repro.lab.recipe import recipe
+from solar_repro.lab.run import Lab
 from solar_repro.merge import slerp
 from solar_repro.sft import PackedTrainer, packed_batch, sft_pass, sft_rows, train_sft
 from solar_repro.tiny.base import random_base
@@ -403,3 +405,31 @@ def test_slerp_of_a_sharded_base(points, dtype, tmp_path):
         assert len(W) > 10 and all(torch.equal(W[n], V[n]) and W[n].dtype == dtype for n in W)
     same_in_both = table.tensor.str.contains('norm|embed')
     assert table.fell_back[same_in_both].all() and (table.cosine[same_in_both] > .999999).all()
+
+
+MOVED = '''
+import os, signal, sys
+from solar_repro.lab import train
+from solar_repro.lab.run import Lab, Progress
+train.SAVE_S, tick = 0., Progress.tick
+def killed(self, done, total):
+    tick(self, done, total)
+    if self.plan[self.k].name == sys.argv[2] and done == 2: os.kill(os.getpid(), signal.SIGKILL)
+Progress.tick = killed
+Lab('smoke', store=sys.argv[1]).run(['DPO v1'])
+'''
+
+
+@pytest.mark.parametrize('stage', ['SFT v3', 'DPO v1'])
+def test_a_run_goes_on_from_a_copy_of_its_store(stage, tmp_path, capfd, full, monkeypatch):
+    "Killed in a training, its store copied elsewhere and the old one gone: it resumes inside the stage and ends with the same bits."
+    first = subprocess.run([sys.executable, '-c', MOVED, str(tmp_path/'old'), stage], capture_output=True, text=True, timeout=240)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    shutil.copytree(tmp_path/'old', tmp_path/'new'); shutil.rmtree(tmp_path/'old')
+    resumed, look = [], training.last_checkpoint
+    def spy(scratch): resumed.append(found := look(scratch)); return found
+    monkeypatch.setattr(training, 'last_checkpoint', spy)
+    lab = Lab('smoke', store=tmp_path/'new')
+    lab.run(['DPO v1'])
+    assert resumed[0] is not None and resumed[0].is_relative_to(tmp_path/'new') and all(x is None for x in resumed[1:])
+    assert lab.build('DPO v1').content == Lab('smoke', store=full).build('DPO v1').content
