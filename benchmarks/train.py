@@ -221,7 +221,7 @@ def show(r):
             lines.append(f"{name + ' ' + k['kind'].upper():<10}{k['rows']:>6}{k['tokens']:>8}{k['step'] if who == 'trl' else '':>8}{x['steps']:>7}{x['seconds']:>9.1f}{x['ref_s']:>8.1f}{x['tokens_s']:>9.0f}{x['rows_s']:>8.2f}"
                          f"{x['share']:>11.0%}{x['mib']:>10.0f}")
         known = f", {k['ratio_ref_known']:.2f} with the reference known" if k['kind'] == 'dpo' else ''
-        lines.append(f"{'':<10}{k['kind'].upper()}: {k['ratio']:.2f} times as fast{known}; {k['memory_ratio']:.2f} times less memory")
+        lines.append(f"{'':<10}{k['kind'].upper()}: {k['ratio']:.2f} times as fast{known}; peak memory {1/k['memory_ratio']:.2f} of TRL's")
     return '\n'.join(lines)
 
 
