@@ -18,14 +18,16 @@ import tempfile
 import weakref
 from pathlib import Path
 
-CASES = [ # base, kind, nf4, compute dtype, passes, rows a step, max_length, dropout, checkpointing
+CASES = [ # base, kind, nf4, compute dtype, passes, rows a step, max_length, dropout, checkpointing, and tokens a pass where the profile says that instead of passes
     ('tiny', 'sft', True, 'float32', 1, 6, 256, 0., False), ('tiny', 'sft', True, 'float32', 1, 6, 256, .05, False),
     ('tiny', 'dpo', True, 'float32', 1, 16, 256, 0., False), ('tiny', 'sft', True, 'float32', 2, 8, 512, 0., True),
     ('smol', 'sft', True, 'float32', 1, 1, 256, 0., False), ('smol', 'sft', True, 'float32', 2, 2, 256, .05, False),
     ('smol', 'sft', True, 'bfloat16', 1, 2, 256, 0., False), ('smol', 'sft', False, 'float32', 1, 2, 128, 0., False),
     ('smol', 'sft', True, 'float32', 1, 2, 512, 0., True), ('smol', 'dpo', True, 'float32', 1, 1, 192, 0., False),
     ('solar', 'sft', True, 'bfloat16', 4, 4, 2048, .05, False), ('solar', 'sft', True, 'bfloat16', 1, 4, 2048, .05, True),
-    ('solar', 'dpo', True, 'bfloat16', 4, 4, 2048, 0., False), ('solar', 'sft', False, 'bfloat16', 4, 4, 2048, .05, False)]
+    ('solar', 'dpo', True, 'bfloat16', 4, 4, 2048, 0., False), ('solar', 'sft', False, 'bfloat16', 4, 4, 2048, .05, False),
+    ('tiny', 'dpo', True, 'float32', 1, 8, 256, 0., False, 1880), ('smol', 'dpo', True, 'float32', 1, 2, 192, 0., False, 344),
+    ('solar', 'dpo', True, 'bfloat16', 1, 4, 2048, 0., False, 4096)]
 RANK = dict(tiny=16, smol=16, solar=64)
 SIZES = dict(smol=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                        num_key_value_heads=3, tie_word_embeddings=True),
@@ -92,10 +94,11 @@ def one(case, base):
     from solar_repro.lab.model import Point
     from solar_repro.lab.profile import load_profile
     from solar_repro.sft import train_sft
-    which, kind, nf4, dtype, passes, rows, length, dropout, again = case
+    which, kind, nf4, dtype, passes, rows, length, dropout, again, *budget = case
     device = 'cuda' if which == 'solar' else 'cpu'
     p = load_profile('tiny')
-    common = dict(nf4=nf4, compute_dtype=dtype, passes=passes, batch_size=rows, max_length=length, activation_checkpointing=again)
+    common = dict(nf4=nf4, compute_dtype=dtype, passes=passes, batch_size=rows, max_length=length, activation_checkpointing=again,
+                  pass_tokens=budget[0] if budget else None)
     sft = p.sft.model_copy(update=dict(**common, lora_dropout=dropout, lora_r=RANK[which], lora_alpha=16))
     dpo = p.dpo.model_copy(update=common)
     words = json.loads((Path(base)/'tokenizer.json').read_text())['model']['vocab']
@@ -110,7 +113,7 @@ def one(case, base):
             with live: train_sft(Path(base), data, d, sft, p.template, 0, device)
         else:
             data = [dict(prompt=say(20), chosen=say(length - 40), rejected=say(length - 40)) for _ in range(2*rows)]
-            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1)), p.template, 0, device)
+            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1, pass_tokens=None)), p.template, 0, device)
             point = Point(Path(base), ((d/'sft'/'adapter', 1.),))
             ref = reference_logps(point, data, dpo, p.template, device)
             before, live = resident('VmRSS'), meter(device)
@@ -124,12 +127,12 @@ def compare(i, base):
     r = subprocess.run([sys.executable, __file__, '--case', str(i), '--base', str(base)], capture_output=True, text=True)
     if r.returncode: sys.exit(r.stderr[-2000:])
     m = json.loads(r.stdout.splitlines()[-1])
-    which, kind, nf4, dtype, passes, rows, length, dropout, again = CASES[i]
-    n_tok = rows//passes*length*(2 if kind == 'dpo' else 1)
-    parts = train_memory(shape_of(base), nf4, dtype, RANK[which], dropout if kind == 'sft' else 0., n_tok, passes, again,
+    which, kind, nf4, dtype, passes, rows, length, dropout, again, *budget = CASES[i]
+    n_tok = budget[0] if budget else rows//passes*length*(2 if kind == 'dpo' else 1)
+    parts = train_memory(shape_of(base), nf4, dtype, RANK[which], dropout if kind == 'sft' else 0., n_tok, 2 if budget else passes, again,
                          'cuda' if which == 'solar' else 'cpu')
     planned = sum(parts.values())
-    return dict(base=which, kind=kind, nf4=nf4, dtype=dtype, passes=passes, rows=rows, max_length=length, dropout=dropout, checkpointing=again,
+    return dict(base=which, kind=kind, nf4=nf4, dtype=dtype, passes=passes, rows=rows, max_length=length, dropout=dropout, checkpointing=again, pass_tokens=budget[0] if budget else None,
                 planned_mib=round(planned/2**20, 1), measured_mib=round(m['tracked']/2**20, 1), resident_mib=round(m['resident']/2**20, 1),
                 ratio=round(planned/m['tracked'], 3), parts_mib={k: round(v/2**20, 1) for k, v in parts.items()})
 

@@ -38,8 +38,10 @@ def test_paper_scale_is_the_papers(plans):
 
 def test_a_step_is_whole_passes_and_a_key_of_ones_own_changes_the_plan(tmp_path):
     f = tmp_path/'x.toml'
-    f.write_text('extends = "a100"\n[dpo]\npasses = 5\n')
+    f.write_text('extends = "smol"\n[dpo]\npasses = 3\n')
     with pytest.raises(ValueError, match='divide batch_size'): load_profile(f)
+    f.write_text('extends = "a100"\n[dpo]\npasses = 4\n')
+    with pytest.raises(ValueError, match='not both'): load_profile(f)
     f.write_text('extends = "a100"\n[sft]\nnf4 = false\nactivation_checkpointing = true\n')
     t = make_plan(Lab(f, store=tmp_path/'s')).stages.set_index('stage')
     assert 20 < t.loc['SFT v1', 'gib'] < 40                                # two bytes a weight, hardly any activations
@@ -95,6 +97,17 @@ def test_a_budget_buys_whole_rows_in_order(plans):
     assert got(small) and got(small) < got(large) and large['sum'].max() <= 40
     held = replace(plan, stages=plan.stages.assign(held=True))
     assert bought(lab, held, 0.)['bought'].all()                          # what the store holds costs nothing
+
+
+def test_a_budget_of_tokens_computes_prompts_once_and_unpacks_less_often(plans):
+    lab, plan = plans['a100']
+    p = lab.profile
+    single = Lab(p.model_copy(update=dict(dpo=p.dpo.model_copy(update=dict(pass_tokens=None, passes=32)))), store=lab.store.folder)
+    a, b = (make_plan(x).stages.set_index('stage') for x in (lab, single))
+    for n in ('DPO v1', 'ref/SFT v3/ultrafeedback_clean'):
+        assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(60_800*LENGTHS['ultrafeedback_clean'].prompt)
+        assert a.loc[n, 'hours'] < .85*b.loc[n, 'hours']
+    assert a.loc['DPO v1', 'gib'] == b.loc['DPO v1', 'gib'] and plan.stages['hours'].sum() < 72       # the longest pair fills a pass
 
 
 def test_lengths_have_provenance():

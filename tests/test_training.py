@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from solar_repro.dpo import check_start, dpo_loss, dpo_rows, load_policy, pair_logps, pair_trainer, reference_logps, train_dpo
+import solar_repro.lab.train as training
+from solar_repro.dpo import (check_start, dpo_loss, dpo_rows, forked_length, forked_pass, load_policy, pair_logps, pair_trainer, reference_logps,
+                             train_dpo)
 from solar_repro.lab.model import Point, average, concat_adapter, load_base, load_tokenizer, materialize, quiet, read_adapter
 from solar_repro.lab.profile import load_profile
+from solar_repro.lab.recipe import recipe
+from solar_repro.lab.run import Lab
 from solar_repro.merge import slerp
-from solar_repro.sft import packed_batch, sft_rows, train_sft
+from solar_repro.sft import PackedTrainer, packed_batch, sft_pass, sft_rows, train_sft
 from solar_repro.tiny.base import random_base
 from solar_repro.tiny.world import make_world, training_rows
 
@@ -25,6 +30,7 @@ SFT = smoke.sft.model_copy(update=dict(lora_r=4, lora_alpha=8, lora_dropout=.1, 
                                        epochs=1, nf4=True, compute_dtype='float32'))
 DPO = smoke.dpo.model_copy(update=dict(batch_size=4, max_length=128, learning_rate=1e-2, save_steps=4, beta=.1, epochs=1, nf4=True,
                                        compute_dtype='float32'))
+PASSES = dict(pass_tokens=200) # of the packed rows of 128 tokens one a pass, of pairs a few
 FILES = ('adapter/adapter_model.safetensors', 'adapter/adapter_config.json', 'log.csv')
 
 
@@ -69,17 +75,19 @@ def dpo_run(points, ref, tmp_path_factory):
     return out
 
 
-# a child process trains like the parent, and kills itself with SIGKILL at a given step (never, if that is 0)
+# a child process trains like the parent, and kills itself with SIGKILL at a given step (never, if that is 0); 'clock' saves at every step and divides steps into passes
 CHILD = '''
 import os, signal, sys
 from pathlib import Path
 import pandas as pd
 import test_training as t
-what, base, start, ref, out, at = *sys.argv[1:6], int(sys.argv[6])
+what, base, start, ref, out, at, how = *sys.argv[1:6], int(sys.argv[6]), sys.argv[7]
+if how == 'clock': t.training.SAVE_S = 0.
+settings = {n: x.model_copy(update=t.PASSES if how == 'clock' else {}) for n, x in (('sft', t.SFT), ('dpo', t.DPO))}[what]
 def tick(done, total):
     if done == at: os.kill(os.getpid(), signal.SIGKILL)
-if what == 'sft': t.train_sft(Path(base), t.math_rows(), Path(out), t.SFT, t.smoke.template, seed=1, tick=tick)
-else: t.train_dpo(t.Point(Path(base), ((Path(start), 1.),)), t.belief_pairs(), pd.read_pickle(ref), Path(out), t.DPO, t.smoke.template, seed=0, tick=tick)
+if what == 'sft': t.train_sft(Path(base), t.math_rows(), Path(out), settings, t.smoke.template, seed=1, tick=tick)
+else: t.train_dpo(t.Point(Path(base), ((Path(start), 1.),)), t.belief_pairs(), pd.read_pickle(ref), Path(out), settings, t.smoke.template, seed=0, tick=tick)
 '''
 
 
@@ -92,14 +100,28 @@ def child(*args):
 def test_killed_and_resumed_is_bitwise_the_same(what, base, runs, ref, dpo_run, tmp_path):
     whole, args = dict(sft=runs/'1', dpo=dpo_run)[what], (what, base, runs/'1'/'adapter', tmp_path/'ref.pkl', tmp_path/'out')
     ref.to_pickle(tmp_path/'ref.pkl')
-    assert child(*args, 6).returncode == -signal.SIGKILL
+    assert child(*args, 6, 'steps').returncode == -signal.SIGKILL
     left = tmp_path/'out'/'scratch'
     assert (left/'checkpoint-4'/'complete').exists() and not (tmp_path/'out'/'adapter').exists()
     (left/'checkpoint-6').mkdir()   # as if the kill had struck while this one was being written
     (left/'checkpoint-6'/'trainer_state.json').write_text('{"global_step": 6')
-    done = child(*args, 0)
+    done = child(*args, 0, 'steps')
     assert done.returncode == 0, done.stderr
     same(whole, tmp_path/'out')
+
+
+@pytest.mark.parametrize('what', ['sft', 'dpo'])
+def test_killed_at_several_steps_with_checkpoints_by_the_clock(what, base, runs, points, ref, tmp_path):
+    "In passes, saved at every step: two more kills, and the run goes on from where each struck."
+    ref.to_pickle(tmp_path/'ref.pkl')
+    if what == 'sft': train_sft(base, math_rows(), tmp_path/'whole', SFT.model_copy(update=PASSES), smoke.template, seed=1)
+    else: train_dpo(points[0], belief_pairs(), ref, tmp_path/'whole', DPO.model_copy(update=PASSES), smoke.template, seed=0)
+    for at in (2, 7):
+        assert child(what, base, runs/'1'/'adapter', tmp_path/'ref.pkl', tmp_path/'out', at, 'clock').returncode == -signal.SIGKILL
+        assert {p.name for p in (tmp_path/'out'/'scratch').glob('checkpoint-*')} == {f"checkpoint-{at-1}"}
+    done = child(what, base, runs/'1'/'adapter', tmp_path/'ref.pkl', tmp_path/'out', 0, 'clock')
+    assert done.returncode == 0, done.stderr
+    same(tmp_path/'whole', tmp_path/'out')
 
 
 def test_same_seed_same_bytes_other_seed_other_adapter(base, runs, tmp_path):
@@ -191,6 +213,103 @@ def test_the_trainer_does_not_leak_either(base, tmp_path, monkeypatch):
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction='sum').item()
         n += sum(label != -100 for label in labels)
     assert abs(pd.read_csv(tmp_path/'log.csv').loss[0]-total/n) < 2e-5   # float32; a leak moves it by some 1e-4
+
+
+def _gradients(model): return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _close(a, b):
+    "Two gradients: the same but for rounding, and large enough for that to say something."
+    assert set(a) == set(b) and len(a) > 10
+    norm = sum(x.pow(2).sum() for x in a.values())**.5
+    assert norm > 1e-2 and sum((a[n]-b[n]).pow(2).sum() for n in a)**.5 < 1e-4*norm
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    "How many positions got logits, pass by pass."
+    seen, kernel = [], training.ChunkedLogProbFunction
+    class Spy:
+        apply = staticmethod(lambda hidden, *rest: seen.append(len(hidden)) or kernel.apply(hidden, *rest))
+    monkeypatch.setattr(training, 'ChunkedLogProbFunction', Spy)
+    return seen
+
+
+@pytest.mark.parametrize('pass_tokens, n_passes', [(10**6, 1), (300, 4), (1, 5)])
+def test_a_step_in_passes_is_the_step_in_one(base, tmp_path, heads, pass_tokens, n_passes):
+    "SFT: loss, accuracy and gradient of TRL's own step on the whole batch."
+    from peft import LoraConfig, get_peft_model
+    from trl import SFTConfig, SFTTrainer
+    data = sft_rows(math_rows(), load_tokenizer(base), smoke.template, 128)
+    packed = [dict(input_ids=sum((data[i]['input_ids'] for i in k), []), labels=sum((data[i]['labels'] for i in k), []),
+                   seq_lengths=[len(data[i]['input_ids']) for i in k]) for k in ([0, 1, 2], [3], [4, 5], [6, 7, 8, 9], [10, 11])]
+
+    def step(kind, inputs, n): # loss, accuracy, gradients of an adapter that is not at zero
+        torch.manual_seed(0)
+        with quiet():
+            model = get_peft_model(load_base(base, nf4=True), LoraConfig(r=4, target_modules='all-linear', init_lora_weights=False))
+            t = kind(model, args=SFTConfig(str(tmp_path), packing=True, use_cpu=True, bf16=False, activation_checkpointing=False, report_to='none'), train_dataset=data,
+                     processing_class=load_tokenizer(base))
+        training.restore(model, {k: v.float() for k, v in training.trainable(model).items()})
+        t.current_gradient_accumulation_steps = 1; t.create_optimizer()
+        return t.training_step(model, inputs, n).item(), t._metrics['train']['mean_token_accuracy'], _gradients(model)
+    whole = packed_batch(packed)
+    loss, right, grad = step(SFTTrainer, whole, (whole['labels'][:, 1:] != -100).sum())
+    inputs = training.in_passes(packed, lambda r: len(r['input_ids']), pass_tokens, sft_pass)
+    loss2, right2, grad2 = step(PackedTrainer, inputs, None)
+    assert abs(loss-loss2) < 1e-5 and right == pytest.approx(right2)
+    _close(grad, grad2)
+    assert len(inputs['passes']) == n_passes == len(heads) and sum(heads) == (whole['labels'][:, 1:] != -100).sum()
+
+
+@pytest.mark.parametrize('pass_tokens, n_passes', [(10**6, 1), (300, 2), (1, 8)])
+def test_pairs_that_fork_in_passes_are_trls_step(points, ref, tmp_path, heads, pass_tokens, n_passes):
+    "DPO: loss, rewards and gradient of TRL's own step on the whole batch, each prompt computed once."
+    tok = load_tokenizer(points[0].base)
+    data = dpo_rows(belief_pairs(), tok, smoke.template, DPO.max_length)
+    for side in ('chosen', 'rejected'): data = data.add_column(f'ref_{side}_logps', (ref[side]+.5*(side == 'chosen')).tolist())   # a policy that has moved
+    rows = [data[i] for i in range(8)]
+
+    def step(settings):
+        t = pair_trainer(load_policy(points[0], tmp_path/'start', settings, 'cpu'), data, tok, settings, tmp_path, 0, 'cpu')
+        t.current_gradient_accumulation_steps = 1; t.create_optimizer()
+        inputs = t.data_collator(rows)
+        return inputs, t.training_step(t.model, inputs).item(), {k: v for k, v in t._metrics['train'].items() if k.startswith('rewards')}, _gradients(t.model)
+    batch, loss, rewards, grad = step(DPO)
+    heads.clear()
+    inputs, loss2, rewards2, grad2 = step(DPO.model_copy(update=dict(pass_tokens=pass_tokens)))
+    assert abs(loss-loss2) < 1e-5 and set(rewards) == set(rewards2)
+    for k in rewards: assert rewards[k] == pytest.approx(rewards2[k], abs=1e-4)
+    _close(grad, grad2)
+    assert len(inputs['passes']) == n_passes == len(heads) and sum(heads) == batch['completion_mask'][:, 1:].sum()
+    assert inputs['input_ids'].numel() < batch['input_ids'].numel() and max(map(forked_length, rows)) < 300
+
+
+def test_answers_of_a_pair_do_not_see_each_other(points, tmp_path):
+    "With every token of the chosen answer another one, what the model gives to the rejected answer moves by no bit; with one of the prompt, it does."
+    row = dpo_rows(belief_pairs(), load_tokenizer(points[0].base), smoke.template, DPO.max_length)[0]
+    model = load_policy(points[0], tmp_path, DPO, 'cpu')
+    say = lambda r: pair_logps(model, forked_pass([r, row]), 'float32')
+    other = lambda k: {**row, k: [(t+1) % 500 for t in row[k]]}
+    a, b, c = say(row), say(other('chosen_ids')), say(other('prompt_ids'))
+    assert torch.equal(a[0, 1], b[0, 1]) and a[0, 0] != b[0, 0] and a[0, 1] != c[0, 1]
+
+
+def test_a_base_that_bends_its_logits_is_refused(points, tmp_path):
+    row = dpo_rows(belief_pairs(), load_tokenizer(points[0].base), smoke.template, DPO.max_length)[0]
+    model = load_policy(points[0], tmp_path, DPO, 'cpu')
+    model.get_base_model().config.final_logit_softcapping = 30.
+    with pytest.raises(ValueError, match='final_logit_softcapping.*Leave pass_tokens out'): pair_logps(model, forked_pass([row]), 'float32')
+
+
+def test_what_is_not_set_stands_in_no_key():
+    "A budget of tokens enters the keys of what it changes, the reference among them, and only when it is set."
+    of = lambda **k: recipe(smoke.model_copy(update=dict(sft=smoke.sft.model_copy(update=k), dpo=smoke.dpo.model_copy(update=k))))
+    plain, passes = of(), of(pass_tokens=512)
+    assert 'pass_tokens' not in json.dumps([s.settings for s in plain.values()])
+    changed = {s.kind for n, s in passes.items() if s.settings != plain[n].settings}
+    assert changed == {'sft', 'ref', 'dpo'}
+    with pytest.raises(ValueError, match='not both'): type(SFT).model_validate({**SFT.model_dump(), 'passes': 2, 'pass_tokens': 512})
 
 
 def test_average_of_points_is_average_of_weights(points):
@@ -286,3 +405,31 @@ def test_slerp_of_a_sharded_base(points, dtype, tmp_path):
         assert len(W) > 10 and all(torch.equal(W[n], V[n]) and W[n].dtype == dtype for n in W)
     same_in_both = table.tensor.str.contains('norm|embed')
     assert table.fell_back[same_in_both].all() and (table.cosine[same_in_both] > .999999).all()
+
+
+MOVED = '''
+import os, signal, sys
+from solar_repro.lab import train
+from solar_repro.lab.run import Lab, Progress
+train.SAVE_S, tick = 0., Progress.tick
+def killed(self, done, total):
+    tick(self, done, total)
+    if self.plan[self.k].name == sys.argv[2] and done == 2: os.kill(os.getpid(), signal.SIGKILL)
+Progress.tick = killed
+Lab('smoke', store=sys.argv[1]).run(['DPO v1'])
+'''
+
+
+@pytest.mark.parametrize('stage', ['SFT v3', 'DPO v1'])
+def test_a_run_goes_on_from_a_copy_of_its_store(stage, tmp_path, capfd, full, monkeypatch):
+    "Killed in a training, its store copied elsewhere and the old one gone: it resumes inside the stage and ends with the same bits."
+    first = subprocess.run([sys.executable, '-c', MOVED, str(tmp_path/'old'), stage], capture_output=True, text=True, timeout=240)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    shutil.copytree(tmp_path/'old', tmp_path/'new'); shutil.rmtree(tmp_path/'old')
+    resumed, look = [], training.last_checkpoint
+    def spy(scratch): resumed.append(found := look(scratch)); return found
+    monkeypatch.setattr(training, 'last_checkpoint', spy)
+    lab = Lab('smoke', store=tmp_path/'new')
+    lab.run(['DPO v1'])
+    assert resumed[0] is not None and resumed[0].is_relative_to(tmp_path/'new') and all(x is None for x in resumed[1:])
+    assert lab.build('DPO v1').content == Lab('smoke', store=full).build('DPO v1').content

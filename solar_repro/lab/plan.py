@@ -152,7 +152,7 @@ def count_rows(
         p, a = count(prompts, [r['completion'] for r in rows])
         return lengths([x + y for x, y in zip(p, a)], [x + y for x, y in zip(p, a)], source)
     p, c = count(prompts, [r['chosen'] for r in rows]); _, j = count(prompts, [r['rejected'] for r in rows])
-    return lengths([2*x + y + z for x, y, z in zip(p, c, j)], [x + max(y, z) for x, y, z in zip(p, c, j)], source)
+    return replace(lengths([2*x + y + z for x, y, z in zip(p, c, j)], [x + max(y, z) for x, y, z in zip(p, c, j)], source), prompt=float(np.mean(p)))
 
 def set_lengths(
     lab, # `lab.run.Lab`
@@ -460,17 +460,21 @@ def count_items(lab, task:str)->Items:
     return Items(len(rows), size, size, 0, size/2 if task == 'gsm8k' else 0, groups=57 if task == 'mmlu' else 0)
 
 # %% ../../nbs/lab/16_plan.ipynb #67b92208
+def _fed(l:Lengths, n:int, x:dict)->tuple: # x: of a training; low, expected, high
+    "Tokens of a set that go through the model: with a budget of tokens a pass, the prompt of a pair once."
+    return _times(tuple(m - (l.prompt if x.get('pass_tokens') else 0.) for m in l.mean_range()), n)
+
 def _train_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
     "SFT and DPO: rows times epochs, one pass after another."
     kind = 'sft' if stage.kind == 'sft' else 'dpo'
     x, names = stage.settings[kind], [i.removeprefix('data/') for i in stage.inputs.values() if i.startswith('data/')]
     sets = [held['lengths'](d) for d in names]
-    tokens = _times(_plus(*(_times(l.mean_range(), n) for l, n in sets)), x['epochs'])
+    tokens, budget = _times(_plus(*(_fed(l, n, x) for l, n in sets)), x['epochs']), x.get('pass_tokens')
     r, n_rows = lora_rank(lab.recipe, stage.name), sum(n for _, n in sets)*x['epochs']
     longest = x['max_length'] if kind == 'sft' else 2*min(x['max_length'], max(l.quantiles[-1] for l, _ in sets))
-    n_tok, context = x['batch_size']//x['passes']*longest, tokens[1]/n_rows/(1 if kind == 'sft' else 2)
-    passes = tokens[1]/n_tok if kind == 'sft' else n_rows/(x['batch_size']//x['passes'])
-    m = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok, x['passes'], x['activation_checkpointing'], lab.profile.machine.device)
+    n_tok, context = max(budget, longest) if budget else x['batch_size']//x['passes']*longest, tokens[1]/n_rows/(1 if kind == 'sft' or budget else 2)
+    passes = tokens[1]/n_tok if kind == 'sft' else tokens[1]/(.8*budget) if budget else n_rows/(x['batch_size']//x['passes'])
+    m = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok, 2 if budget else x['passes'], x['activation_checkpointing'], lab.profile.machine.device)
     unpack = passes*(2 + x['activation_checkpointing'])*2.5*s.linear/(c.gb_s*1e9) if x['nf4'] else 0.
     return Work(tokens, _times(tokens, train_flops(s, context, r, x['activation_checkpointing'])), _plus(_reading(base_bytes(lab.profile, s)), (unpack,)*3),
                 sum(m.values()), s.lora(r)*4)
@@ -478,12 +482,14 @@ def _train_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
 def _ref_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
     "Reference log-probabilities: one forward pass over all pairs."
     l, n = held['lengths'](stage.inputs['data'].removeprefix('data/'))
-    r, x, tokens = lora_rank(lab.recipe, stage.inputs['start']), stage.settings['numerics'], _times(l.mean_range(), n)
+    r, x = lora_rank(lab.recipe, stage.inputs['start']), stage.settings['numerics']
+    tokens, budget, longest = _fed(l, n, x), x.get('pass_tokens'), 2*min(l.quantiles[-1], x['max_length'])
     m = train_memory(s, x['nf4'], x['compute_dtype'], r, 0., 0, 1, False, lab.profile.machine.device)
-    width = 4*s.vocab*3 + s.hidden*40                     # logits of every token, their float32, their log-softmax; a layer's working space
-    unpack = tokens[1]/2048*2.5*s.linear/(c.gb_s*1e9) if x['nf4'] else 0.
+    n_tok, layer = max(budget or 2048, longest), 40*s.hidden                  # a layer's working space
+    logits = head_bytes(s, n_tok, x['compute_dtype'], lab.profile.machine.device) if budget else 12*s.vocab*n_tok # of every token, their float32, their log-softmax
+    unpack = tokens[1]/(.8*budget if budget else 2048)*2.5*s.linear/(c.gb_s*1e9) if x['nf4'] else 0.
     return Work(tokens, _times(tokens, forward_flops(s, l.mean/2, r)), _plus(_reading(base_bytes(lab.profile, s)), (unpack,)*3),
-                m['weights'] + m['adapter'] + max(2048, 2*l.quantiles[-1])*width, 30*n)
+                m['weights'] + m['adapter'] + logits + n_tok*layer, 30*n)
 
 # %% ../../nbs/lab/16_plan.ipynb #0016a955
 def _eval_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
@@ -639,8 +645,9 @@ def savings(
         unpack += r['hours'] - r['tokens']/rate - read_h
         for d in (i.removeprefix('data/') for i in lab.recipe[name].inputs.values() if i.startswith('data/')):
             l, n = set_lengths(lab, d)
-            shared += n*l.prompt/rate if r['kind'] != 'sft' else 0.
-    return pd.DataFrame([dict(what='a base in bfloat16, with nothing to unpack', hours=max(unpack, 0.)), dict(what="the prompt of each pair computed once", hours=shared)])
+            shared += n*l.prompt/rate if r['kind'] != 'sft' and not lab.profile.dpo.pass_tokens else 0.
+    said = ('a base in bfloat16, with nothing to unpack', unpack), ('the prompt of each pair computed once (pass_tokens)', shared)
+    return pd.DataFrame([dict(what=what, hours=hours) for what, hours in said if hours > 0], columns=['what', 'hours'])
 
 # %% ../../nbs/lab/16_plan.ipynb #796a19c8
 BESIDE = {'SFT v1': None, 'SFT v2': 'SFT v1', 'SFT v3': 'SFT v2', 'SFT v4': 'SFT v1', 'SFT v3 + v4': 'SFT v4', 'DPO v1': 'SFT v3', 'DPO v2': 'DPO v1',
@@ -749,7 +756,7 @@ def obstacles(
     if top['gib'] > (room := found.gib*.96) and (found.gpu or not gpu):
         smaller = [n for n in ('gpu-48gib', 'gpu-24gib') if gpu and n != p.name]
         out.append(f"{found.name} has {found.gib:.0f} GiB of memory, of which {room:.0f} can be used; {top['stage']} needs {top['gib']:.0f}. "
-                   f"Take {' or '.join(smaller) or 'fewer rows a pass (passes)'}{', or set activation_checkpointing = true' if gpu else ''}.")
+                   f"Take {' or '.join(smaller) or 'fewer rows a pass (passes, or a smaller pass_tokens)'}{', or set activation_checkpointing = true' if gpu else ''}.")
     if found.gpu and gpu and not found.bf16 and 'bfloat16' in (p.sft.compute_dtype, p.dpo.compute_dtype):
         out.append(f'{found.name} has no arithmetic for bfloat16; the profile computes in it. Take a card of the Ampere generation (A100, RTX 30) or newer.')
     if m['kind'].isin(('sft', 'ref', 'dpo')).any() and (p.sft.nf4 or p.dpo.nf4) and found.nf4_fault and (found.gpu or not gpu):

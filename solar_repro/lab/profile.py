@@ -82,6 +82,7 @@ class Numerics(Strict):
     compute_dtype: Dtype # of the matrix products
     batch_size: Positive # rows (SFT: packed rows; DPO: pairs) a step
     max_length: Positive # tokens of a row
+    pass_tokens: Positive | None = None # most tokens of a pass, padding included: rows of like length share one; None: see passes
 
 class Training(Numerics):
     "What SFT and DPO have in common."
@@ -98,6 +99,7 @@ class Training(Numerics):
 
     @model_validator(mode='after')
     def _whole_passes(self):
+        if self.pass_tokens and self.passes > 1: raise ValueError(f'must have passes ({self.passes}) or pass_tokens ({self.pass_tokens}), not both')
         if self.batch_size % self.passes: raise ValueError(f'must have passes ({self.passes}) that divide batch_size ({self.batch_size})')
         return self
 

