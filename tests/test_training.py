@@ -228,10 +228,10 @@ def _close(a, b):
 @pytest.fixture
 def heads(monkeypatch):
     "How many positions got logits, pass by pass."
-    seen, kernel = [], training.ChunkedLogProbFunction
+    seen, kernel = [], training.TargetLogps
     class Spy:
         apply = staticmethod(lambda hidden, *rest: seen.append(len(hidden)) or kernel.apply(hidden, *rest))
-    monkeypatch.setattr(training, 'ChunkedLogProbFunction', Spy)
+    monkeypatch.setattr(training, 'TargetLogps', Spy)
     return seen
 
 
