@@ -225,7 +225,7 @@ VERDICT_COLORS = {SUPPORTED: '#047857', CONTRADICTED: '#b91c1c', NOISE: '#6b7280
 
 def style()->None:
     "The one plot style."
-    plt.rcParams.update({'figure.dpi': 110, 'savefig.dpi': 160, 'font.size': 9, 'axes.titlesize': 10, 'axes.spines.top': False, 'axes.spines.right': False,
+    plt.rcParams.update({'figure.dpi': 110, 'savefig.dpi': 160, 'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False,
                          'axes.grid': True, 'grid.color': '#e5e7eb', 'grid.linewidth': .7, 'axes.axisbelow': True, 'axes.edgecolor': '#9ca3af',
                          'legend.frameon': False, 'axes.prop_cycle': plt.cycler(color=[OURS, '#d97706', '#047857', '#b91c1c', '#7c3aed', PAPER]), 'figure.constrained_layout.use': True, 'svg.hashsalt': 'solar_repro'})
 
@@ -282,8 +282,8 @@ def figure(
     t = table(n, scores, own); theirs = paper_scores()['se']
     paper_se = {task: pd.Series([100*theirs.get((m, task), math.nan) for m in t['model']]) for task in TITLES}
     reach = {task: _reach(t, task, paper_se[task]) for task in TITLES}
-    reach = {task: max(r, .11*sum(reach.values())) for task,r in reach.items()}   # room for the panel's name
-    fig, axes = plt.subplots(1, len(TITLES), figsize=(11.5, 1.9 + .42*len(t)), sharey=True, width_ratios=list(reach.values()))
+    reach = {task: max(r, .14*sum(reach.values())) for task,r in reach.items()}   # room for the panel's name
+    fig, axes = plt.subplots(1, len(TITLES), figsize=(9.6, 1.9 + .42*len(t)), sharey=True, width_ratios=list(reach.values()))
     for ax, task in zip(axes, TITLES):
         _panel(ax, t, task, paper_se[task], label)
         ax.set(xlim=(-reach[task], reach[task]), ylim=(len(t) - .5, -.5)); ax.xaxis.set_major_locator(MaxNLocator(max(2, round(26*reach[task]/sum(reach.values()))), steps=[1, 2, 5, 10]))
@@ -304,7 +304,7 @@ def _verdict_row(ax, y:int, verdict:str, parts:Sequence[str])->None:
     ax.text(0, y, verdict, ha='center', va='center', color='white', fontsize=8, bbox=dict(boxstyle='round,pad=.3', fc=VERDICT_COLORS[verdict], ec='none'))
     many = len(parts) > MOST_MARKS
     for i,part in enumerate(p for p in MARKS if p in parts) if many else enumerate(parts):
-        x = .62 + (.3 if many else .13)*i
+        x = .62 + (.36 if many else .13)*i
         ax.plot(x, y, MARKS[part], color=VERDICT_COLORS[part], ms=6, mew=1.8 if part==NOISE else .5)
         if many: ax.text(x + .06, y, f'× {list(parts).count(part)}', va='center', fontsize=8)
 

@@ -2,6 +2,7 @@
 # Are the notebooks clean, and do library and README say what the notebooks say? Made again in a copy and compared,
 # so that nothing here is changed and uncommitted work is judged as it stands.
 set -eu
+unset IN_TEST  # nbdev_export does nothing where it is set, and the check would be silent
 cd "$(dirname "$0")/.."
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT

@@ -482,14 +482,15 @@ def graph_figure(
     models = [s for s in graph.values() if s.kind in MODEL_KINDS]
     own = [s for s in models if s.name not in _PLACES]
     places = {**_PLACES, **{s.name: (dict(sft=1, dpo=4, merge=5)[s.kind], -.9 - .9*sum(o.kind == s.kind for o in own[:i])) for i, s in enumerate(own)}}
+    boxes = {}
     for s in models:
         x, y = places[s.name]
-        for role, i in s.inputs.items():
-            if graph[i].kind in MODEL_KINDS:
-                ax.annotate('', (x - .3, y), (places[i][0] + .28, places[i][1]), zorder=1, arrowprops=dict(arrowstyle='-|>', lw=.9, color='#9ca3af'))
         sets = [i.removeprefix('data/') for i in s.inputs.values() if i.startswith('data/')]
-        ax.text(x, y, s.name, ha='center', va='center', fontsize=9, color='white', zorder=2, bbox=dict(boxstyle='round,pad=.35', fc=color[s.kind], ec='none'))
-        if sets: ax.text(x, y - .34, '\n'.join(sets), ha='center', va='top', fontsize=6.5, color='#6b7280', linespacing=1.3)
+        boxes[s.name] = ax.text(x, y, s.name, ha='center', va='center', fontsize=9, color='white', zorder=3, bbox=dict(boxstyle='round,pad=.35', fc=color[s.kind], ec='none')).get_bbox_patch()
+        if sets: ax.text(x, y - .34, '\n'.join(sets), ha='center', va='top', fontsize=7, color='#6b7280', linespacing=1.3, zorder=2, bbox=dict(fc='white', ec='none', pad=.6))
+    for s in models:
+        for i in s.inputs.values():
+            if i in boxes: ax.annotate('', places[s.name], places[i], zorder=1, arrowprops=dict(arrowstyle='-|>', lw=.9, color='#9ca3af', patchA=boxes[i], patchB=boxes[s.name], shrinkA=1, shrinkB=1))
     for x, t in enumerate(('base', 'SFT (Table 3)', '', 'DPO, first set', 'DPO, second set', 'merges (Tables 4, 7)')): ax.text(x, 7.4, t, ha='center', fontsize=8, weight='bold')
     ax.set(xlim=(-.5, 5.6), ylim=(min(y for _, y in places.values()) - .9 if own else -.2, 7.7)); ax.axis('off')
     return fig
