@@ -353,13 +353,14 @@ def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsy
 def test_licences_and_citation_are_those_of_the_package():
     from configparser import ConfigParser
     from solar_repro.data import SETS, TEST_SETS
+    from solar_repro.lab.sources import FILES
     readme, ini = (ROOT / 'README.md').read_text(encoding='utf-8'), ConfigParser(delimiters=['='], interpolation=None)
     ini.read(ROOT / 'settings.ini')
     rows = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', readme[readme.index('## Licences'):], flags=re.M))
-    for s in (*SETS.values(), *TEST_SETS.values()):
-        titles = dict(zip(('Synth. Math-Instruct', 'Synth. Math-Alignment'), ('MetaMathQA', 'MATH'))).get(s.title, s.title)
-        licence = s.licence.split(' (')[0]
-        assert any(k.split(',')[0] == licence and titles in v for k, v in rows.items()), f'{s.title}: {s.licence}'
+    titles = {t: x.title for t, x in TEST_SETS.items()} | {x.files[0]: x.title for x in SETS.values()} | dict(metamath='MetaMathQA', math='MATH')
+    for name, f in FILES.items():
+        title = titles[name.split('/')[0]]
+        assert any(k.split(',')[0] == f.licence and title in v for k, v in rows.items()), f'{title}: {f.licence}'
     software, = [b for b in re.findall(r'@software\{.*?\n\}', readme, flags=re.S)]
     assert f"{{{ini['DEFAULT']['version']}}}" in software and f"{{{ini['DEFAULT']['git_url']}}}" in software
 
@@ -544,7 +545,7 @@ def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
     rogue = tmp_path / '.local' / 'share' / 'jupyter' / 'kernels' / 'python3'
     rogue.mkdir(parents=True)
     (rogue / 'kernel.json').write_text(json.dumps(dict(argv=['/bin/false', '{connection_file}'], display_name='another', language='python')))
-    recipe = run('make', '-n', 'lab').stdout.splitlines()[-1]
+    recipe = run('make', '-n', '--no-print-directory', 'lab').stdout.splitlines()[-1]
     assert '.venv/bin/python -m jupyterlab nbs' in recipe
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     command = recipe.replace('.venv/bin/python', shlex.quote(sys.executable))
