@@ -451,3 +451,12 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
     text = (out/'tables'/'noise.csv').read_text()
     (out/'tables'/'noise.csv').write_text(text.replace(',2\n', ',3\n', 1))
     assert main(['verify', *words]) == 1 and 'noise.csv' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('task', [t for t in H6_TASKS if t != 'gsm8k'])
+def test_every_benchmark_names_its_choices(task):
+    "One was once lost behind a comment."
+    from solar_repro.data import load_benchmark
+    from solar_repro.lab.evidence import choices
+    found = choices(task, load_benchmark(task, 'tiny', 2)['test'][0])
+    assert len(found) > 1 and all(isinstance(c, str) and c for c in found)

@@ -67,7 +67,8 @@ def choices(
     doc:dict, # an item
 )->list[str]:
     "What can be chosen, as the item words it."
-    return {'arc': lambda: doc['choices']['text'], 'hellaswag': lambda: doc.get('choices', doc['endings']),     # lm-eval's are cleaned 'mmlu': lambda: doc['choices'],
+    return {'arc': lambda: doc['choices']['text'], 'mmlu': lambda: doc['choices'],
+            'hellaswag': lambda: doc.get('choices', doc['endings']),     # lm-eval's are cleaned
             'truthfulqa': lambda: doc['mc2_targets']['choices'], 'winogrande': lambda: [doc['option1'], doc['option2']]}[task]()
 
 def judged(
