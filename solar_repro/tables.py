@@ -78,6 +78,7 @@ def pair(
     x, y = _items(records, task, a), _items(records, task, b)
     return paired_mean(x, y) if task == 'h6' else paired(x[task], y[task])
 
+# %% ../nbs/06_tables.ipynb #166314e3
 def compared(
     n:int, # 3 to 7
 )->list[tuple[str,str,str]]: # (task, model, other model)
@@ -100,7 +101,7 @@ def comparisons(
     return out.assign(p_holm=holm(out['p']), resolvable=[resolvable(e) for e in out['se']])
 
 # %% ../nbs/06_tables.ipynb #0baf6c75
-_MARKUP = dict(html=('<b>{}</b>', ' ± {:.1f}', '<br><span class="paper">{}</span>'), md=('**{}**', ' ± {:.1f}', ' ({})'),
+_MARKUP = dict(html=('<b>{}</b>', '\xa0±\xa0{:.1f}', '<br><span class="paper">{}</span>'), md=('**{}**', ' ± {:.1f}', ' ({})'),
                tex=(r'\textbf{{{}}}', r' $\pm$ {:.1f}', ' ({})'))
 _SIGNS = {'○': r'$\circ$', '✗': r'$\times$', '≈': r'$\approx$'} # in LaTeX
 
@@ -111,6 +112,7 @@ def _made(n:int, rows:Sequence[str], markup:str)->dict[str,list[str]]:
     made = {r.model: r.made for r in paper.ROWS if r.table == n}
     return {h: [_in_markup(made.get(m, {}).get(h, ''), markup) for m in rows] for h in paper.MADE[n]}
 
+# %% ../nbs/06_tables.ipynb #5ff572f0
 def apart(
     runs:dict[int,pd.DataFrame], # seed -> scores of its trainings; two or more
 )->pd.DataFrame: # model, task ('h6' and the six), mean, item_se, training_sd (percent), seeds
@@ -120,6 +122,7 @@ def apart(
     x = x[x['task'].isin(TITLES)].reset_index(drop=True)
     return x.assign(**{k: 100*x[k] for k in ('mean', 'item_se', 'training_sd')})
 
+# %% ../nbs/06_tables.ipynb #dfad426a
 ALPHA = .05 # two-sided; a larger p is no difference
 
 def unresolved(
@@ -155,6 +158,7 @@ def printed(
         if task == 'truthfulqa' and 'truthfulqa_plain' in set(scores['task']): out['plain words'] = [f'{x:.2f}' for x in plain_words(scores, t['model'])['plain']]
     return pd.DataFrame(out)
 
+# %% ../nbs/06_tables.ipynb #ff081adc
 def plain_words(
     scores:pd.DataFrame, # model, task, metric, score, se, n; with task 'truthfulqa_plain'
     models:Sequence[str], # rows
@@ -203,6 +207,7 @@ def paper_scores()->pd.DataFrame: # indexed by (model, task): score, se
     s = paper.scores().drop_duplicates(['model', 'task'])
     return s.assign(se=paper.standard_errors(s)).set_index(['model', 'task'])[['score', 'se']]
 
+# %% ../nbs/06_tables.ipynb #cf2c7338
 def claims(
     scores:pd.DataFrame, # model, task, score, se; fractions
     which:Sequence[Claim]=CLAIMS,
@@ -259,6 +264,7 @@ def _reach(t:pd.DataFrame, task:str, paper_se:pd.Series)->float:
     ends = [(_centred(t, column).abs() + se).max() for column,se in ((task, t[f'{task}_se']), (f'{task}_paper', paper_se))]
     return max(4.5, 1.12*max(ends))
 
+# %% ../nbs/06_tables.ipynb #5376111c
 def _panel(ax, t:pd.DataFrame, task:str, paper_se:pd.Series, label:str)->None:
     "One benchmark: ours and the paper's, each about its own mean."
     y = pd.RangeIndex(len(t))
@@ -366,7 +372,8 @@ _CSS = '''
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:70rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 .claims td{min-width:24rem}.claims td:first-child{min-width:14rem}
-.paper,.soft{color:var(--soft)}img{max-width:100%;background:#fff;border-radius:4px}h2{margin-top:2.5rem}
+.paper,.soft{color:var(--soft)}img{max-width:100%;background:#fff;border-radius:4px}
+@media(max-width:700px){p:has(>img){overflow-x:auto}img{max-width:60rem}}h2{margin-top:2.5rem}
 .supported{color:#059669}.contradicted{color:#dc2626}.within{color:var(--soft)}
 '''
 
@@ -393,6 +400,7 @@ def _html(t:pd.DataFrame)->str: return t.to_html(index=False, escape=False, bord
 
 def _tex(s:str)->str: return ''.join('\\'+c if c in '&%$#_{}' else c for c in s)
 
+# %% ../nbs/06_tables.ipynb #df559710
 def _write_table(n:int, scores:pd.DataFrame, folder:Path, label:str, own:Sequence[str], records:pd.DataFrame|None, runs:dict[int,pd.DataFrame])->list[Path]:
     "One table in four formats; all but the csv, which has no room for it, say what the scores are of."
     noises = f'one standard error over items ± one standard deviation over {len(runs)} trainings' if len(runs) > 1 else 'one standard error'
@@ -414,6 +422,7 @@ def _write_rest(scores:pd.DataFrame, c:pd.DataFrame, tests:pd.DataFrame|None, ru
     for name, x in rest.items(): x.to_csv(folder/f'{name}.csv', index=False, float_format='%.4g')
     return [folder/f'{name}.csv' for name in rest]
 
+# %% ../nbs/06_tables.ipynb #ce2e242f
 def _escaped(c:pd.DataFrame)->list[dict]:
     "Claims for the page: text escaped, the comparisons apart."
     safe = lambda x: [html.escape(s) for s in x.split('; ')]
@@ -427,6 +436,7 @@ def all_tests(
     "The paired tests on all five tables."
     return None if records is None else pd.concat([comparisons(n, records).assign(table=n) for n in paper.MADE], ignore_index=True)
 
+# %% ../nbs/06_tables.ipynb #163f9976
 def write_tables(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     folder:Path, # theirs
@@ -440,6 +450,7 @@ def write_tables(
     files = [f for n in paper.MADE for f in _write_table(n, scores, folder, label, own.get(n, ()), records, runs)]
     return files + _write_rest(scores, claims(scores, records=records), all_tests(records), runs, folder)
 
+# %% ../nbs/06_tables.ipynb #1d7b9ec8
 def publish(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     out:Path, # the run's folder

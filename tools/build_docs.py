@@ -50,6 +50,17 @@ def parsed(source: str) -> list[ast.stmt]:
         return []
 
 
+def full_name(d: ast.stmt) -> str:
+    "Name of a definition; that of a method which `patch` adds to a class is `Class.method`."
+    patched = any(ast.unparse(x).startswith('patch') for x in d.decorator_list)
+    return f'{ast.unparse(d.args.args[0].annotation)}.{d.name}' if patched else d.name
+
+
+def is_property(d: ast.stmt) -> bool:
+    "The reference lists methods, not properties."
+    return any('as_prop' in ast.unparse(x) for x in d.decorator_list)
+
+
 def show_exports(nb, reference: str) -> None:
     "Exported code is shown as it stands, under links to its reference; imports are folded, in one place."
     cells, imports = [], None
@@ -60,10 +71,10 @@ def show_exports(nb, reference: str) -> None:
         if body and EXPORT.search(c.source):
             c.source = EXPORT.sub('', c.source, count=1)
             defined = [d for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef))]
-            public = [d for d in defined if d.name[0] != '_']
-            others = [d.name for d in defined if d.name[0] == '_']               # nbdev links to these and to methods too
+            public = [full_name(d) for d in defined if d.name[0] != '_' and not is_property(d)]
+            others = [full_name(d) for d in defined if full_name(d) not in public]          # nbdev links to these and to methods too
             others += [f'{d.name}.{m.name}' for d in defined if isinstance(d, ast.ClassDef) for m in d.body if isinstance(m, ast.FunctionDef)]
-            links = ' '.join(f'<a id="{d.name.lower()}" href="{reference}#{d.name}"><code>{d.name}</code></a>' for d in public)
+            links = ' '.join(f'<a id="{n.lower()}" href="{reference}#{n}"><code>{n}</code></a>' for n in public)
             anchors = ''.join(f'<a id="{n.lower()}"></a>' for n in others)
             if defined:
                 cells.append(mk_cell(f'<p class="{"defines" if public else "anchors"}">{"reference: " if public else ""}{links}{anchors}</p>', cell_type='markdown'))

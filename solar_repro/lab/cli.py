@@ -39,6 +39,7 @@ def table(lab:Lab, n:int)->None:
     "Print Table `n`, ours, the standard errors and the paper's values."
     print(f'Table {n}, {lab.label}'); print(lab.table(n).to_string(index=False))
 
+# %% ../../nbs/lab/06_cli.ipynb #b637e2c6
 def show(lab:Lab, name:str, task:str|None)->None:
     "Print what made a model, another stage, or one number: its lineage down to base and data."
     if task is None: print(json.dumps(lab.show(name), indent=1))
@@ -54,6 +55,7 @@ def diff(lab:Lab, a:str, b:str, task:str)->None:
     for x in found.to_dict('records'):
         print(f"\nitem {x['doc_id']}\n{x['prompt']}\n  right: {x['gold']}\n  {a} ({x[a]:.2f}): {x[f'{a} says']}\n  {b} ({x[b]:.2f}): {x[f'{b} says']}")
 
+# %% ../../nbs/lab/06_cli.ipynb #fea2e4ee
 def verify(lab:Lab)->int: # exit status: 1 if anything differs
     "Check a run without a model: files against their hashes, scores against the answers, tables against the scores."
     from solar_repro.lab.evidence import verify
@@ -68,6 +70,7 @@ def results(lab:Lab, folder:Path)->None:
     from solar_repro.lab.evidence import export_results
     for f in export_results(lab, folder): print(f)
 
+# %% ../../nbs/lab/06_cli.ipynb #08469c81
 def base(lab:Lab, rebuild:bool)->None:
     "Print the record of the shipped base, or train it again into `runs/base`."
     from solar_repro.lab.profile import root
@@ -216,6 +219,7 @@ def _merge_arguments(sub)->None: # the parser's subparsers
     m.add_argument('--threads', type=int, help='default: one a processor and two to wait for the disk')
     m.add_argument('--device', default='cpu', help='where to compute, such as cuda (default: cpu)')
 
+# %% ../../nbs/lab/06_cli.ipynb #1e338930
 def _together(argv:list[str])->list[str]: # `--weights 0.4 0.6 A B` with the numbers as one argument, since argparse would take A and B too
     if '--weights' not in argv: return argv
     i = j = argv.index('--weights')+1

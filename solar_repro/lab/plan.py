@@ -705,7 +705,7 @@ def hours_figure(
         if name not in lab.recipe or text.get_position()[1] > 7: continue     # a heading
         hours = h[name] + sum(h[i] for role, i in lab.recipe[name].inputs.items() if role.startswith('ref_'))
         x, y = text.get_position()
-        if hours >= .05: fig.axes[0].text(x + .02, y + .27, f'{hours:.1f} h', ha='center', fontsize=7.5, color='#111827', weight='bold')
+        if hours >= .05: fig.axes[0].text(x + .02, y + .27, f'{hours:.1f} h', ha='center', fontsize=7.5, color='#111827', weight='bold', bbox=dict(fc='white', ec='none', pad=.6))
     e = plan.stages.loc[plan.stages['kind'] == 'eval', 'hours'].sum()
     fig.suptitle(f"{plan.name} on {plan.card.name}: {plan.stages['hours'].sum():.0f} h expected, of which {e:.0f} h score {len(MODELS) + 1} models", fontsize=10)
     return fig

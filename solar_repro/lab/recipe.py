@@ -72,6 +72,7 @@ def _published_stages(p:Profile)->list[Stage]:
                                               template=p.template.model_dump()), dict(base='base'), file) for d in Rows.model_fields),
             *(Stage(f'bench/{t}', 'bench', dict(task=t, **stamp([f for f in FILES if f.startswith(f'{t}/')]), n=p.eval.n_items), {}, file) for t in H6_TASKS)]
 
+# %% ../../nbs/lab/03_recipe.ipynb #075d2294
 def _data_stages(p:Profile)->list[Stage]:
     if p.base.source in ('tiny', 'random'): base = Stage('base', 'base', dict(source=p.base.source), {})
     else: base = _foreign_base(p)
@@ -82,6 +83,7 @@ def _data_stages(p:Profile)->list[Stage]:
             *(Stage(f'data/{d}', 'data', dict(set=d, source=p.data.source, n=getattr(p.data.rows, d), seed=p.seed), {}) for d in Rows.model_fields),
             *(Stage(f'bench/{t}', 'bench', dict(task=t, source=p.data.source, n=p.eval.n_items), {}) for t in H6_TASKS)]
 
+# %% ../../nbs/lab/03_recipe.ipynb #0548c76a
 def _training(p:Profile)->dict: return dict(template=p.template.model_dump(), seed=p.seed, machine=_machine(p))
 
 def _sft_stage(p:Profile, row:str)->Stage:
@@ -270,6 +272,7 @@ def build_base(out, settings, inputs, tools):
         from solar_repro.lab.weights import take_base
         take_base(settings, tools.file, out)
 
+# %% ../../nbs/lab/03_recipe.ipynb #644fba27
 def build_data(out, settings, inputs, tools):
     "rows.jsonl: prompts with answers, or pairs."
     from solar_repro.data import load_rows, write_rows
@@ -286,6 +289,7 @@ def _draw_rows(out, settings, inputs, tools):
     write_rows(got.rows, out/'rows.jsonl')
     (out/'draw.json').write_text(json.dumps({k: v for k, v in vars(got).items() if k != 'rows'}, indent=1))
 
+# %% ../../nbs/lab/03_recipe.ipynb #e5c9f9ac
 def own_rows(
     path:Path, # JSON lines
     settings:dict, # of the data stage: set, sha256, n, seed
@@ -334,6 +338,7 @@ def build_sft(out, settings, inputs, tools):
               settings['seed'], settings['machine']['device'], tools.tick)
     _write_point(out, inputs['base'], [[None, 1.]])
 
+# %% ../../nbs/lab/03_recipe.ipynb #49410ba2
 def build_ref(out, settings, inputs, tools):
     "logps.csv: log-probabilities of both answers of every pair under the start model."
     from solar_repro.dpo import reference_logps
@@ -341,6 +346,7 @@ def build_ref(out, settings, inputs, tools):
                             Template.model_validate(settings['template']), settings['machine']['device'], tools.tick)
     logps.to_csv(out/'logps.csv', index=False, float_format='%.9g')
 
+# %% ../../nbs/lab/03_recipe.ipynb #8e45cb28
 def build_dpo(out, settings, inputs, tools):
     "An adapter that starts as the start model's."
     import pandas as pd
@@ -365,6 +371,7 @@ def average_terms(
             k = json.dumps(ref, sort_keys=True); out[k] = out.get(k, 0.) + w*c
     return [[json.loads(k), c] for k, c in out.items() if c]
 
+# %% ../../nbs/lab/03_recipe.ipynb #b47586ee
 def build_merge(out, settings, inputs, tools):
     "A weighted average as a point, or SLERP as a checkpoint with its tensors' angles."
     a, b = inputs['a'], inputs['b']
@@ -378,6 +385,7 @@ def build_merge(out, settings, inputs, tools):
     if base != base_b: raise ValueError(f'merge: {a.manifest["name"]} and {b.manifest["name"]} have different bases; expected one base.')
     _write_point(out, base, average_terms([ta, tb], settings['weights']))
 
+# %% ../../nbs/lab/03_recipe.ipynb #bfaec03b
 def build_eval(out, settings, inputs, tools):
     "score.json and items.parquet, one row an item."
     import pandas as pd
@@ -428,6 +436,7 @@ def _items(point, model, way:str, t:str, s:dict, inputs, scratch:Path): # score 
                             tasks=s.get('tasks', 'tiny'))
     return score, pd.DataFrame(items)
 
+# %% ../../nbs/lab/03_recipe.ipynb #31bcc39b
 def build_handover(out, settings, inputs, tools):
     "drift.csv: KL from the trained model on the probe, one row a way; items.parquet: score of every item, each way; scores.csv."
     import pandas as pd

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from fastcore.basics import patch
 
 from .. import tables
 from ..data import read_rows
@@ -61,6 +62,7 @@ class Progress:
         done, spent = self.weight + now, self.seconds + time.time() - self.began
         return spent/done*(sum(WEIGHTS[s.kind] for s in self.plan[self.k:]) - now) if done else None
 
+# %% ../../nbs/lab/04_run.ipynb #b4b924ca
 def show_progress(
     p:dict, # k, n, name, done, total, left_s
 )->str: # one line
@@ -69,6 +71,7 @@ def show_progress(
     left = '' if p['left_s'] is None else f", about {p['left_s']:.0f} s left" if p['left_s'] < 90 else f", about {p['left_s']/60:.0f} min left"
     return f"stage {p['k']} of {p['n']}: {p['name']}{steps}{left}"
 
+# %% ../../nbs/lab/04_run.ipynb #6a6a885e
 def _say(p:dict)->None:
     file = os.environ.get('SOLAR_PROGRESS')
     if file:
@@ -191,246 +194,285 @@ class Lab:
             if n not in want: want.add(n); todo += self.recipe[n].inputs.values()
         return [n for n in self.recipe if n in want]
 
-    def _key(self, s:Stage)->str:
-        return self.store.key(s.kind, EPOCHS[s.kind], s.settings, {r: self._built[i] for r, i in s.inputs.items()})
-
-    def _find(self, name:str)->Artifact|None:
-        "The stage's artifact, if it and all its inputs are there."
-        s = self.recipe[name]
-        if name not in self._built and all(self._find(i) for i in s.inputs.values()):
-            a = self.store.find(s.kind, self._key(s))
-            if a: self._built[name] = a
-        return self._built.get(name)
-
-    def _make(self, s:Stage, progress:Progress)->Artifact:
-        self._prepare()
-        inputs = {r: self._built[i] for r, i in s.inputs.items()}
-        tools = Tools(self.store, progress.tick, self.materialized, s.file)
-        return self.store.build(s.kind, self._key(s), lambda out: BUILDERS[s.kind](out, s.settings, inputs, tools), settings=s.settings,
-                                inputs=inputs, name=s.name, epoch=EPOCHS[s.kind], seed=s.settings.get('seed'))
-
-    def _prepare(self)->None:
-        "The machine's settings, which results depend on."
-        import torch
-        torch.set_num_threads(self.profile.machine.threads); torch.set_flush_denormal(True)
-
-    def _progress(self, missing:list[str])->Progress:
-        "Of these stages; where somebody follows along (a book), of the whole recipe, which the coming notebooks will build."
-        if not os.environ.get('SOLAR_PROGRESS'): return Progress([self.recipe[n] for n in missing], [])
-        have = {n: a for n in self.recipe if (a := self._find(n))}
-        rest = [n for n in self.recipe if n not in have and n not in missing]
-        return Progress([self.recipe[n] for n in missing + rest], [(a.kind, a.manifest['seconds']) for a in have.values()])
-
-    def run(self,
-        names:list[str]|None=None, # stages; None: all
-    )->None:
-        "Build stages and everything that they need."
-        missing = [n for n in self.needs(list(self.recipe) if names is None else names) if self._find(n) is None]
-        if not missing: return
-        if self.profile.machine.device == 'cuda':
-            from solar_repro.lab.plan import check_machine
-            check_machine(self, missing) # before hours are spent
-        if any(self.recipe[n].kind == 'sft' for n in missing) and self.recipe['base'].settings['source'] not in ('tiny', 'random'): self._check_prompts()
-        progress = self._progress(missing)
-        try:
-            for k, n in enumerate(missing):
-                progress.start(k); self._built[n] = self._make(self.recipe[n], progress); progress.end()
-        except KeyboardInterrupt:
-            print(f'\ninterrupted in {n}; {k} of {len(missing)} stages are finished and kept. Run again to go on.', file=sys.stderr)
-            raise
-        finally:
-            if 'ipykernel' in sys.modules: _in_notebook('')
-            elif sys.stderr.isatty() and not os.environ.get('SOLAR_PROGRESS'): print(file=sys.stderr)
-
-    def _check_prompts(self)->None:
-        "Raise if a foreign base cannot read the benchmarks' prompts: before it is trained, not after."
-        from lm_eval.models.utils import normalize_gen_kwargs
-        from solar_repro.eval import build_requests
-        from solar_repro.lab.weights import check_prompts
-        for t in H6_TASKS:
-            s = self.recipe[f'eval/base/{t}'].settings
-            args = [r.args for x in build_requests(t, self.build(f'bench/{t}').path, s['num_fewshot'], s.get('tasks', 'tiny')).tasks for r in x.instances]
-            room = max((normalize_gen_kwargs(kw)['max_gen_toks'] for _, kw in args if isinstance(kw, dict)), default=0)
-            check_prompts(self.build('base').path, t, [c if isinstance(x, dict) else c + x for c, x in args], room)
-
-    def build(self, name:str)->Artifact:
-        "One stage, built or found."
-        self.run([name])
-        return self._built[name]
-
-    def materialized(self, point):
-        "The point as a model in evaluation mode, until the next call: one model in memory becomes one point after another."
-        if self._resident is None:
-            from solar_repro.lab.backend import Resident
-            self._prepare(); self._resident = Resident(self.profile.machine.device)
-        return self._resident.become(point)
-
-    def point(self, name:str):
-        "A model as base and weighted adapters (`lab.model.Point`)."
-        if self._stage(name).kind not in MODEL_KINDS: raise ValueError(f'lab: {name!r} is a {self.recipe[name].kind}, not a model; models are {self.models}.')
-        return handed_over(point_of(self.build(name), self.store), self.build(DEQUANTISED) if DEQUANTISED in self.recipe else None)
-
-    def handover(self,
-        name:str, # a training in four bits
-        n_probe:int=8, # rows of each of its training sets
-    )->pd.DataFrame: # way, kl, kl_max, same_top, n_tok, h6, h6_se, h6_change, change_se, items_changed; H6 in fractions; built where missing
-        "A model as trained in four bits and as handed over to full weights, either way."
-        s = handover_stage(self.profile, name, n_probe)
-        self.run(list(s.inputs.values()))
-        a = self.store.find(s.kind, self._key(s)) or self._make(s, Progress([s], []))
-        return handover_table(*(pd.read_csv(a.path/f'{f}.csv') for f in ('drift', 'scores')), pd.read_parquet(a.path/'items.parquet'))
-
     def __getitem__(self, name:str)->Model:
         self.point(name)
         return Model(self, name)
 
-    @property
-    def models(self)->list[str]:
-        "The base, the rows of Tables 3 to 7, and the profile's own."
-        return ['base', *MODELS, *self.profile.rows]
+    def __repr__(self)->str: return f'{self.profile.name} ({self.label}): {_headline(self.status())}'
+    def _repr_html_(self)->str: return _summary(self)
 
-    @property
-    def own(self)->dict[int,list[str]]:
-        "The profile's own rows, by the table that shows them."
-        return {n: [r for r, row in self.profile.rows.items() if row.shown_in == n] for n in range(3, 8)}
+# %% ../../nbs/lab/04_run.ipynb #c13b59f9
+@patch
+def _key(self:Lab, s:Stage)->str:
+    return self.store.key(s.kind, EPOCHS[s.kind], s.settings, {r: self._built[i] for r, i in s.inputs.items()})
 
-    def rows(self, name:str)->list[dict]: # prompts with answers, or pairs
-        "The rows of a data stage, such as `data/openorca`."
-        return read_rows(self.build(name).path/'rows.jsonl')
+@patch
+def _find(self:Lab, name:str)->Artifact|None:
+    "The stage's artifact, if it and all its inputs are there."
+    s = self.recipe[name]
+    if name not in self._built and all(self._find(i) for i in s.inputs.values()):
+        a = self.store.find(s.kind, self._key(s))
+        if a: self._built[name] = a
+    return self._built.get(name)
 
-    def log(self, name:str)->pd.DataFrame: # one row a step
-        "The training log of an SFT or DPO stage."
-        if self._stage(name).kind not in ('sft', 'dpo'): raise ValueError(f'lab: {name!r} is not trained (it is a {self.recipe[name].kind}); logs are of SFT and DPO stages.')
-        return pd.read_csv(self.build(name).path/'log.csv')
+@patch
+def status(self:Lab)->pd.DataFrame: # stage, kind, state, seconds, key, content
+    "What is built and what is missing; nothing is built."
+    found = {n: self._find(n) for n in self.recipe}
+    return pd.DataFrame([dict(stage=n, kind=self.recipe[n].kind, state='built' if a else 'missing', seconds=a.manifest['seconds'] if a else None,
+                              key=a.key[:12] if a else '', content=a.content[:12] if a else '') for n, a in found.items()])
 
-    def items(self, name:str, task:str)->pd.DataFrame: # one row an item
-        "What a model did on each item of a benchmark."
-        return pd.read_parquet(self.build(f'eval/{name}/{task}').path/'items.parquet')
+@patch
+def provenance(self:Lab)->pd.DataFrame: # one row a built stage: stage, kind, key, content, seconds, started
+    "What the results were made from."
+    s = self.status()
+    return s[s['state'] == 'built'].drop(columns='state')
 
-    def records(self,
-        names:list[str]|None=None, # models; None: all of `models`
-    )->pd.DataFrame: # model, task, doc_id, score; one row an item
-        "What each item scored, for paired tests."
-        names = self.models if names is None else list(names)
-        self.scores(names)
-        return pd.concat([self.items(m, t)[['doc_id', 'score']].assign(model=m, task=t) for m in names for t in H6_TASKS], ignore_index=True)
+# %% ../../nbs/lab/04_run.ipynb #a840b145
+@patch
+def _prepare(self:Lab)->None:
+    "The machine's settings, which results depend on."
+    import torch
+    torch.set_num_threads(self.profile.machine.threads); torch.set_flush_denormal(True)
 
-    def scores(self,
-        names:list[str]|None=None, # models; None: all of `models`
-    )->pd.DataFrame: # model, task, metric, score, se, n; fractions; 'truthfulqa_plain' counts plainly worded answers only
-        "Scores of models, built where missing."
-        names = self.models if names is None else list(names)
-        self.run([f'eval/{m}/{t}' for m in names for t in H6_TASKS])
-        rows = []
-        for m in names:
-            for t in H6_TASKS:
-                s = json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())
-                s |= s['protocols'][self.profile.eval.protocol]
-                rows.append(dict(model=m, task=t, **{k: s[k] for k in ('metric', 'score', 'se', 'n')}))
-                if 'plain' in s: rows.append(dict(model=m, task=f'{t}_plain', metric='mc2', score=s['plain'], se=s['plain_se'], n=s['n']))
-        return pd.DataFrame(rows)
+@patch
+def materialized(self:Lab, point):
+    "The point as a model in evaluation mode, until the next call: one model in memory becomes one point after another."
+    if self._resident is None:
+        from solar_repro.lab.backend import Resident
+        self._prepare(); self._resident = Resident(self.profile.machine.device)
+    return self._resident.become(point)
 
-    def overlaps(self)->pd.DataFrame: # n, set, task, doc_id, n_rows, row
-        "Test items that share `n` words in a row with rows of a training set (`lab.ledger`)."
-        return pd.read_parquet(self.build('ledger').path/'overlaps.parquet')
+@patch
+def _make(self:Lab, s:Stage, progress:Progress)->Artifact:
+    self._prepare()
+    inputs = {r: self._built[i] for r, i in s.inputs.items()}
+    tools = Tools(self.store, progress.tick, self.materialized, s.file)
+    return self.store.build(s.kind, self._key(s), lambda out: BUILDERS[s.kind](out, s.settings, inputs, tools), settings=s.settings,
+                            inputs=inputs, name=s.name, epoch=EPOCHS[s.kind], seed=s.settings.get('seed'))
 
-    def clean_scores(self,
-        names:list[str]|None=None, # models; None: all of `models`
-        n:int=13, # words in a row
-    )->pd.DataFrame: # model, task, score, clean, clean_se, n, n_clean; fractions
-        "Every score beside its value on items that share no `n` words in a row with any training set."
-        from solar_repro.lab.ledger import clean_scores
-        return clean_scores(self.records(names), self.overlaps(), n)
+@patch
+def _progress(self:Lab, missing:list[str])->Progress:
+    "Of these stages; where somebody follows along (a book), of the whole recipe, which the coming notebooks will build."
+    if not os.environ.get('SOLAR_PROGRESS'): return Progress([self.recipe[n] for n in missing], [])
+    have = {n: a for n in self.recipe if (a := self._find(n))}
+    rest = [n for n in self.recipe if n not in have and n not in missing]
+    return Progress([self.recipe[n] for n in missing + rest], [(a.kind, a.manifest['seconds']) for a in have.values()])
 
-    def protocols(self,
-        names:list[str]|None=None, # models; None: the base and all rows of Tables 3 to 7
-    )->pd.DataFrame: # model, task, and the score under each protocol that the stored answers allow; fractions
-        "The same answers, counted by each protocol."
-        names = ['base', *MODELS] if names is None else list(names)
-        self.scores(names)
-        read = lambda m, t: json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())['protocols']
-        return pd.DataFrame([dict(model=m, task=t, **{p: s['score'] for p, s in read(m, t).items()}) for m in names for t in H6_TASKS])
+# %% ../../nbs/lab/04_run.ipynb #552dcb85
+@patch
+def _check_prompts(self:Lab)->None:
+    "Raise if a foreign base cannot read the benchmarks' prompts: before it is trained, not after."
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from solar_repro.eval import build_requests
+    from solar_repro.lab.weights import check_prompts
+    for t in H6_TASKS:
+        s = self.recipe[f'eval/base/{t}'].settings
+        args = [r.args for x in build_requests(t, self.build(f'bench/{t}').path, s['num_fewshot'], s.get('tasks', 'tiny')).tasks for r in x.instances]
+        room = max((normalize_gen_kwargs(kw)['max_gen_toks'] for _, kw in args if isinstance(kw, dict)), default=0)
+        check_prompts(self.build('base').path, t, [c if isinstance(x, dict) else c + x for c, x in args], room)
 
-    def table(self, n:int)->pd.DataFrame:
-        "Table 3 to 7 of the paper, rebuilt (`tables.table`)."
-        own = self.own.get(n, [])
-        return tables.table(n, self.scores([*tables.models(n), *own]), own)
+# %% ../../nbs/lab/04_run.ipynb #7ef4b6bb
+@patch
+def run(self:Lab,
+    names:list[str]|None=None, # stages; None: all
+)->None:
+    "Build stages and everything that they need."
+    missing = [n for n in self.needs(list(self.recipe) if names is None else names) if self._find(n) is None]
+    if not missing: return
+    if self.profile.machine.device == 'cuda':
+        from solar_repro.lab.plan import check_machine
+        check_machine(self, missing) # before hours are spent
+    if any(self.recipe[n].kind == 'sft' for n in missing) and self.recipe['base'].settings['source'] not in ('tiny', 'random'): self._check_prompts()
+    progress = self._progress(missing)
+    try:
+        for k, n in enumerate(missing):
+            progress.start(k); self._built[n] = self._make(self.recipe[n], progress); progress.end()
+    except KeyboardInterrupt:
+        print(f'\ninterrupted in {n}; {k} of {len(missing)} stages are finished and kept. Run again to go on.', file=sys.stderr)
+        raise
+    finally:
+        if 'ipykernel' in sys.modules: _in_notebook('')
+        elif sys.stderr.isatty() and not os.environ.get('SOLAR_PROGRESS'): print(file=sys.stderr)
 
-    def side_by_side(self,
-        prompt:str, # a question; the profile's template is put around it
-        *names:str, # models
-        max_new_tokens:int=64,
-    )->view.View:
-        "One prompt, several models."
-        return view.answers(prompt, {n: self[n].generate(prompt, max_new_tokens) for n in names}, self.label)
+@patch
+def build(self:Lab, name:str)->Artifact:
+    "One stage, built or found."
+    self.run([name])
+    return self._built[name]
 
-    def flips(self,
-        a:str, b:str, # models
-        task:str, # benchmark
-    )->pd.DataFrame: # doc_id, score and answer of each, change (b - a), the item's text
-        "Items on which two models score differently, the largest change first."
-        x, y = self.items(a, task), self.items(b, task)
-        assert x['asked'].equals(y['asked']), f'{a} and {b} were asked different items of {task}'
-        items = read_rows(self.build(f'bench/{task}').path/'test.jsonl')
-        text = [next(items[i][k] for k in ('question', 'sentence', 'ctx') if k in items[i]) for i in x['doc_id']]
-        out = pd.DataFrame({'doc_id': x['doc_id'], a: x['score'], b: y['score'], 'change': y['score'] - x['score'],
-                            f'{a} says': x['prediction'], f'{b} says': y['prediction'], 'gold': x['gold'], 'item': text})
-        out = out[out['change'] != 0]
-        return out.loc[out['change'].abs().sort_values(ascending=False, kind='stable').index].reset_index(drop=True)
+# %% ../../nbs/lab/04_run.ipynb #3d1a7fef
+@patch(as_prop=True)
+def models(self:Lab)->list[str]:
+    "The base, the rows of Tables 3 to 7, and the profile's own."
+    return ['base', *MODELS, *self.profile.rows]
 
-    def repeated(self)->dict: # seed -> Lab
-        "This lab and, where the profile names more `seeds`, a lab of each, over the same store; one seed alone is no repetition: nothing."
-        seeds = sorted({self.profile.seed, *self.profile.seeds})
-        return {s: self if s == self.profile.seed else Lab(self.profile, s, self.store.folder) for s in seeds} if len(seeds) > 1 else {}
+@patch(as_prop=True)
+def own(self:Lab)->dict[int,list[str]]:
+    "The profile's own rows, by the table that shows them."
+    return {n: [r for r, row in self.profile.rows.items() if row.shown_in == n] for n in range(3, 8)}
 
-    def status(self)->pd.DataFrame: # stage, kind, state, seconds, key, content
-        "What is built and what is missing; nothing is built."
-        found = {n: self._find(n) for n in self.recipe}
-        return pd.DataFrame([dict(stage=n, kind=self.recipe[n].kind, state='built' if a else 'missing', seconds=a.manifest['seconds'] if a else None,
-                                  key=a.key[:12] if a else '', content=a.content[:12] if a else '') for n, a in found.items()])
+@patch
+def point(self:Lab, name:str):
+    "A model as base and weighted adapters (`lab.model.Point`)."
+    if self._stage(name).kind not in MODEL_KINDS: raise ValueError(f'lab: {name!r} is a {self.recipe[name].kind}, not a model; models are {self.models}.')
+    return handed_over(point_of(self.build(name), self.store), self.build(DEQUANTISED) if DEQUANTISED in self.recipe else None)
 
-    @property
-    def label(self)->str:
-        "What stands beside every result: the scale and the seed."
-        from solar_repro.lab.weights import base_note
-        return f"{self.profile.label}, seed {self.profile.seed}{base_note(self.recipe['base'].settings)}{self._stand_in}"
+# %% ../../nbs/lab/04_run.ipynb #02f41828
+@patch
+def handover(self:Lab,
+    name:str, # a training in four bits
+    n_probe:int=8, # rows of each of its training sets
+)->pd.DataFrame: # way, kl, kl_max, same_top, n_tok, h6, h6_se, h6_change, change_se, items_changed; H6 in fractions; built where missing
+    "A model as trained in four bits and as handed over to full weights, either way."
+    s = handover_stage(self.profile, name, n_probe)
+    self.run(list(s.inputs.values()))
+    a = self.store.find(s.kind, self._key(s)) or self._make(s, Progress([s], []))
+    return handover_table(*(pd.read_csv(a.path/f'{f}.csv') for f in ('drift', 'scores')), pd.read_parquet(a.path/'items.parquet'))
 
-    @property
-    def _stand_in(self)->str:
-        "Names the rule that fills the math sets where a folder has no MetaMathQA."
-        if 'gsm8k/train' not in self.recipe['data/synth_math_instruct'].settings.get('files', {}): return ''
-        from solar_repro.data import STAND_IN
-        return f', {STAND_IN}'
+# %% ../../nbs/lab/04_run.ipynb #69327aab
+@patch
+def rows(self:Lab, name:str)->list[dict]: # prompts with answers, or pairs
+    "The rows of a data stage, such as `data/openorca`."
+    return read_rows(self.build(name).path/'rows.jsonl')
 
-    def provenance(self)->pd.DataFrame: # one row a built stage: stage, kind, key, content, seconds, started
-        "What the results were made from."
-        s = self.status()
-        return s[s['state'] == 'built'].drop(columns='state')
+@patch
+def log(self:Lab, name:str)->pd.DataFrame: # one row a step
+    "The training log of an SFT or DPO stage."
+    if self._stage(name).kind not in ('sft', 'dpo'): raise ValueError(f'lab: {name!r} is not trained (it is a {self.recipe[name].kind}); logs are of SFT and DPO stages.')
+    return pd.read_csv(self.build(name).path/'log.csv')
 
-    @property
-    def folder(self)->Path:
-        "The run's own folder, for tables, figures and executed notebooks; seeds other than 0 have one each."
-        p = self.profile
-        return root()/'runs'/(p.name if p.seed == 0 else f'{p.name}-seed{p.seed}')
+@patch
+def items(self:Lab, name:str, task:str)->pd.DataFrame: # one row an item
+    "What a model did on each item of a benchmark."
+    return pd.read_parquet(self.build(f'eval/{name}/{task}').path/'items.parquet')
 
-    def show(self, name:str)->dict:
-        "What made a stage: settings, inputs, hashes, versions, seed, times."
-        return self.build(name).manifest
+# %% ../../nbs/lab/04_run.ipynb #b8987937
+@patch
+def scores(self:Lab,
+    names:list[str]|None=None, # models; None: all of `models`
+)->pd.DataFrame: # model, task, metric, score, se, n; fractions; 'truthfulqa_plain' counts plainly worded answers only
+    "Scores of models, built where missing."
+    names = self.models if names is None else list(names)
+    self.run([f'eval/{m}/{t}' for m in names for t in H6_TASKS])
+    rows = []
+    for m in names:
+        for t in H6_TASKS:
+            s = json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())
+            s |= s['protocols'][self.profile.eval.protocol]
+            rows.append(dict(model=m, task=t, **{k: s[k] for k in ('metric', 'score', 'se', 'n')}))
+            if 'plain' in s: rows.append(dict(model=m, task=f'{t}_plain', metric='mc2', score=s['plain'], se=s['plain_se'], n=s['n']))
+    return pd.DataFrame(rows)
 
-    def _headline(self, s:pd.DataFrame)->str:
-        missing, left = (s['state'] == 'missing').sum(), cost(s)['left_s']
-        if not missing: return f'all {len(s)} stages are built'
-        price = 'how long they take shows once one of them is built' if left.isna().any() else f'about {duration(left.sum())} on this machine'
-        return f'{len(s) - missing} of {len(s)} stages are built; for the other {missing}: {price}'
+@patch
+def records(self:Lab,
+    names:list[str]|None=None, # models; None: all of `models`
+)->pd.DataFrame: # model, task, doc_id, score; one row an item
+    "What each item scored, for paired tests."
+    names = self.models if names is None else list(names)
+    self.scores(names)
+    return pd.concat([self.items(m, t)[['doc_id', 'score']].assign(model=m, task=t) for m in names for t in H6_TASKS], ignore_index=True)
 
-    def _repr_html_(self)->str:
-        s = self.status(); c = cost(s)
-        built = lambda m: all(s.loc[s['stage'] == f'eval/{m}/{t}', 'state'].item() == 'built' for t in H6_TASKS)
-        tally = ', '.join(f'Table {n}: {sum(map(built, rows))} of {len(rows)}' for n in range(3, 8) for rows in [[*tables.models(n), *self.own[n]]])
-        missing = ', '.join(html.escape(n) for n in s.loc[s['state'] == 'missing', 'stage'])
-        more = f'<details><summary>what is missing</summary>{missing}</details>' if missing else ''
-        times = [c[k].map(lambda x: '?' if x != x or x is None else duration(x) if x else '') for k in ('seconds', 'left_s')]
-        kinds = pd.DataFrame({'kind': c['kind'], 'built': c['built'], 'took': times[0], 'missing': c['missing'], 'would take about': times[1]}).to_html(index=False, border=0)
-        return f'<p><b>{html.escape(self.profile.name)}</b> ({html.escape(self.label)}): {self._headline(s)}.<br>Rows scored: {tally}.</p>{kinds}{more}'
+@patch
+def table(self:Lab, n:int)->pd.DataFrame:
+    "Table 3 to 7 of the paper, rebuilt (`tables.table`)."
+    own = self.own.get(n, [])
+    return tables.table(n, self.scores([*tables.models(n), *own]), own)
 
-    def __repr__(self)->str: return f'{self.profile.name} ({self.label}): {self._headline(self.status())}'
+# %% ../../nbs/lab/04_run.ipynb #36fbe957
+@patch
+def overlaps(self:Lab)->pd.DataFrame: # n, set, task, doc_id, n_rows, row
+    "Test items that share `n` words in a row with rows of a training set (`lab.ledger`)."
+    return pd.read_parquet(self.build('ledger').path/'overlaps.parquet')
+
+@patch
+def clean_scores(self:Lab,
+    names:list[str]|None=None, # models; None: all of `models`
+    n:int=13, # words in a row
+)->pd.DataFrame: # model, task, score, clean, clean_se, n, n_clean; fractions
+    "Every score beside its value on items that share no `n` words in a row with any training set."
+    from solar_repro.lab.ledger import clean_scores
+    return clean_scores(self.records(names), self.overlaps(), n)
+
+@patch
+def protocols(self:Lab,
+    names:list[str]|None=None, # models; None: the base and all rows of Tables 3 to 7
+)->pd.DataFrame: # model, task, and the score under each protocol that the stored answers allow; fractions
+    "The same answers, counted by each protocol."
+    names = ['base', *MODELS] if names is None else list(names)
+    self.scores(names)
+    read = lambda m, t: json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())['protocols']
+    return pd.DataFrame([dict(model=m, task=t, **{p: s['score'] for p, s in read(m, t).items()}) for m in names for t in H6_TASKS])
+
+# %% ../../nbs/lab/04_run.ipynb #168f8343
+@patch
+def flips(self:Lab,
+    a:str, b:str, # models
+    task:str, # benchmark
+)->pd.DataFrame: # doc_id, score and answer of each, change (b - a), the item's text
+    "Items on which two models score differently, the largest change first."
+    x, y = self.items(a, task), self.items(b, task)
+    assert x['asked'].equals(y['asked']), f'{a} and {b} were asked different items of {task}'
+    items = read_rows(self.build(f'bench/{task}').path/'test.jsonl')
+    text = [next(items[i][k] for k in ('question', 'sentence', 'ctx') if k in items[i]) for i in x['doc_id']]
+    out = pd.DataFrame({'doc_id': x['doc_id'], a: x['score'], b: y['score'], 'change': y['score'] - x['score'],
+                        f'{a} says': x['prediction'], f'{b} says': y['prediction'], 'gold': x['gold'], 'item': text})
+    out = out[out['change'] != 0]
+    return out.loc[out['change'].abs().sort_values(ascending=False, kind='stable').index].reset_index(drop=True)
+
+@patch
+def side_by_side(self:Lab,
+    prompt:str, # a question; the profile's template is put around it
+    *names:str, # models
+    max_new_tokens:int=64,
+)->view.View:
+    "One prompt, several models."
+    return view.answers(prompt, {n: self[n].generate(prompt, max_new_tokens) for n in names}, self.label)
+
+# %% ../../nbs/lab/04_run.ipynb #6f88f5ee
+@patch(as_prop=True)
+def label(self:Lab)->str:
+    "What stands beside every result: the scale and the seed."
+    from solar_repro.lab.weights import base_note
+    return f"{self.profile.label}, seed {self.profile.seed}{base_note(self.recipe['base'].settings)}{self._stand_in}"
+
+@patch(as_prop=True)
+def _stand_in(self:Lab)->str:
+    "Names the rule that fills the math sets where a folder has no MetaMathQA."
+    if 'gsm8k/train' not in self.recipe['data/synth_math_instruct'].settings.get('files', {}): return ''
+    from solar_repro.data import STAND_IN
+    return f', {STAND_IN}'
+
+@patch(as_prop=True)
+def folder(self:Lab)->Path:
+    "The run's own folder, for tables, figures and executed notebooks; seeds other than 0 have one each."
+    p = self.profile
+    return root()/'runs'/(p.name if p.seed == 0 else f'{p.name}-seed{p.seed}')
+
+@patch
+def repeated(self:Lab)->dict: # seed -> Lab
+    "This lab and, where the profile names more `seeds`, a lab of each, over the same store; one seed alone is no repetition: nothing."
+    seeds = sorted({self.profile.seed, *self.profile.seeds})
+    return {s: self if s == self.profile.seed else Lab(self.profile, s, self.store.folder) for s in seeds} if len(seeds) > 1 else {}
+
+@patch
+def show(self:Lab, name:str)->dict:
+    "What made a stage: settings, inputs, hashes, versions, seed, times."
+    return self.build(name).manifest
+
+# %% ../../nbs/lab/04_run.ipynb #8d705c9d
+def _headline(s:pd.DataFrame)->str:
+    missing, left = (s['state'] == 'missing').sum(), cost(s)['left_s']
+    if not missing: return f'all {len(s)} stages are built'
+    price = 'how long they take shows once one of them is built' if left.isna().any() else f'about {duration(left.sum())} on this machine'
+    return f'{len(s) - missing} of {len(s)} stages are built; for the other {missing}: {price}'
+
+def _summary(lab:Lab)->str:
+    s = lab.status(); c = cost(s)
+    built = lambda m: all(s.loc[s['stage'] == f'eval/{m}/{t}', 'state'].item() == 'built' for t in H6_TASKS)
+    tally = ', '.join(f'Table {n}: {sum(map(built, rows))} of {len(rows)}' for n in range(3, 8) for rows in [[*tables.models(n), *lab.own[n]]])
+    missing = ', '.join(html.escape(n) for n in s.loc[s['state'] == 'missing', 'stage'])
+    more = f'<details><summary>what is missing</summary>{missing}</details>' if missing else ''
+    times = [c[k].map(lambda x: '?' if x != x or x is None else duration(x) if x else '') for k in ('seconds', 'left_s')]
+    kinds = pd.DataFrame({'kind': c['kind'], 'built': c['built'], 'took': times[0], 'missing': c['missing'], 'would take about': times[1]}).to_html(index=False, border=0)
+    return f'<p><b>{html.escape(lab.profile.name)}</b> ({html.escape(lab.label)}): {_headline(s)}.<br>Rows scored: {tally}.</p>{kinds}{more}'
