@@ -225,7 +225,7 @@ def page(r: dict, command: str) -> str:
     slower = [l['task'] for l in rows if l['ratio'] < 1]
     same, asked = sum(l['equal'] for l in rows), sum(l['requests'] for l in rows)
     n, far = ', '.join(f"{l['items']} items of {l['task']}" for l in rows), max(l['max_difference_nats'] for l in rows)
-    close = f'no log-likelihood differs by more than {far:.1e} nats' + (f', which is **more than the {CLOSE:g} that is asked for**; why is not established' if far > CLOSE else '')
+    close = f'no log-likelihood differs by more than {far:.1e} nats' + (f', which is **more than the {CLOSE:g} that is asked for**' if far > CLOSE else '')
     verdict = (f"**The speed aimed at, {AIM:g} times with no task slower, is {'' if least >= AIM and not slower and len(rows) == len(SHOTS) else 'not '}reached**: {r['ratio']:.2f} times as fast on these items, "
                f"{r['ratio_test_sets']:.2f} times if each task's time an item is multiplied by the items of its test set, and {'no task is slower' if not slower else 'slower in ' + ', '.join(slower)} (worst {r['worst']:.2f}); by CPU time, which other work on the machine disturbs less, {r['cpu_ratio']:.2f} times (worst {r['cpu_worst']:.2f}). "
                f"Without guesses of what GSM8K's answers say next{'' if r['profile'] else ', which texts of a random model favour'}, it is {r['no_guesses']['ratio']:.2f} and {r['no_guesses']['ratio_test_sets']:.2f}.")

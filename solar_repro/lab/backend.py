@@ -399,7 +399,7 @@ def run_rows(
         of = torch.tensor([k for k, _ in chunk], device=d)
         cache = Cache(layers=[StemLayer(l, of) for l in cache.layers])
     logits = forward(model, ids, torch.tensor(want, device=d), positions, rows_mask(rows, lengths, n_stem, n, model), cache).float()
-    logp = logits[at, targets] - logits.logsumexp(-1)[at]
+    logp = logits.log_softmax(-1)[at, targets]
     greedy = logits.argmax(-1)[at] == targets
     total, right = {}, {}
     for i, x, g in zip(requests, logp.double().tolist(), greedy.tolist()): total[i] = total.get(i, 0.) + x; right[i] = right.get(i, True) and g
