@@ -576,16 +576,17 @@ def grouped(
     what = np.where(s['kind'].isin(('data', 'bench')), s['kind'].map(dict(data='training sets', bench='benchmarks')),
                     np.where(s['kind'] == 'eval', s['stage'].str.rsplit('/', n=1).str[0], s['stage']))
     what = pd.Series(what).str.replace('ref/', 'reference: ').str.replace('eval/', 'evaluate ')
-    sums = {k: 'sum' for k in ('tokens', 'pflop', 'hours_low', 'hours', 'hours_high', 'disk_gib', 'download_gib')}
+    sums = {k: 'sum' for k in ('tokens_low', 'tokens', 'tokens_high', 'pflop', 'hours_low', 'hours', 'hours_high', 'disk_gib', 'download_gib')}
     g = s.assign(what=what, n=1, built=s['held'].astype(int)).groupby('what', sort=False).agg(dict(sums, gib='max', n='sum', built='sum'))
     return g.assign(held=g.pop('built').astype(str) + ' of ' + g.pop('n').astype(str)).reset_index()
 
 def _near(x:float)->str: return f'{x:.0f}' if x >= 9.95 else f'{x:.1f}' if x >= .095 else f'{x:.2f}' if x >= .005 else '' if x == 0 else '<.01'
 
+def _span(low:float, high:float)->str: return f'{_near(low)}-{_near(high)}' if _near(low) != _near(high) else ''
+
 def _cells(r, price, k:float)->list[str]: # k: 1 for hours and EFLOP, 60 for minutes and PFLOP
     cost = [_near(r['hours']*price)] if price is not None else []
-    span = f"{_near(r['hours_low']*k)}-{_near(r['hours_high']*k)}" if r['hours_high']*k >= .005 else ''
-    return [r['what'], r['held'], _near(r['tokens']/1e6), _near(r['pflop']/(1 if k > 1 else 1e3)), span, _near(r['hours']*k), *cost, _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib'])]
+    return [r['what'], r['held'], _span(r['tokens_low']/1e6, r['tokens_high']/1e6), _near(r['tokens']/1e6), _near(r['pflop']/(1 if k > 1 else 1e3)), _span(r['hours_low']*k, r['hours_high']*k), _near(r['hours']*k), *cost, _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib'])]
 
 def table(
     plan:Plan,
@@ -593,7 +594,7 @@ def table(
     "The plan as text, its total, and what it was computed with."
     k = 60. if plan.stages['hours_high'].sum() < 3 else 1.
     time, work = ('min', 'PFLOP') if k > 1 else ('hours', 'EFLOP')
-    head = ['stage', 'held', 'M tok', work, f'{time}, range', time, *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB', 'fetch GiB']
+    head = ['stage', 'held', 'M tok, range', 'M tok', work, f'{time}, range', time, *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB', 'fetch GiB']
     g, left = grouped(plan), grouped(replace(plan, stages=plan.missing)) if len(plan.missing) else None
     total = lambda what, x: dict(x.sum(numeric_only=True), what=what, held='', gib=x['gib'].max())
     rows = [_cells(r, plan.price, k) for r in g.to_dict('records')]
