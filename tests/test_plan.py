@@ -38,7 +38,7 @@ def test_paper_scale_is_the_papers(plans):
 
 def test_a_step_is_whole_passes_and_a_key_of_ones_own_changes_the_plan(tmp_path):
     f = tmp_path/'x.toml'
-    f.write_text('extends = "smol"\n[dpo]\npasses = 3\n')
+    f.write_text('extends = "tiny"\n[dpo]\npasses = 3\n')
     with pytest.raises(ValueError, match='divide batch_size'): load_profile(f)
     f.write_text('extends = "a100"\n[dpo]\npasses = 4\n')
     with pytest.raises(ValueError, match='not both'): load_profile(f)
