@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ALPHA', 'SUPPORTED', 'CONTRADICTED', 'NOISE', 'MARGIN', 'OURS', 'PAPER', 'VERDICT_COLORS', 'MARKS', 'MOST_MARKS',
            'MIN_SEEDS', 'with_h6', 'models', 'table', 'pair', 'compared', 'comparisons', 'apart', 'unresolved',
-           'printed', 'plain_words', 'judge', 'overall', 'paper_scores', 'claims', 'style', 'finding', 'figure',
-           'claims_figure', 'over_seeds', 'seeds_figure', 'all_tests', 'write_tables', 'publish']
+           'printed', 'plain_words', 'judge', 'overall', 'paper_scores', 'claims', 'style', 'fitted', 'finding',
+           'figure', 'claims_figure', 'over_seeds', 'seeds_figure', 'all_tests', 'write_tables', 'publish']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import base64
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -234,6 +235,13 @@ def style()->None:
                          'axes.grid': True, 'grid.color': '#e5e7eb', 'grid.linewidth': .7, 'axes.axisbelow': True, 'axes.edgecolor': '#9ca3af',
                          'legend.frameon': False, 'axes.prop_cycle': plt.cycler(color=[OURS, '#d97706', '#047857', '#b91c1c', '#7c3aed', PAPER]), 'figure.constrained_layout.use': True, 'svg.hashsalt': 'solar_repro'})
 
+def fitted(
+    text:str, # a title
+    width:int=100, # characters of a line
+)->str:
+    "A title in lines that a figure holds; labels of published data are long."
+    return '\n'.join(wrap for line in text.split('\n') for wrap in textwrap.wrap(line, width))
+
 def finding(
     n:int, # table
     t:pd.DataFrame, # of `table`
@@ -265,13 +273,13 @@ def _reach(t:pd.DataFrame, task:str, paper_se:pd.Series)->float:
     return max(4.5, 1.12*max(ends))
 
 # %% ../nbs/06_tables.ipynb #5376111c
-def _panel(ax, t:pd.DataFrame, task:str, paper_se:pd.Series, label:str)->None:
+def _panel(ax, t:pd.DataFrame, task:str, paper_se:pd.Series)->None:
     "One benchmark: ours and the paper's, each about its own mean."
     y = pd.RangeIndex(len(t))
     ax.axvline(0, color=PAPER, lw=.8, zorder=0)
     look = dict(fmt='o', ms=5.5, elinewidth=1.1)
     ax.errorbar(_centred(t, f'{task}_paper'), y - .16, xerr=paper_se, mfc='white', mec=PAPER, ecolor=PAPER, label='paper, SOLAR 10.7B', **look)
-    ax.errorbar(_centred(t, task), y + .16, xerr=t[f'{task}_se'], color=OURS, label=f'ours, {label}', **look)
+    ax.errorbar(_centred(t, task), y + .16, xerr=t[f'{task}_se'], color=OURS, label='ours', **look)
     ax.set_title(TITLES[task], loc='left', fontweight='bold', pad=29)
     for text, color, height in ((f'{_mean(t, f"{task}_paper"):.1f} %', PAPER, 17), (f'{_mean(t, task):.1f} %', OURS, 5)):
         ax.annotate(text, (0, 1), (0, height), xycoords='axes fraction', textcoords='offset points', color=color, fontsize=8)
@@ -291,13 +299,13 @@ def figure(
     reach = {task: max(r, .14*sum(reach.values())) for task,r in reach.items()}   # room for the panel's name
     fig, axes = plt.subplots(1, len(TITLES), figsize=(9.6, 1.9 + .42*len(t)), sharey=True, width_ratios=list(reach.values()))
     for ax, task in zip(axes, TITLES):
-        _panel(ax, t, task, paper_se[task], label)
+        _panel(ax, t, task, paper_se[task])
         ax.set(xlim=(-reach[task], reach[task]), ylim=(len(t) - .5, -.5)); ax.xaxis.set_major_locator(MaxNLocator(max(2, round(26*reach[task]/sum(reach.values()))), steps=[1, 2, 5, 10]))
         ax.tick_params(length=0); ax.grid(axis='y', visible=False); ax.spines['left'].set_visible(False)
     axes[0].set_yticks(range(len(t)), t['model'])
     axes[0].annotate('mean of rows', (0, 1), (-8, 17), xycoords='axes fraction', textcoords='offset points', ha='right', color=PAPER, fontsize=8)
     fig.supxlabel('points above or below the mean of the rows; bars: one standard error', fontsize=8.5, x=.01, ha='left')
-    fig.suptitle(finding(n, t, label, records), fontsize=10, ha='left', x=.01)
+    fig.suptitle(fitted(finding(n, t, label, records), 120), fontsize=10, ha='left', x=.01)
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower right', ncols=2, fontsize=8)
     return fig
 
@@ -321,13 +329,13 @@ def claims_figure(
     "All claims and their verdicts as one picture."
     style()
     fig, axes = plt.subplots(1, 2, figsize=(9, 1.1 + .31*len(c)), sharey=True)
-    for ax,title,words,parts in zip(axes, ("on the paper's numbers", f'on ours, {label}'), (c['on_paper'], c['on_ours']), (c['paper_parts'], c['our_parts'])):
+    for ax,title,words,parts in zip(axes, ("on the paper's numbers", 'on ours'), (c['on_paper'], c['on_ours']), (c['paper_parts'], c['our_parts'])):
         for y,(word,part) in enumerate(zip(words, parts)): _verdict_row(ax, y, word, part)
         ax.set_title(title, loc='left', fontweight='bold', fontsize=9)
         ax.set(xlim=(-.5, 1.6), ylim=(len(c) - .5, -.6), xticks=[]); ax.tick_params(length=0); ax.grid(False); ax.spines[:].set_visible(False)
     axes[0].set_yticks(range(len(c)), c['claim'])
     said = lambda words: f'support {sum(words == SUPPORTED)} and contradict {sum(words == CONTRADICTED)}'
-    fig.suptitle(f"{len(c)} claims of the text: the paper's own numbers {said(c['on_paper'])}; ours {said(c['on_ours'])}", fontsize=10, ha='left', x=.01)
+    fig.suptitle(fitted(f"{len(c)} claims of the text: the paper's own numbers {said(c['on_paper'])}; ours {said(c['on_ours'])}\nOurs: {label}", 115), fontsize=10, ha='left', x=.01)
     keys = [plt.Line2D([], [], ls='', marker=MARKS[v], color=VERDICT_COLORS[v], mew=1.8 if v==NOISE else .5, label=f'a comparison {v}') for v in MARKS]
     fig.legend(handles=keys, loc='outside lower right', ncols=3, fontsize=8)
     return fig
@@ -362,7 +370,7 @@ def seeds_figure(
         ax.set(xlabel='%', title=TITLES[task], ylim=(len(names) - .5, -.5))
     axes[0].set_yticks(range(len(names)), names); axes[0].legend(loc='lower left', fontsize=8)
     spread = [max(v) - min(v) for m in names for v in [[100*f.loc[(m, 'gsm8k'), 'score'] for f in frames.values()]]]
-    fig.suptitle(f'{label}, {len(runs)} seed{"s"[:len(runs) > 1]}: GSM8K of one recipe spreads over up to {max(spread):.0f} points', fontsize=10, ha='left', x=.01)
+    fig.suptitle(fitted(f'{label}, {len(runs)} seed{"s"[:len(runs) > 1]}: GSM8K of one recipe spreads over up to {max(spread):.0f} points', 115), fontsize=10, ha='left', x=.01)
     return fig
 
 # %% ../nbs/06_tables.ipynb #72d9520d

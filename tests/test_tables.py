@@ -400,3 +400,17 @@ def test_published_twice_is_the_same_bytes(tmp_path, published):
     again = tables.publish(frame(plain=True, **{'SFT v4|arc': .7}), tmp_path, 'a <label> & more',
                            pd.DataFrame([dict(stage='base', kind='base', seconds=1.25), dict(stage='<odd & name>', kind='data', seconds=None)]))
     assert [f.read_bytes() for f in again] == [f.read_bytes() for f in published[1]]
+
+
+@pytest.mark.parametrize('which', ('table', 'claims'))
+def test_a_long_label_stays_on_the_picture(which):
+    "Labels of published data name their stand-ins; they once ran off the edge, under the legend and through the marks."
+    label = 'SmolLM2-135M, seed 0, from an instruction-tuned base, math sets by a stand-in rule (MATH and GSM8K train rows, no MetaMathQA)'
+    fig = tables.figure(3, frame(), label) if which == 'table' else tables.claims_figure(tables.claims(frame()), label)
+    fig.canvas.draw()
+    parts = [fig._suptitle, *fig.legends, *(ax._left_title for ax in fig.axes)] + ([fig._supxlabel] if which == 'table' else [])
+    boxes = [p.get_window_extent() for p in parts]
+    assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1 for b in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i] if a.width and b.width)
+    assert 'no MetaMathQA' in fig._suptitle.get_text().replace('\n', ' ')
+    tables.plt.close(fig)
