@@ -140,7 +140,7 @@ def test_products_by_onednn_give_the_same_answers(task, tok, model, monkeypatch)
     monkeypatch.setattr(backend, 'PACK_BYTES', 0)
     used = []
     one = backend.packed
-    monkeypatch.setattr(backend, 'packed', lambda m: used.append(len(backend._packable(m))) or one(m))
+    monkeypatch.setattr(backend, 'packed', lambda m, *block: used.append(len(backend._packable(m))) or one(m, *block))
     ours = ask(SharedPrefixLM(model, Coder(tok)))
     assert used == [2*7 + 1]
     if task == 'gsm8k': assert ours == theirs
