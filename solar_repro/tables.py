@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['ALPHA', 'SUPPORTED', 'CONTRADICTED', 'NOISE', 'MARGIN', 'OURS', 'PAPER', 'VERDICT_COLORS', 'MARKS', 'MOST_MARKS',
            'MIN_SEEDS', 'with_h6', 'models', 'table', 'pair', 'compared', 'comparisons', 'apart', 'unresolved',
-           'printed', 'plain_words', 'judge', 'overall', 'paper_scores', 'claims', 'style', 'fitted', 'finding',
-           'figure', 'claims_figure', 'over_seeds', 'seeds_figure', 'all_tests', 'write_tables', 'publish']
+           'printed', 'plain_words', 'judge', 'overall', 'paper_scores', 'claims', 'style', 'finding', 'figure',
+           'claims_figure', 'over_seeds', 'seeds_figure', 'all_tests', 'write_tables', 'publish']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import base64
 import html
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -235,13 +234,6 @@ def style()->None:
                          'axes.grid': True, 'grid.color': '#e5e7eb', 'grid.linewidth': .7, 'axes.axisbelow': True, 'axes.edgecolor': '#9ca3af',
                          'legend.frameon': False, 'axes.prop_cycle': plt.cycler(color=[OURS, '#d97706', '#047857', '#b91c1c', '#7c3aed', PAPER]), 'figure.constrained_layout.use': True, 'svg.hashsalt': 'solar_repro'})
 
-def fitted(
-    text:str, # a title
-    width:int=100, # characters of a line
-)->str:
-    "A title in lines that a figure holds; labels of published data are long."
-    return '\n'.join(wrap for line in text.split('\n') for wrap in textwrap.wrap(line, width))
-
 def finding(
     n:int, # table
     t:pd.DataFrame, # of `table`
@@ -305,7 +297,7 @@ def figure(
     axes[0].set_yticks(range(len(t)), t['model'])
     axes[0].annotate('mean of rows', (0, 1), (-8, 17), xycoords='axes fraction', textcoords='offset points', ha='right', color=PAPER, fontsize=8)
     fig.supxlabel('points above or below the mean of the rows; bars: one standard error', fontsize=8.5, x=.01, ha='left')
-    fig.suptitle(fitted(finding(n, t, label, records), 120), fontsize=10, ha='left', x=.01)
+    fig.suptitle(finding(n, t, label, records), wrap=True, fontsize=10, ha='left', x=.01)
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower right', ncols=2, fontsize=8)
     return fig
 
@@ -335,7 +327,7 @@ def claims_figure(
         ax.set(xlim=(-.5, 1.6), ylim=(len(c) - .5, -.6), xticks=[]); ax.tick_params(length=0); ax.grid(False); ax.spines[:].set_visible(False)
     axes[0].set_yticks(range(len(c)), c['claim'])
     said = lambda words: f'support {sum(words == SUPPORTED)} and contradict {sum(words == CONTRADICTED)}'
-    fig.suptitle(fitted(f"{len(c)} claims of the text: the paper's own numbers {said(c['on_paper'])}; ours {said(c['on_ours'])}\nOurs: {label}", 115), fontsize=10, ha='left', x=.01)
+    fig.suptitle(f"{len(c)} claims of the text: the paper's own numbers {said(c['on_paper'])}; ours {said(c['on_ours'])}\nOurs: {label}", wrap=True, fontsize=10, ha='left', x=.01)
     keys = [plt.Line2D([], [], ls='', marker=MARKS[v], color=VERDICT_COLORS[v], mew=1.8 if v==NOISE else .5, label=f'a comparison {v}') for v in MARKS]
     fig.legend(handles=keys, loc='outside lower right', ncols=3, fontsize=8)
     return fig
@@ -370,7 +362,7 @@ def seeds_figure(
         ax.set(xlabel='%', title=TITLES[task], ylim=(len(names) - .5, -.5))
     axes[0].set_yticks(range(len(names)), names); axes[0].legend(loc='lower left', fontsize=8)
     spread = [max(v) - min(v) for m in names for v in [[100*f.loc[(m, 'gsm8k'), 'score'] for f in frames.values()]]]
-    fig.suptitle(fitted(f'{label}, {len(runs)} seed{"s"[:len(runs) > 1]}: GSM8K of one recipe spreads over up to {max(spread):.0f} points', 115), fontsize=10, ha='left', x=.01)
+    fig.suptitle(f'{label}, {len(runs)} seed{"s"[:len(runs) > 1]}: GSM8K of one recipe spreads over up to {max(spread):.0f} points', wrap=True, fontsize=10, ha='left', x=.01)
     return fig
 
 # %% ../nbs/06_tables.ipynb #72d9520d
