@@ -60,6 +60,7 @@ _PRINTED = '''
 7|Merge v4|SLERP|73.96 71.16* 88.03 66.25 71.79 81.93 64.59
 '''.strip().splitlines()
 
+# %% ../nbs/00_paper.ipynb #a91fc776
 def _row(line:str)->Row:
     table, model, made, scores = line.split('|')
     table, cells = int(table), scores.split()
@@ -68,6 +69,8 @@ def _row(line:str)->Row:
                frozenset(t for t, c in zip(TITLES, cells) if c.endswith('*')))
 
 ROWS = tuple(map(_row, _PRINTED))
+
+# %% ../nbs/00_paper.ipynb #47512785
 MERGE_WEIGHTS = {'Merge v1': (.5, .5), 'Merge v2': (.4, .6), 'Merge v3': (.6, .4), 'SFT v3 + v4': (.5, .5), 'DPO v1 + v2': (.5, .5)} # of the first and the second model
 
 def models(
@@ -228,6 +231,7 @@ CLAIMS = (
           tuple((t, a, '≈', b) for t in H6_TASKS for a, b in combinations(models(7), 2))),
 )
 
+# %% ../nbs/00_paper.ipynb #4e5ab70c
 def claims_on(
     *tables:int, # 3 to 7
 )->tuple[Claim, ...]:

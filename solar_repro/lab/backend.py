@@ -200,6 +200,7 @@ class Limits:
         "Whether a row of `n` tokens better stays out of a pass of `n_rows` rows, the longest as given."
         return 5*n < 4*longest and n_rows*longest >= self.n_full
 
+# %% ../../nbs/lab/09_backend.ipynb #6b8397dd
 def free_bytes(
     device:torch.device,
 )->int:

@@ -150,6 +150,7 @@ def _unchanged(record:dict|None, nb:Path, target:Path, lab:Lab, have:dict)->bool
     return bool(record) and record['stamp'] == stamp(nb, lab) and record['output'] == _digest(target) and record['results'].items() <= have.items() \
            and all(_digest(lab.folder/f) == h for f, h in record['made'].items())
 
+# %% ../../nbs/lab/05_book.ipynb #256e9faf
 def run_book(
     profile:str='tiny', # name or path
     seed:int|None=None, # in place of the profile's

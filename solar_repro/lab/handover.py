@@ -71,6 +71,7 @@ def _point_card(name:str, point:Point, kind:str, about:str)->str:
     return (f"---\nlibrary_name: {'peft' if kind=='adapter' else 'transformers'}\ntags: [solar_repro]\n---\n\n# {name}\n\n{about}\n\nWritten by `solar-repro export` as {kind}: the base plus coefficient times adapter, "
             f"summed in float32 and rounded once.\n\n## Base\n\n| file | sha256 |\n|---|---|\n{base}\n\n## Adapters\n\n| coefficient | sha256 |\n|---|---|\n{rows}\n\n## Made with\n\n{libs}\n")
 
+# %% ../../nbs/lab/14_handover.ipynb #d2ec5495
 def export(
     point:Point, # a model
     out:Path, # folder to make

@@ -414,6 +414,7 @@ def _open(file:Path)->int: # descriptor, past the cache if possible
         if e.errno!=errno.EINVAL: raise
     return os.open(file, flags)
 
+# %% ../../nbs/lab/13_merging.ipynb #4642bbd5
 def slices_in(
     shard:Shard,
     start:int, # byte of the file
@@ -710,6 +711,7 @@ def _are_adapters(folders:Sequence[Path])->bool:
 def _stored(e:Entry, dtype:str|None)->str: # safetensors' name of the result's dtype
     return {v: k for k,v in DTYPES.items()}[getattr(torch, dtype)] if dtype and e.dtype in REAL else e.dtype
 
+# %% ../../nbs/lab/13_merging.ipynb #188e7a81
 def merge(
     r:Recipe,
     out:Path, # folder to make

@@ -154,6 +154,7 @@ def count_rows(
     p, c = count(prompts, [r['chosen'] for r in rows]); _, j = count(prompts, [r['rejected'] for r in rows])
     return replace(lengths([2*x + y + z for x, y, z in zip(p, c, j)], [x + max(y, z) for x, y, z in zip(p, c, j)], source), prompt=float(np.mean(p)))
 
+# %% ../../nbs/lab/16_plan.ipynb #6134881c
 def set_lengths(
     lab, # `lab.run.Lab`
     name:str, # a training set
@@ -220,6 +221,7 @@ def head_bytes(
     work = 29*tile*min(s.vocab, 32768) if device == 'cpu' else 0
     return tile*32768*n + work + 16*n_tok*s.hidden
 
+# %% ../../nbs/lab/16_plan.ipynb #bb9bab53
 def train_memory(
     s:Shape, # of the model
     nf4:bool, # linear layers in NF4
@@ -328,6 +330,7 @@ def calibrate(
     found = look(Path.cwd())
     return Card(found.name, mid, found.gib, float('inf'), found.bf16, (best/mid, 1., .8*worst/mid), f'measured: {len(times)} steps of two layers, {n_tok} tokens')
 
+# %% ../../nbs/lab/16_plan.ipynb #9bb3ec42
 def _two_layers(p:Profile, s:Shape):
     "Two layers of a model with an adapter, on the profile's device."
     from tempfile import TemporaryDirectory

@@ -76,6 +76,7 @@ class Data(Strict):
     revisions: dict[str, str] = {} # commits on the Hub, by file of `lab.sources`
     rows: Rows
 
+# %% ../../nbs/lab/00_profile.ipynb #86380377
 class Numerics(Strict):
     "What decides the log-probabilities of a model in training."
     nf4: bool # the base in NF4 with double quantisation (QLoRA); false: unquantised

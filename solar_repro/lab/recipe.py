@@ -164,14 +164,13 @@ def own_stages(
     for name in p.rows: stages += _own_row(p, name, pairs, models); models.append(name)
     return stages
 
-# %% ../../nbs/lab/03_recipe.ipynb #156181c0
+# %% ../../nbs/lab/03_recipe.ipynb #870ec83a
 def _bos(p:Profile)->dict:
     "What an evaluation has to know of the protocol."
     return dict(add_bos=False) if p.eval.protocol == 'leaderboard-2023' and p.base.source not in ('tiny', 'random') else {}
 
-# %% ../../nbs/lab/03_recipe.ipynb #79a8f98f
 def _tasks(p:Profile)->dict:
-    "Published items are asked through lm-eval's own task definitions, those of the tiny world through ours."
+    "Whose task definitions ask the items."
     return {} if p.data.source == 'tiny' else dict(tasks='lm-eval')
 
 # %% ../../nbs/lab/03_recipe.ipynb #5d1f3a77
@@ -214,6 +213,7 @@ def recipe(
 # %% ../../nbs/lab/03_recipe.ipynb #7347c10d
 def _name(a:Artifact)->dict: return dict(kind=a.kind, key=a.key, content=a.content)
 
+# %% ../../nbs/lab/03_recipe.ipynb #3438016f
 def point_of(
     a:Artifact, # of a model stage
     store:Store, # where it lies
@@ -307,6 +307,7 @@ def own_rows(
     rows = random.Random(f"{settings['set']} {settings['seed']}").sample(rows, n) if n else rows
     return [{k: r[k] for k in fields} for r in rows]
 
+# %% ../../nbs/lab/03_recipe.ipynb #1b479996
 def build_bench(out, settings, inputs, tools):
     "train.jsonl and test.jsonl in the hub's columns."
     from solar_repro.data import draw_items, load_benchmark, write_rows

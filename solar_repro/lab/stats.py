@@ -34,6 +34,7 @@ def _swapped(differences:bytes, n_resamples:int=9999)->float: # two-sided p
     return float(stats.permutation_test((x, np.zeros_like(x)), total, permutation_type='samples', vectorized=True, n_resamples=n_resamples,
                                         batch=1000, rng=np.random.default_rng(0)).pvalue)
 
+# %% ../../nbs/lab/10_stats.ipynb #47094e7b
 def _both(a:Sequence[float], b:Sequence[float])->tuple[np.ndarray,np.ndarray]:
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
@@ -54,6 +55,7 @@ def difference_se(
     of = lambda x: float(x.std(ddof=1)/math.sqrt(len(x)))
     return of(a - b) if (a != b).any() else math.hypot(of(a), of(b))     # alike on every item: as if they had been asked others
 
+# %% ../../nbs/lab/10_stats.ipynb #96d660b3
 def paired(
     a:Sequence[float], # score of each item under one model, in [0, 1]
     b:Sequence[float], # of the same items under the other

@@ -249,6 +249,7 @@ def _page_worked(rng, w):
         return _qa(_ask(rng, p, 'shop'), _steps(p))
     return _page(rng.randint(1, 3), one, '\n\n')
 
+# %% ../../nbs/tiny/00_world.ipynb #f31391a7
 def _page_questions(rng, w):
     s = rng.choice(list(SUBJECTS))
     def one():
