@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MATH_TYPES', 'SETS', 'POOL', 'STAND_IN', 'TEST_SETS', 'TEST_SEED', 'check_rows', 'from_alpaca', 'from_openorca',
            'from_metamath', 'from_ultrafeedback', 'join_math', 'DataSet', 'load_rows', 'boxed', 'stand_in', 'files_of',
-           'candidates', 'item_text', 'row_text', 'benchmark_texts', 'made_from_benchmarks', 'Draw', 'draw', 'stamps',
-           'Benchmark', 'check_items', 'load_benchmark', 'draw_items', 'write_rows', 'read_rows', 'leaked']
+           'candidates', 'choices', 'item_text', 'row_text', 'benchmark_texts', 'made_from_benchmarks', 'Draw', 'draw',
+           'stamps', 'Benchmark', 'check_items', 'load_benchmark', 'draw_items', 'write_rows', 'read_rows', 'leaked']
 
 # %% ../nbs/01_data.ipynb #801843a3
 import json
@@ -204,6 +204,16 @@ def _stand_ins(name:str, rows:list[tuple[str,dict]])->list[tuple[str,dict]]: # (
     return [(i, dict(prompt=r['prompt'], chosen=r['completion'], rejected=f"The answer is {r['result']}.")) for i, r in made if r['result']]
 
 # %% ../nbs/01_data.ipynb #e32782ee
+def choices(
+    task:str, # one of `H6_TASKS`, not gsm8k
+    item:dict, # a row, or lm-eval's document of it
+)->list[str]:
+    "What can be chosen, as the item words it."
+    return {'arc': lambda: item['choices']['text'], 'mmlu': lambda: item['choices'],
+            'hellaswag': lambda: item.get('choices', item['endings']),     # lm-eval's are cleaned
+            'truthfulqa': lambda: item['mc2_targets']['choices'], 'winogrande': lambda: [item['option1'], item['option2']]}[task]()
+
+# %% ../nbs/01_data.ipynb #a87b9d95
 def item_text(
     task:str, # one of `H6_TASKS`
     row:dict, # an item
@@ -211,8 +221,7 @@ def item_text(
     "What of an item would give it away."
     if task == 'winogrande': return row['sentence'].replace('_', row[f"option{row['answer']}"])
     if task == 'gsm8k': return row['question'] + BREAK + re.sub(r'<<[^>]*>>', '', row['answer'])
-    choices = dict(arc=lambda r: r['choices']['text'], hellaswag=lambda r: r['endings'], mmlu=lambda r: r['choices'], truthfulqa=lambda r: r['mc2_targets']['choices'])
-    return BREAK.join([row['ctx' if task == 'hellaswag' else 'question'], *choices[task](row)])
+    return BREAK.join([row['ctx' if task == 'hellaswag' else 'question'], *choices(task, row)])
 
 def row_text(row:dict)->str: return BREAK.join(row.values())
 

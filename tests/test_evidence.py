@@ -15,11 +15,11 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from solar_repro import paper, tables
+from solar_repro.data import choices
 from solar_repro.eval import correct_2023, h6_se, mean_of_groups, mean_se
-from solar_repro.lab import evidence
 from solar_repro.lab import stats as ours
 from solar_repro.lab.cli import main
-from solar_repro.lab.evidence import export_results, flips, judged, number, recounted, verify
+from solar_repro.lab.evidence import export_results, judged, number, recounted, verify
 from solar_repro.lab.run import Lab
 from solar_repro.lab.store import _content, file_hash
 from solar_repro.lab.view import explore
@@ -146,7 +146,7 @@ def test_an_empty_store_has_nothing_to_differ_but_makes_no_table(whole, tmp_path
 def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
     lab = Lab('smoke', store=whole[0])
     for t in H6_TASKS:
-        of = evidence.docs(lab, t)
+        of = lab.asked(t)[0]
         for x in lab.items('Merge v4', t).to_dict('records'):
             want = judged(t, of[x['doc_id']], x)
             assert x['score'] == pytest.approx(want['score'], abs=1e-12) and np.all(x['gold'] == np.array(want['gold'])) and x['prediction'] == want['prediction']
@@ -162,8 +162,8 @@ def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
     lab.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
     said, found = verify(lab, tmp_path/'none')
     assert found.empty and '12 scores counted again from 48 answers' in said, found.to_string()
-    assert any('[' not in c for d in evidence.docs(lab, 'hellaswag') for c in evidence.choices('hellaswag', d))
-    for t in H6_TASKS: assert len(flips(lab, 'base', 'SFT v4', t)) == len(lab.flips('base', 'SFT v4', t))
+    assert any('[' not in c for d in lab.asked('hellaswag')[0] for c in choices('hellaswag', d))
+    for t in H6_TASKS: assert all(isinstance(x, str) for x in lab.flips('base', 'SFT v4', t)[['gold', 'base says', 'prompt']].to_numpy().flat)
     file = next(f for f in export_results(lab, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
     assert '[header]' not in json.loads(file.read_text().splitlines()[0])['arguments']['gen_args_0']['arg_1']
     path = lab._find('eval/base/hellaswag').path
@@ -193,9 +193,9 @@ def test_one_number_builds_only_what_it_needs(tmp_path):
 @pytest.mark.parametrize('task', H6_TASKS)
 def test_flips_show_prompts_and_outputs(task, full, capsys):
     lab = Lab('smoke', store=full)
-    found, a, b = flips(lab, 'base', 'DPO v2', task), lab.items('base', task), lab.items('DPO v2', task)
+    found, a, b = lab.flips('base', 'DPO v2', task), lab.items('base', task), lab.items('DPO v2', task)
     assert len(found) == (a['score'] != b['score']).sum()
-    asked = evidence.requests(lab, task)
+    asked = lab.asked(task)[1]
     from solar_repro.eval import asked_hash
     assert {i: asked_hash(r) for i, r in asked.items()} == dict(zip(a['doc_id'], a['asked']))      # the prompts that were asked
     for x in found.to_dict('records'):
@@ -209,7 +209,7 @@ def test_flips_show_prompts_and_outputs(task, full, capsys):
 def test_the_table_of_flips_is_a_page_of_its_own(full):
     "No file of anywhere else, all texts whole, sortable and filterable."
     lab = Lab('smoke', store=full)
-    found = flips(lab, 'base', 'DPO v2', 'truthfulqa')
+    found = lab.flips('base', 'DPO v2', 'truthfulqa')
     page = explore(found).html
     assert len(found) and not re.search(r'(?:src|href)\s*=|@import|https?://', page)
     assert '<script>' in page and 'type="search"' in page and page.count('<tr>') == len(found) + 1
@@ -457,6 +457,5 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
 def test_every_benchmark_names_its_choices(task):
     "One was once lost behind a comment."
     from solar_repro.data import load_benchmark
-    from solar_repro.lab.evidence import choices
     found = choices(task, load_benchmark(task, 'tiny', 2)['test'][0])
     assert len(found) > 1 and all(isinstance(c, str) and c for c in found)

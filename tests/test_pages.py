@@ -488,7 +488,7 @@ def test_flips_are_the_items_whose_score_changed(full):
     for task in ('mmlu', 'truthfulqa', 'hellaswag', 'winogrande'):
         f, a, b = lab.flips('base', 'DPO v2', task), lab.items('base', task), lab.items('DPO v2', task)
         assert len(f) == (a['score'] != b['score']).sum() and f['change'].abs().is_monotonic_decreasing
-        assert abs(f['change'].sum() - (b['score'].sum() - a['score'].sum())) < 1e-9 and f['item'].str.len().gt(5).all()
+        assert abs(f['change'].sum() - (b['score'].sum() - a['score'].sum())) < 1e-9 and f['prompt'].str.len().gt(5).all()
 
 
 def test_costs_are_told_from_what_is_built(full):

@@ -49,8 +49,7 @@ def show(lab:Lab, name:str, task:str|None)->None:
 
 def diff(lab:Lab, a:str, b:str, task:str)->None:
     "Print the items on which two models score differently: the prompt, what is right, and what each said."
-    from solar_repro.lab.evidence import flips
-    found = flips(lab, a, b, task)
+    found = lab.flips(a, b, task)
     print(f'{task}, {lab.label}: {(found["change"] > 0).sum()} items for {b}, {(found["change"] < 0).sum()} for {a}')
     for x in found.to_dict('records'):
         print(f"\nitem {x['doc_id']}\n{x['prompt']}\n  right: {x['gold']}\n  {a} ({x[a]:.2f}): {x[f'{a} says']}\n  {b} ({x[b]:.2f}): {x[f'{b} says']}")

@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .. import tables
-from ..data import read_rows
+from ..data import choices, read_rows
 from . import view
 from .profile import Profile, load_profile, root
 from .recipe import BUILDERS, DEQUANTISED, EPOCHS, MODEL_KINDS, MODELS, Stage, Tools, handed_over, handover_stage, handover_table, point_of, recipe
@@ -264,11 +264,9 @@ def _progress(self:Lab, missing:list[str])->Progress:
 def _check_prompts(self:Lab)->None:
     "Raise if a foreign base cannot read the benchmarks' prompts: before it is trained, not after."
     from lm_eval.models.utils import normalize_gen_kwargs
-    from solar_repro.eval import build_requests
     from solar_repro.lab.weights import check_prompts
     for t in H6_TASKS:
-        s = self.recipe[f'eval/base/{t}'].settings
-        args = [r.args for x in build_requests(t, self.build(f'bench/{t}').path, s['num_fewshot'], s.get('tasks', 'tiny')).tasks for r in x.instances]
+        args = [r.args for rs in self.asked(t)[1].values() for r in rs]
         room = max((normalize_gen_kwargs(kw)['max_gen_toks'] for _, kw in args if isinstance(kw, dict)), default=0)
         check_prompts(self.build('base').path, t, [c if isinstance(x, dict) else c + x for c, x in args], room)
 
@@ -406,19 +404,36 @@ def protocols(self:Lab,
 
 # %% ../../nbs/lab/04_run.ipynb #168f8343
 @patch
+def asked(self:Lab,
+    task:str, # one of `H6_TASKS`
+)->tuple[list[dict],dict[int,list]]: # its items as lm-eval's task reads them; lm-eval's requests for each
+    "What a benchmark asks; no model is needed."
+    from solar_repro.eval import build_requests, by_item
+    from solar_repro.lab.model import quiet
+    s = self.recipe[f'eval/base/{task}'].settings
+    asked = build_requests(task, self.build(f'bench/{task}').path, s['num_fewshot'], s.get('tasks', 'tiny'))
+    with quiet(): docs = {ids[i]: doc for t, ids in zip(asked.tasks, asked.doc_ids) for i, doc in t.doc_iterator()}
+    return [docs[i] for i in sorted(docs)], by_item(asked)
+
+def _said(task:str, doc:dict, item)->tuple[str,str]: # item: its record, or a row of `items`; the model's answer, and what is right
+    "An answer in words."
+    if task == 'gsm8k': return item['text'], str(item['gold'])
+    words, gold = choices(task, doc), item['gold']
+    return words[int(item['prediction'])], ' / '.join(words[int(k)] for k in (gold if hasattr(gold, '__len__') else [gold]))
+
+@patch
 def flips(self:Lab,
     a:str, b:str, # models
-    task:str, # benchmark
-)->pd.DataFrame: # doc_id, score and answer of each, change (b - a), the item's text
-    "Items on which two models score differently, the largest change first."
-    x, y = self.items(a, task), self.items(b, task)
+    task:str, # one of `H6_TASKS`
+)->pd.DataFrame: # doc_id, change (b - a), score of each, gold, what each says, prompt; the largest change first
+    "Items on which two models score differently, with prompts and answers in words."
+    x, y = (self.items(m, task).set_index('doc_id') for m in (a, b))
     assert x['asked'].equals(y['asked']), f'{a} and {b} were asked different items of {task}'
-    items = read_rows(self.build(f'bench/{task}').path/'test.jsonl')
-    text = [next(items[i][k] for k in ('question', 'sentence', 'ctx') if k in items[i]) for i in x['doc_id']]
-    out = pd.DataFrame({'doc_id': x['doc_id'], a: x['score'], b: y['score'], 'change': y['score'] - x['score'],
-                        f'{a} says': x['prediction'], f'{b} says': y['prediction'], 'gold': x['gold'], 'item': text})
-    out = out[out['change'] != 0]
-    return out.loc[out['change'].abs().sort_values(ascending=False, kind='stable').index].reset_index(drop=True)
+    docs, requests = self.asked(task)
+    change = (y['score'] - x['score']).loc[lambda d: d != 0].sort_values(key=abs, ascending=False, kind='stable')
+    rows = [{'doc_id': i, 'change': d, a: x.loc[i, 'score'], b: y.loc[i, 'score'], 'gold': _said(task, docs[i], x.loc[i])[1],
+             f'{a} says': _said(task, docs[i], x.loc[i])[0], f'{b} says': _said(task, docs[i], y.loc[i])[0], 'prompt': requests[i][0].args[0]} for i, d in change.items()]
+    return pd.DataFrame(rows, columns=['doc_id', 'change', a, b, 'gold', f'{a} says', f'{b} says', 'prompt'])
 
 @patch
 def side_by_side(self:Lab,
