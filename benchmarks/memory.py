@@ -27,7 +27,8 @@ CASES = [ # base, kind, nf4, compute dtype, passes, rows a step, max_length, dro
     ('solar', 'sft', True, 'bfloat16', 4, 4, 2048, .05, False), ('solar', 'sft', True, 'bfloat16', 1, 4, 2048, .05, True),
     ('solar', 'dpo', True, 'bfloat16', 4, 4, 2048, 0., False), ('solar', 'sft', False, 'bfloat16', 4, 4, 2048, .05, False),
     ('tiny', 'dpo', True, 'float32', 1, 8, 256, 0., False, 1880), ('smol', 'dpo', True, 'float32', 1, 2, 192, 0., False, 344),
-    ('solar', 'dpo', True, 'bfloat16', 1, 4, 2048, 0., False, 4096)]
+    ('solar', 'dpo', True, 'bfloat16', 1, 4, 2048, 0., False, 4096),
+    ('tiny', 'sft', True, 'float32', 1, 6, 256, 0., False, 1024), ('smol', 'sft', True, 'float32', 1, 4, 256, 0., False, 512)]
 RANK = dict(tiny=16, smol=16, solar=64)
 SIZES = dict(smol=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                        num_key_value_heads=3, tie_word_embeddings=True),
@@ -129,7 +130,7 @@ def compare(i, base):
     m = json.loads(r.stdout.splitlines()[-1])
     which, kind, nf4, dtype, passes, rows, length, dropout, again, *budget = CASES[i]
     n_tok = budget[0] if budget else rows//passes*length*(2 if kind == 'dpo' else 1)
-    parts = train_memory(shape_of(base), nf4, dtype, RANK[which], dropout if kind == 'sft' else 0., n_tok, 2 if budget else passes, again,
+    parts = train_memory(shape_of(base), nf4, dtype, RANK[which], dropout if kind == 'sft' else 0., n_tok, None if budget else passes, again,
                          'cuda' if which == 'solar' else 'cpu')
     planned = sum(parts.values())
     return dict(base=which, kind=kind, nf4=nf4, dtype=dtype, passes=passes, rows=rows, max_length=length, dropout=dropout, checkpointing=again, pass_tokens=budget[0] if budget else None,

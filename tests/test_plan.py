@@ -107,14 +107,14 @@ def test_a_budget_of_tokens_computes_prompts_once_and_unpacks_less_often(plans):
     for n in ('DPO v1', 'ref/SFT v3/ultrafeedback_clean'):
         assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(60_800*LENGTHS['ultrafeedback_clean'].prompt)
         assert a.loc[n, 'hours'] < .85*b.loc[n, 'hours']
-    assert a.loc['DPO v1', 'gib'] == b.loc['DPO v1', 'gib'] and plan.stages['hours'].sum() < 72       # the longest pair fills a pass
+    assert .97*b.loc['DPO v1', 'gib'] < a.loc['DPO v1', 'gib'] < b.loc['DPO v1', 'gib'] and plan.stages['hours'].sum() < 72       # the longest pair fills a pass; logits of an answer's tokens only
 
 
 def test_lengths_have_provenance():
     assert all(x.source and x.n > 200 and len(x.quantiles) == 21 for x in LENGTHS.values())
 
 
-@pytest.mark.parametrize('case', [0, 3])
+@pytest.mark.parametrize('case', [0, 3, 14])       # the last in passes of a budget of tokens, once planned with a tile of logits that it does not have
 def test_planned_memory_is_within_15_percent(case):
     r = subprocess.run([sys.executable, ROOT/'benchmarks'/'memory.py', '--compare', str(case)], capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr

@@ -215,9 +215,11 @@ def head_bytes(
     n_tok:int, # tokens of a pass
     compute_dtype:str, # 'float32' or 'bfloat16'
     device:str, # on a GPU the tile is worked on in place
+    pieces:bool, # with a budget of tokens a pass: logits of 512 positions at a time (`lab.train.TargetLogps`), and their probabilities
 )->int: # bytes
-    "The tile of logits (at most 4,096 tokens by 32,768 words) and what is computed from it; hidden states and their gradient."
+    "TRL's tile of logits (at most 4,096 tokens by 32,768 words) and what is computed from it, or such pieces; hidden states and their gradient."
     tile, n = min(n_tok, 4096), 4 if compute_dtype == 'float32' else 2
+    if pieces: return 8*min(n_tok, 512)*s.vocab + 16*n_tok*s.hidden
     work = 29*tile*min(s.vocab, 32768) if device == 'cpu' else 0
     return tile*32768*n + work + 16*n_tok*s.hidden
 
@@ -229,17 +231,17 @@ def train_memory(
     lora_r:int, # rank of the adapter
     dropout:float, # before the adapter
     n_tok:int, # tokens of a pass, padding included
-    passes:int, # a step; with more than one, gradients are kept from pass to pass
+    passes:int|None, # a step; with more than one, gradients are kept from pass to pass; None: as many as a budget of tokens makes
     again:bool, # layers are computed again in the backward pass
     device:str='cpu',
 )->dict[str,int]: # part -> bytes; their sum is the peak
     "Peak memory of training with LoRA, by its parts."
     n, a = 4 if compute_dtype == 'float32' else 2, s.lora(lora_r)
     kept = activation_bytes(s, lora_r, compute_dtype, dropout > 0)*n_tok
-    head = head_bytes(s, n_tok, compute_dtype, device)
+    head = head_bytes(s, n_tok, compute_dtype, device, passes is None)
     layer = 2*kept if again else 0                        # one layer in full, and gradients of as much
     unpacked = 2*n*max(s.hidden*s.intermediate, s.hidden**2) if nf4 else 0
-    return dict(weights=int(s.linear*(.5 + 1/64 + 4/(64*256) if nf4 else n)) + s.other*n, adapter=a*(4 + (n == 2)*2), gradients=a*4*(passes > 1),
+    return dict(weights=int(s.linear*(.5 + 1/64 + 4/(64*256) if nf4 else n)) + s.other*n, adapter=a*(4 + (n == 2)*2), gradients=a*4*(passes != 1),
                 optimizer=a*8, activations=s.n_layers*(s.hidden*n*n_tok if again else kept), head=max(head, layer) + unpacked)
 
 # %% ../../nbs/lab/16_plan.ipynb #7f65e060
@@ -477,7 +479,7 @@ def _train_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
     longest = x['max_length'] if kind == 'sft' else 2*min(x['max_length'], max(l.quantiles[-1] for l, _ in sets))
     n_tok, context = max(budget, longest) if budget else x['batch_size']//x['passes']*longest, tokens[1]/n_rows/(1 if kind == 'sft' or budget else 2)
     passes = tokens[1]/n_tok if kind == 'sft' else tokens[1]/(.8*budget) if budget else n_rows/(x['batch_size']//x['passes'])
-    m = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok, 2 if budget else x['passes'], x['activation_checkpointing'], lab.profile.machine.device)
+    m = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok, None if budget else x['passes'], x['activation_checkpointing'], lab.profile.machine.device)
     unpack = passes*(2 + x['activation_checkpointing'])*2.5*s.linear/(c.gb_s*1e9) if x['nf4'] else 0.
     return Work(tokens, _times(tokens, train_flops(s, context, r, x['activation_checkpointing'])), _plus(_reading(base_bytes(lab.profile, s)), (unpack,)*3),
                 sum(m.values()), s.lora(r)*4)
@@ -489,7 +491,7 @@ def _ref_work(lab, s:Shape, c:Card, stage:Stage, held:dict)->Work:
     tokens, budget, longest = _fed(l, n, x), x.get('pass_tokens'), 2*min(l.quantiles[-1], x['max_length'])
     m = train_memory(s, x['nf4'], x['compute_dtype'], r, 0., 0, 1, False, lab.profile.machine.device)
     n_tok, layer = max(budget or 2048, longest), 40*s.hidden                  # a layer's working space
-    logits = head_bytes(s, n_tok, x['compute_dtype'], lab.profile.machine.device) if budget else 12*s.vocab*n_tok # of every token, their float32, their log-softmax
+    logits = head_bytes(s, n_tok, x['compute_dtype'], lab.profile.machine.device, True) if budget else 12*s.vocab*n_tok # of every token, their float32, their log-softmax
     unpack = tokens[1]/(.8*budget if budget else 2048)*2.5*s.linear/(c.gb_s*1e9) if x['nf4'] else 0.
     return Work(tokens, _times(tokens, forward_flops(s, l.mean/2, r)), _plus(_reading(base_bytes(lab.profile, s)), (unpack,)*3),
                 m['weights'] + m['adapter'] + logits + n_tok*layer, 30*n)
