@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fastcore.basics import patch
+
 # %% ../../nbs/lab/01_store.ipynb #5a53c436
 FORMAT = 1 # of the store's layout
 LIBRARIES = 'torch', 'transformers', 'trl', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'lm-eval', 'solar_repro' # whose versions a manifest names
@@ -179,44 +181,50 @@ class Store:
 
     def _at(self, kind:str, key:str)->Path: return self.folder/kind/key[:32]
 
-    def find(self, kind:str, key:str)->Artifact|None:
-        "The artifact under a key, checked against its hashes once per process; a damaged one is moved aside and counts as absent."
-        path = self._at(kind, key)
-        if not path.is_dir(): return None
-        m = _read(path/'manifest.json')
-        if path not in self._checked or m.get('content') != self._checked[path]:
-            if not _whole(path, m, key): return _set_aside(self.folder, path, m)
-            self._checked[path] = m['content']
-        return Artifact(kind, key, path, m['content'], m)
+# %% ../../nbs/lab/01_store.ipynb #4162e9e6
+@patch
+def find(self:Store, kind:str, key:str)->Artifact|None:
+    "The artifact under a key, checked against its hashes once per process; a damaged one is moved aside and counts as absent."
+    path = self._at(kind, key)
+    if not path.is_dir(): return None
+    m = _read(path/'manifest.json')
+    if path not in self._checked or m.get('content') != self._checked[path]:
+        if not _whole(path, m, key): return _set_aside(self.folder, path, m)
+        self._checked[path] = m['content']
+    return Artifact(kind, key, path, m['content'], m)
 
-    def open(self, kind:str, key:str, content:str)->Artifact:
-        "An artifact that must be there, with this content."
-        a = self.find(kind, key)
-        if a is None or a.content != content:
-            raise FileNotFoundError(f"store {self.folder}: {kind}/{key[:12]} is {'missing' if a is None else 'another one than recorded'}; a model refers to it. "
-                                    'Run again to rebuild it.')
-        return a
+@patch
+def open(self:Store, kind:str, key:str, content:str)->Artifact:
+    "An artifact that must be there, with this content."
+    a = self.find(kind, key)
+    if a is None or a.content != content:
+        raise FileNotFoundError(f"store {self.folder}: {kind}/{key[:12]} is {'missing' if a is None else 'another one than recorded'}; a model refers to it. "
+                                'Run again to rebuild it.')
+    return a
 
-    def entries(self)->list[Artifact]:
-        "All artifacts, unchecked, in order of their start."
-        ms = [(p.parent, _read(p)) for p in self.folder.glob('*/*/manifest.json') if p.parent.parent.name not in ('damaged', 'building')]
-        return [Artifact(m['kind'], m['key'], p, m['content'], m) for p, m in sorted(((p, m) for p, m in ms if m), key=lambda x: x[1]['started'])]
+@patch
+def entries(self:Store)->list[Artifact]:
+    "All artifacts, unchecked, in order of their start."
+    ms = [(p.parent, _read(p)) for p in self.folder.glob('*/*/manifest.json') if p.parent.parent.name not in ('damaged', 'building')]
+    return [Artifact(m['kind'], m['key'], p, m['content'], m) for p, m in sorted(((p, m) for p, m in ms if m), key=lambda x: x[1]['started'])]
 
-    def build(self, kind:str, key:str,
-        fn:Callable[[Path],None], # writes the files into the folder it is given
-        *, settings:dict, inputs:dict[str,Artifact], name:str, epoch:int, seed:int|None=None, # for the manifest
-    )->Artifact:
-        "Find or build; visible only when whole."
-        with _clear(self.folder):
-            _create(self.folder)
-            with _lock(self.folder, kind, key, name):
-                if a := self.find(kind, key): return a
-                private, began, final = _private(self.folder, kind, key), time.time(), self._at(kind, key)
-                fn(private)
-                shutil.rmtree(private/'scratch', ignore_errors=True)
-                files = _files(private)
-                if not files: raise RuntimeError(f'store: the builder of {name} wrote nothing.')
-                m = _manifest(dict(kind=kind, key=key, name=name, settings=settings, epoch=epoch, seed=seed), files, inputs, began)
-                _publish(private, final, m)
-                self._checked[final] = m['content']
-                return self.find(kind, key)
+# %% ../../nbs/lab/01_store.ipynb #fdbd0264
+@patch
+def build(self:Store, kind:str, key:str,
+    fn:Callable[[Path],None], # writes the files into the folder it is given
+    *, settings:dict, inputs:dict[str,Artifact], name:str, epoch:int, seed:int|None=None, # for the manifest
+)->Artifact:
+    "Find or build; visible only when whole."
+    with _clear(self.folder):
+        _create(self.folder)
+        with _lock(self.folder, kind, key, name):
+            if a := self.find(kind, key): return a
+            private, began, final = _private(self.folder, kind, key), time.time(), self._at(kind, key)
+            fn(private)
+            shutil.rmtree(private/'scratch', ignore_errors=True)
+            files = _files(private)
+            if not files: raise RuntimeError(f'store: the builder of {name} wrote nothing.')
+            m = _manifest(dict(kind=kind, key=key, name=name, settings=settings, epoch=epoch, seed=seed), files, inputs, began)
+            _publish(private, final, m)
+            self._checked[final] = m['content']
+            return self.find(kind, key)
