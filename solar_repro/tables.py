@@ -105,7 +105,7 @@ _MARKUP = dict(html=('<b>{}</b>', '\xa0±\xa0{:.1f}', '<br><span class="paper">{
                tex=(r'\textbf{{{}}}', r' $\pm$ {:.1f}', ' ({})'))
 _SIGNS = {'○': r'$\circ$', '✗': r'$\times$', '≈': r'$\approx$'} # in LaTeX
 
-def _in_markup(sign:str, markup:str)->str: return _SIGNS.get(sign, sign) if markup == 'tex' else sign
+def _in_markup(sign:str, markup:str)->str: return _SIGNS.get(sign, sign) if markup == 'tex' else sign.replace(' ', '\xa0') if markup == 'html' else sign
 
 def _made(n:int, rows:Sequence[str], markup:str)->dict[str,list[str]]:
     "The paper's columns between name and scores; empty for rows that it does not have."
@@ -358,20 +358,21 @@ def seeds_figure(
         for i, m in enumerate(names):
             values = [100*f.loc[(m, task), 'score'] for f in frames.values()]
             ax.plot(values, [i]*len(values), 'o', mfc='none', mec=OURS, ms=5, label='one seed' if not i else None)
-            ax.plot(sum(values)/len(values), i, '|', color='black', ms=14, mew=2, label='mean' if not i else None)
+            if len(values) > 1: ax.plot(sum(values)/len(values), i, '|', color='black', ms=14, mew=2, label='mean' if not i else None)
         ax.set(xlabel='%', title=TITLES[task], ylim=(len(names) - .5, -.5))
     axes[0].set_yticks(range(len(names)), names); axes[0].legend(loc='lower left', fontsize=8)
     spread = [max(v) - min(v) for m in names for v in [[100*f.loc[(m, 'gsm8k'), 'score'] for f in frames.values()]]]
-    fig.suptitle(f'{label}, {len(runs)} seed{"s"[:len(runs) > 1]}: GSM8K of one recipe spreads over up to {max(spread):.0f} points', wrap=True, fontsize=10, ha='left', x=.01)
+    found = f'{len(runs)} seeds: GSM8K of one recipe spreads over up to {max(spread):.0f} points' if len(runs) > 1 else 'one seed: how much of this is the luck of training, only more can tell'
+    fig.suptitle(f'{label}, {found}', wrap=True, fontsize=10, ha='left', x=.01)
     return fig
 
 # %% ../nbs/06_tables.ipynb #72d9520d
 _CSS = '''
 :root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--back:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e5e7eb;--soft:#9ca3af;--line:#374151;--back:#111827}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:70rem;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:78rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-.claims td{min-width:24rem}.claims td:first-child{min-width:14rem}
+td:first-child{white-space:nowrap}.claims td{white-space:normal;min-width:24rem}.claims td:first-child{min-width:14rem}
 .paper,.soft{color:var(--soft)}img{max-width:100%;background:#fff;border-radius:4px}
 @media(max-width:700px){p:has(>img){overflow-x:auto}img{max-width:60rem}}h2{margin-top:2.5rem}
 .supported{color:#059669}.contradicted{color:#dc2626}.within{color:var(--soft)}

@@ -221,7 +221,7 @@ def test_the_papers_own_columns_and_bold_are_printed():
     "Marks, base and method stand where the paper has them, in every format; its bold values are bold."
     three = tables.printed(3, frame(), 'md').set_index('Model')
     assert list(three.loc['SFT v4'])[:3] == ['○', '✗', '○'] and list(three.columns[:3]) == ['Alpaca-GPT4', 'OpenOrca', 'Synth. Math-Instruct']
-    assert list(tables.printed(5, frame(), 'html')['Base SFT Model']) == ['SFT v3', 'SFT v3 + v4']
+    assert list(tables.printed(5, frame(), 'html')['Base SFT Model']) == ['SFT\xa0v3', 'SFT\xa0v3\xa0+\xa0v4']
     assert list(tables.printed(7, frame(), 'tex')['Merge Method'])[3] == 'SLERP' and r'$\times$' in set(tables.printed(4, frame(), 'tex')['Synth. Math-Alignment'])
     for row in paper.ROWS:
         cells = tables.printed(row.table, frame(), 'md').set_index('Model').loc[row.model]

@@ -157,8 +157,14 @@ def overlap_figure(
         ax.set_xticks(range(c.shape[1]), c.columns, rotation=30, ha='right'); ax.set_yticks(range(c.shape[0]), c.index)
         ax.set_title(f'Items that share {n} words in a row'); ax.grid(False)
         fig.colorbar(image, ax=ax, label='% of items')
-    fig.suptitle('Test items found in training rows: ' + ', '.join(f'{int(c.values.sum())} by {n} words' for n, c in counts.items()) + f'\n{label}')
+    fig.suptitle('Most items shared with a training set: ' + '; '.join(_most(n, c, sizes) for n, c in counts.items()) + f'\n{label}')
     return fig
+
+def _most(n:int, c:pd.DataFrame, sizes:pd.Series)->str:
+    "The cell with the largest share, in words."
+    if not c.values.any(): return f'by {n} words none'
+    name, task = (c/sizes[c.columns]).stack().idxmax()
+    return f'by {n} words {c.loc[name, task]} of {sizes[task]} of {task}, with {name}'
 
 # %% ../../nbs/lab/18_ledger.ipynb #691ca26e
 def clean_scores(

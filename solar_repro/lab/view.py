@@ -44,18 +44,18 @@ _SCRIPT = '''<script>document.querySelectorAll('[data-explore="ID"]:not([data-on
 
 _STYLE = '''<style>[data-explore] th button{all:unset;cursor:pointer;font-weight:bold}[data-explore] th button:focus-visible{outline:2px solid currentColor}
 [data-explore] th[aria-sort=ascending] button::after{content:" ▲"}[data-explore] th[aria-sort=descending] button::after{content:" ▼"}
-[data-explore] .rows{max-height:30rem;overflow:auto;width:fit-content;max-width:100%}[data-explore] table.dataframe{display:table}[data-explore] table.dataframe :is(th.words,td:not([data-v])){text-align:left}
+[data-explore] td.long{min-width:18rem}[data-explore] .rows{max-height:30rem;overflow:auto;width:fit-content;max-width:100%}[data-explore] table.dataframe{display:table}[data-explore] table.dataframe :is(th.words,td:not([data-v])){text-align:left}
 [data-explore] thead th{position:sticky;top:0;z-index:1;background:var(--jp-layout-color0,var(--bs-body-bg,Canvas))}
-[data-explore] input{font:inherit;padding:.15rem .4rem;width:18rem;max-width:60%}[data-explore] output{margin-left:.6rem}</style>'''
+[data-explore] input{font:inherit;padding:.15rem .4rem;width:16rem;max-width:60%}[data-explore] output{margin-left:.6rem}</style>'''
 
 # %% ../../nbs/lab/03_view.ipynb #0dfefefe
-_LONG = 300 # characters, beyond which a text opens with a click
+_WIDE, _LONG = 60, 300 # characters, beyond which a text gets a wide column, or opens with a click
 
 def _cell(x, digits:int)->str:
     number = isinstance(x, (int, float)) and not isinstance(x, bool)
     text = '' if x is None or number and x != x else f'{x:.{digits}f}' if isinstance(x, float) else str(x)
     if number and text: return f'<td data-v="{x!r}">{text}</td>'
-    if len(text) <= _LONG: return f'<td>{html.escape(text)}</td>'
+    if len(text) <= _LONG: return f'<td{" class=long" if len(text) > _WIDE else ""}>{html.escape(text)}</td>'
     return f'<td><details><summary>… {html.escape(text[-60:])}</summary><pre>{html.escape(text)}</pre></details></td>'
 
 def explore(
@@ -72,7 +72,7 @@ def explore(
     left = f'<p>The first {most} of {len(table)} rows.</p>' if len(table) > most else ''
     body = f'<div class="rows" tabindex="0" role="region" aria-label="Table"><table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{left}'
     key = hashlib.sha256(body.encode()).hexdigest()[:12]
-    tools = '<input type="search" aria-label="Filter rows" placeholder="filter: words, or column&gt;number"><output></output>'
+    tools = '<input type="search" aria-label="Filter rows" placeholder="words, or column&gt;number"><output></output>'
     return View(f'<div data-explore="{key}">{tools}{body}</div>{_STYLE}{_SCRIPT.replace("ID", key)}', shown.to_string(index=False))
 
 # %% ../../nbs/lab/03_view.ipynb #4c2f3d26
@@ -111,5 +111,5 @@ def answers(
     first = next(iter(said.values()))
     cells = ''.join(f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{_marked(t, first)}</td>' for t in said.values())
     head = ''.join(f'<th scope="col" style="text-align:left">{html.escape(m)}</th>' for m in said)
-    page = f'<p><b>{html.escape(prompt)}</b><br><small>{html.escape(label)}</small></p><table class="dataframe"><thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody></table>'
+    page = f'<p><b>{html.escape(prompt)}</b><br><small>{html.escape(label)}</small></p><table class="dataframe" style="display:table;table-layout:fixed;width:100%"><thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody></table>'
     return View(page, '\n'.join([prompt, *(f'{m}: {t}' for m, t in said.items())]))
