@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..paper import H6_TASKS
-
 # %% auto #0
 __all__ = ['run', 'status', 'table', 'show', 'diff', 'verify', 'results', 'base', 'export', 'compare', 'merge', 'plan', 'doctor',
            'ledger', 'weights', 'fetch', 'init', 'main']
@@ -90,7 +88,7 @@ def _hashed_ahead(
 ): # yields a function: weight file -> sha256, hex; waits for it
     "Hash weight files, in order, beside what follows."
     from solar_repro.lab.store import file_hash
-    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))//2))
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     as_it_is = lambda f: (f.resolve(), f.stat().st_mtime_ns)   # a file that was written to since is hashed again
     known = {as_it_is(f): pool.submit(file_hash, f) for d in folders for f in sorted(d.glob('*.safetensors'))}
     try: yield lambda f: known[as_it_is(f)].result() if as_it_is(f) in known else file_hash(f)
@@ -171,6 +169,7 @@ def ledger(lab:Lab)->None:
     "Print which benchmarks share words with which training sets, and, where scores are built, each score on the clean items."
     from solar_repro.data import SETS
     from solar_repro.lab.ledger import overlap_counts
+    from solar_repro.paper import H6_TASKS
     found = lab.overlaps()
     for n in (13, 8): print(f'items that share {n} words in a row with a training row, {lab.label}'); print(overlap_counts(found, n, SETS, H6_TASKS).to_string())
     done = [m for m in lab.models if all(lab._find(f'eval/{m}/{t}') for t in H6_TASKS)]
@@ -226,6 +225,11 @@ def _together(argv:list[str])->list[str]: # `--weights 0.4 0.6 A B` with the num
     return [*argv[:i-1], '--weights='+' '.join(argv[i:j]), *argv[j:]]
 
 # %% ../../nbs/lab/06_cli.ipynb #1f853987
+def _benchmark(name:str)->str: # the name
+    from solar_repro.paper import H6_TASKS
+    if name not in H6_TASKS: raise argparse.ArgumentTypeError(f'{name!r} is no benchmark; expected one of {", ".join(H6_TASKS)}')
+    return name
+
 def _parser()->argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     for flag, kind, what in (('--profile', str, 'name of a profile or path of a TOML file (default: tiny)'), ('--seed', int, "in place of the profile's seed"),
@@ -241,9 +245,9 @@ def _parser()->argparse.ArgumentParser:
     sub.choices['plan'].add_argument('--actual', action='store_true', help='after a run: planned beside measured')
     sub.choices['table'].add_argument('n', type=int, choices=range(3, 8), help='number of the table')
     sub.choices['show'].add_argument('name', help="a stage, such as 'SFT v3' or 'data/openorca'")
-    sub.choices['show'].add_argument('task', nargs='?', choices=H6_TASKS, help='a benchmark, for the lineage of that score of the model')
+    sub.choices['show'].add_argument('task', nargs='?', type=_benchmark, help='a benchmark, for the lineage of that score of the model')
     for x in 'ab': sub.choices['diff'].add_argument(x, help='a model')
-    sub.choices['diff'].add_argument('--task', required=True, choices=H6_TASKS, help='a benchmark')
+    sub.choices['diff'].add_argument('--task', required=True, type=_benchmark, help='a benchmark, such as gsm8k')
     sub.choices['fetch'].add_argument('--to', type=Path, required=True, help='folder to fill')
     sub.choices['results'].add_argument('folder', type=Path, help='new, or empty')
     sub.add_parser('init', help=init.__doc__, description=init.__doc__).add_argument('folder', type=Path, help='new, or empty')

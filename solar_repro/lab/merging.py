@@ -738,7 +738,7 @@ def merge(
     check_space(private, sum(s.size for s in shards if not (private/s.name).is_file()))
     cores = len(os.sched_getaffinity(0))
     try:
-        with one_thread_each(threads or min(16, cores+2)) as pool, ThreadPoolExecutor(max(1, cores//2)) as hashers:
+        with one_thread_each(threads or min(16, cores+2)) as pool, ThreadPoolExecutor(cores) as hashers:
             hashes = {s: {f.name: hashers.submit(digest, f) for f in m.files} for s,m in zip(r.sources, models)}
             said = _weights(Job(r, models, pool), shards, private, device, count)
             hashes = {s: {n: h.result() for n,h in found.items()} for s,found in hashes.items()}
