@@ -46,7 +46,7 @@ _STYLE = '''<style>[data-explore] th button{all:unset;cursor:pointer;font-weight
 [data-explore] th[aria-sort=ascending] button::after{content:" ▲"}[data-explore] th[aria-sort=descending] button::after{content:" ▼"}
 [data-explore] td.long{min-width:18rem}[data-explore] .rows{max-height:30rem;overflow:auto;width:fit-content;max-width:100%}[data-explore] table.dataframe{display:table}[data-explore] table.dataframe :is(th.words,td:not([data-v])){text-align:left}
 [data-explore] thead th{position:sticky;top:0;z-index:1;background:var(--jp-layout-color0,var(--bs-body-bg,Canvas))}
-[data-explore] input{font:inherit;padding:.15rem .4rem;width:16rem;max-width:60%}[data-explore] output{margin-left:.6rem}</style>'''
+[data-explore] input{font:inherit;padding:.15rem .4rem;width:16rem;max-width:100%}[data-explore] output{margin-left:.6rem}</style>'''
 
 # %% ../../nbs/lab/03_view.ipynb #0dfefefe
 _WIDE, _LONG = 60, 300 # characters, beyond which a text gets a wide column, or opens with a click
@@ -56,7 +56,7 @@ def _cell(x, digits:int)->str:
     text = '' if x is None or number and x != x else f'{x:.{digits}f}' if isinstance(x, float) else str(x)
     if number and text: return f'<td data-v="{x!r}">{text}</td>'
     if len(text) <= _LONG: return f'<td{" class=long" if len(text) > _WIDE else ""}>{html.escape(text)}</td>'
-    return f'<td><details><summary>… {html.escape(text[-60:])}</summary><pre>{html.escape(text)}</pre></details></td>'
+    return f'<td class=long><details><summary>… {html.escape(text[-60:])}</summary><pre>{html.escape(text)}</pre></details></td>'
 
 def explore(
     table:pd.DataFrame, # any; its index is left out
