@@ -25,7 +25,7 @@ from .tiny.world import benchmark, leak_keys, make_world, number_key, training_r
 # %% ../nbs/01_data.ipynb #33320881
 def check_rows(
     name:str, # of the data set, for the message
-    rows:list[dict],
+    rows:list[dict], # of the set
     fields:dict[str,type], # path -> type
     blank:tuple[str,...]=(), # paths of text that may be empty
 )->list[dict]: # the same rows
@@ -256,7 +256,7 @@ def draw(
     name:str, # one of `SETS`
     source:str, # 'hub', or a folder
     n:int, # rows wanted
-    seed:int,
+    seed:int, # of the draw
     fits:Callable[[dict],bool]=lambda row: True, # whether a row can be trained on
     revisions:dict[str,str]={}, # of the Hub, from the profile
     max_broken:int=0, # lines of a file that may be broken
@@ -354,7 +354,7 @@ def draw_items(
 
 # %% ../nbs/01_data.ipynb #750ef235
 def write_rows(
-    rows:list[dict],
+    rows:list[dict], # plain JSON
     path:Path, # file to write
 )->Path: # `path`
     "Write rows as JSON lines."

@@ -210,7 +210,7 @@ def paper_scores()->pd.DataFrame: # indexed by (model, task): score, se
 # %% ../nbs/06_tables.ipynb #cf2c7338
 def claims(
     scores:pd.DataFrame, # model, task, score, se; fractions
-    which:Sequence[Claim]=CLAIMS,
+    which:Sequence[Claim]=CLAIMS, # those to judge
     records:pd.DataFrame|None=None, # model, task, doc_id, score; None: errors of two models count as independent
 )->pd.DataFrame: # claim, on_paper, on_ours, quote, the numbers that decide (points ± standard error), and the verdict on each comparison
     "Claims of section 4.3, each with its verdict on the paper's numbers and on ours."

@@ -58,7 +58,7 @@ class Coder:
         return t.eos_token_id if t.bos_token_id is None else t.bos_token_id
 
     def encode(self,
-        texts:Sequence[str],
+        texts:Sequence[str], # contexts, or contexts with what is scored
         bos:str|None=None, # text that counts as a BOS already there; None: that of `prefix_id`
         special:bool|None=None, # add special tokens; None: as `add_bos` says
     )->list[list[int]]:
@@ -96,7 +96,7 @@ def as_request(
 
 # %% ../../nbs/lab/09_backend.ipynb #a38833c3
 def encode_pairs(
-    coder:Coder,
+    coder:Coder, # of the model
     pairs:Sequence[tuple[str,str]], # (context, continuation)
 )->list[tuple[list[int],list[int]]]: # token ids of each
     "Contexts and continuations as lm-eval splits them."
@@ -218,7 +218,7 @@ def kv_shape(
     return c.num_hidden_layers, getattr(c, 'num_key_value_heads', None) or c.num_attention_heads, head
 
 def limits_of(
-    model:PreTrainedModel,
+    model:PreTrainedModel, # in memory, on its device
     n_rows:int, # rows at most
 )->Limits: # tokens are powers of two, so that a little more or less memory changes nothing
     "Limits from the model's size and the memory of its device."
@@ -360,7 +360,7 @@ class StemLayer(DynamicLayer):
         return torch.cat([self.keys[self.of], key_states], -2), torch.cat([self.values[self.of], value_states], -2)
 
 def run_stems(
-    model:PreTrainedModel,
+    model:PreTrainedModel, # that reads them
     stems:Sequence[Sequence[int]], # token ids
 )->DynamicCache|None: # keys and values, padded at the right; None: all stems are empty
     "Compute stems side by side."
@@ -373,7 +373,7 @@ def run_stems(
 
 # %% ../../nbs/lab/09_backend.ipynb #6fcd8eeb
 def rows_mask(
-    rows:Sequence[Row],
+    rows:Sequence[Row], # of one pass
     n_stems:Sequence[int], # length of each row's stem
     n_stem:int, # length of the padded stems
     n:int, # length of the padded rows
@@ -390,8 +390,8 @@ def rows_mask(
 
 # %% ../../nbs/lab/09_backend.ipynb #bee28bfb
 def run_rows(
-    model:PreTrainedModel,
-    stems:Sequence[Sequence[int]],
+    model:PreTrainedModel, # that scores
+    stems:Sequence[Sequence[int]], # of the batch, token ids
     cache:DynamicCache|None, # of `run_stems`
     chunk:Sequence[tuple[int,Row]], # (stem, row)
     scored:Callable[[int],Sequence[int]], # request -> its scored tokens
@@ -482,10 +482,10 @@ def _spans(lengths:Sequence[int], x:Limits)->Iterator[tuple[int,int]]:
 
 # %% ../../nbs/lab/09_backend.ipynb #43d10a08
 def prefill(
-    model:PreTrainedModel,
+    model:PreTrainedModel, # that generates
     batch:Batch, # one chunk, longest first; each row a chain of one context, its last token included
     room:int, # tokens to be generated
-    x:Limits,
+    x:Limits, # what a pass may hold
 )->tuple[list[tuple[Tensor,Tensor]],Tensor]: # keys and values of each layer, of all but the last tokens; which of them are real, (rows, filled)
     "Compute contexts, with room for what follows."
     (chunk,) = batch.chunks
@@ -530,8 +530,8 @@ class Decoding:
         self.live, self.guesses, self.n_new = ([xs[k] for k in rows] for xs in (self.live, self.guesses, self.n_new))
 
 def decode_pass(
-    model:PreTrainedModel,
-    x:Decoding,
+    model:PreTrainedModel, # that generates
+    x:Decoding, # texts under way
     drafts:Sequence[Sequence[int]], # guessed tokens of each row
 )->list[list[int]]: # tokens of each row that are certain now, one at least
     "What the model says next, and on from each guess that was right."
@@ -552,11 +552,11 @@ def decode_pass(
 
 # %% ../../nbs/lab/09_backend.ipynb #056aa3cf
 def generate(
-    model:PreTrainedModel,
+    model:PreTrainedModel, # that generates
     batch:Batch, # of `prefill`
     max_new:int, # tokens at most
     done:Callable[[list[int]],bool], # tokens generated so far -> is the text complete
-    x:Limits,
+    x:Limits, # what a pass may hold
 )->list[list[int]]: # tokens of each row, the one that ended it included
     "Go on greedily from each context."
     (chunk,) = batch.chunks
@@ -581,7 +581,7 @@ def generate(
 def chain_batches(
     contexts:Sequence[tuple[int,...]], # token ids
     room:int, # tokens to be generated
-    x:Limits,
+    x:Limits, # what a batch may hold
 )->list[Batch]: # of one chunk each, longest contexts first
     "Pack contexts into batches for `generate`."
     out, now = [], []
@@ -621,7 +621,7 @@ class Journal:
 # %% ../../nbs/lab/09_backend.ipynb #37615957
 @lru_cache(maxsize=16)
 def scoring_requests(
-    coder:Coder,
+    coder:Coder, # of the model
     pairs:tuple[tuple[str,str],...], # (context, continuation)
     window:int, # tokens that the model can read
 )->tuple[tuple[Request,...],int]: # requests, and the tokens of the longest before any is cut
@@ -641,7 +641,7 @@ def _chain_batches(contexts:tuple[tuple[int,...],...], room:int, x:Limits)->tupl
 
 # %% ../../nbs/lab/09_backend.ipynb #3eaee913
 def stopper(
-    tokenizer:PreTrainedTokenizerBase,
+    tokenizer:PreTrainedTokenizerBase, # of the model
     until:Sequence[str], # stop strings
     end_ids:Sequence[int], # end-of-text
 )->Callable[[list[int]],bool]: # tokens generated so far -> does the newest end the text
@@ -656,7 +656,7 @@ def stopper(
 
 # %% ../../nbs/lab/09_backend.ipynb #f4a79963
 def check_model(
-    model:PreTrainedModel,
+    model:PreTrainedModel, # to be asked
     window:int, # tokens that are to be read
 )->None:
     "Raise where a mask of ours would be ignored, or attention does not reach as far as we say."
@@ -670,7 +670,7 @@ class SharedPrefixLM(TemplateLM):
     "lm-eval's `LM`, computing shared prefixes once and only the logits that are scored."
     def __init__(self,
         model:PreTrainedModel, # its device and dtype are used
-        coder:Coder,
+        coder:Coder, # of its tokenizer
         batch_size:int=64, # rows of a forward pass at most
         max_length:int|None=None, # window in tokens; None: the model's
         scratch:Path|None=None, # folder for answers of finished batches; None: not kept

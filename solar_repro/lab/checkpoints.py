@@ -100,7 +100,7 @@ def open_checkpoint(
 
 # %% ../../nbs/lab/12_checkpoints.ipynb #11b154c5
 def mapped(
-    entry:Entry,
+    entry:Entry, # where it lies
     lo:int=0, # first element
     hi:int|None=None, # one past the last; None: to the end
 )->Tensor: # flat, in the tensor's own dtype; read when touched

@@ -148,10 +148,10 @@ def recounted(
 
 # %% ../../nbs/lab/11_evidence.ipynb #3b9cd9b8
 def table_faults(
-    lab:Lab,
+    lab:Lab, # of the run
     folder:Path, # with the run's tables
     scores:pd.DataFrame, # of `recounted`
-    records:pd.DataFrame,
+    records:pd.DataFrame, # of `recounted`
     runs:dict[int,pd.DataFrame], # seed -> scores of `recounted`, where the profile names several
 )->tuple[int,pd.DataFrame]: # tables compared; faults: where, what, recorded, found
     "Tables in a folder that these scores do not give."
@@ -169,7 +169,7 @@ def table_faults(
     return len(made), pd.DataFrame(out, columns=FAULT)
 
 def verify(
-    lab:Lab,
+    lab:Lab, # of the run
     folder:Path|None=None, # with the run's tables; None: those of the lab's own folder
 )->tuple[str,pd.DataFrame]: # what was checked; faults: where, what, recorded, found
     "Check a run from its files to its tables, without a model."
@@ -188,8 +188,8 @@ def verify(
 
 # %% ../../nbs/lab/11_evidence.ipynb #1822a3dd
 def number(
-    lab:Lab,
-    model:str,
+    lab:Lab, # of the run
+    model:str, # a row of the tables, or the base
     task:str, # one of `H6_TASKS`
 )->view.View:
     "The lineage of one score."
@@ -229,7 +229,7 @@ def _sample(task:str, metric:str, doc:dict, item:dict, asked:list)->dict:
 
 # %% ../../nbs/lab/11_evidence.ipynb #c5377e75
 def export_results(
-    lab:Lab,
+    lab:Lab, # of the run
     out:Path, # new folder, or empty
     names:list[str]|None=None, # models; None: all
 )->list[Path]: # files written

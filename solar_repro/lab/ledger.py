@@ -79,7 +79,7 @@ def make_index(
 
 # %% ../../nbs/lab/18_ledger.ipynb #16a653f2
 def find_pairs(
-    index:Index,
+    index:Index, # of test items
     rows:Iterable[str], # texts of training rows
     block:int=4096, # rows at a time
 )->dict[int,np.ndarray]: # n -> (pairs, 2): item, row; each pair once, in order
@@ -125,7 +125,7 @@ def ledger(
 
 def searchable(
     items:dict[str,list[str]], # benchmark -> texts of its items
-    ns:Sequence[int]=NS,
+    ns:Sequence[int]=NS, # lengths of runs
 )->pd.DataFrame: # benchmark by n: items that have a run that long; and all
     "How many items can be found at all."
     longest = {t: [max(len(words(f)) for f in x.split(BREAK)) for x in xs] for t, xs in items.items()}

@@ -53,7 +53,7 @@ def setting(
     return ((None, _numbers(value, what)),)
 
 def value_at(
-    s:Setting,
+    s:Setting, # the parameter
     name:str, # of the tensor
     place:float, # 0: first layer, 1: last; 0 outside the layers
 )->float|None: # None: no rule is for this tensor
@@ -219,7 +219,7 @@ def fill_sum(
     out:Tensor, # flat, written
     parts:Sequence[Tensor], # flat, of its length
     coefs:Sequence[float], # one for each part
-    pad:_Pad,
+    pad:_Pad, # to compute in
 )->bool: # whether all is finite
     "Write a weighted sum: float64, rounded to the dtype of `out`."
     total, finite = 0., True
@@ -286,7 +286,7 @@ class Mix:
 def fill_changes(
     out:Tensor, # flat, written
     parts:Sequence[Tensor], # base and models, flat
-    mix:Mix,
+    mix:Mix, # of this tensor
     lo:int, # where in the tensor this slice begins
 )->bool: # whether all is finite
     "Write base plus trimmed or thinned changes (TIES, DARE), in float64, rounded to the dtype of `out`."
@@ -327,7 +327,7 @@ def slerp_coefs(
     bb:float, # b.b
     ab:float, # a.b
     t:float, # 0: all a, 1: all b
-    threshold:float=SLERP_THRESHOLD,
+    threshold:float=SLERP_THRESHOLD, # |cosine| above it: linear
 )->tuple[float,float,float,bool]: # coefficient of a, of b, cosine, whether it fell back to linear
     "SLERP from three sums (Shoemake 1985; mergekit's version, in which a zero tensor is at right angles to all)."
     la, lb = (n if n>1e-8 else 1. for n in (math.sqrt(aa), math.sqrt(bb)))
@@ -343,7 +343,7 @@ def _at(s:Setting, what:str, name:str, place:float)->float:
     return v
 
 def mix_for(
-    r:Recipe,
+    r:Recipe, # what is merged and how
     name:str, # of the tensor
     place:float, # 0: first layer, 1: last
     seen:Sequence[float]|None=None, # SLERP: a.a, b.b, a.b; TIES: smallest kept magnitude of each model; None: not yet known
@@ -416,7 +416,7 @@ def _open(file:Path)->int: # descriptor, past the cache if possible
 
 # %% ../../nbs/lab/13_merging.ipynb #4642bbd5
 def slices_in(
-    shard:Shard,
+    shard:Shard, # the file
     start:int, # byte of the file
     stop:int, # one past the last
 )->Iterator[tuple[Entry,int,int,int]]: # tensor, first and last+1 element, byte within the chunk
@@ -429,7 +429,7 @@ def slices_in(
 
 def write_chunk(
     fd:int, # of the file
-    shard:Shard,
+    shard:Shard, # the file
     start:int, # byte of the file, a multiple of CHUNK
     fill:Callable[[Entry,int,int,Tensor],None], # writes elements lo to hi of a tensor into a flat tensor
     buffer:mmap.mmap, # CHUNK bytes of this thread's own, aligned to a page
@@ -455,7 +455,7 @@ class Writer:
     "Writes weight files with a pool of threads."
     def __init__(self,
         folder:Path, # private
-        pool:ThreadPoolExecutor,
+        pool:ThreadPoolExecutor, # that fills and writes
         device:str='cpu', # where to compute
     ): self.folder, self.pool, self.device, self.own = folder, pool, device, threading.local()
 
@@ -518,7 +518,7 @@ def places(
 
 # %% ../../nbs/lab/13_merging.ipynb #768c3c2e
 def check_inputs(
-    r:Recipe,
+    r:Recipe, # what is merged and how
     models:Sequence[Checkpoint], # r.sources, opened
 )->None:
     "Raise unless these checkpoints can be merged by this recipe."
@@ -713,7 +713,7 @@ def _stored(e:Entry, dtype:str|None)->str: # safetensors' name of the result's d
 
 # %% ../../nbs/lab/13_merging.ipynb #188e7a81
 def merge(
-    r:Recipe,
+    r:Recipe, # what to merge and how
     out:Path, # folder to make
     shard_bytes:int=2_000_000_000, # bound of a weight file
     threads:int|None=None, # None: one a processor and two to wait for the disk, 16 at most

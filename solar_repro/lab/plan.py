@@ -110,7 +110,7 @@ class Lengths:
 def lengths(
     tokens:list[int], # of every row
     longest:list[int], # of every row what must fit
-    source:str,
+    source:str, # where the numbers are from
 )->Lengths:
     "Lengths that were counted in full: nothing is uncertain about the mean."
     q = tuple(int(x) for x in np.quantile(longest, np.linspace(0, 1, 21)))
@@ -144,7 +144,7 @@ def counter(
 def count_rows(
     rows:list[dict], # prompts with answers, or pairs
     count, # of `counter`
-    source:str,
+    source:str, # where the numbers are from
 )->Lengths:
     "Lengths of rows that are at hand."
     prompts = [r['prompt'] for r in rows]
@@ -233,7 +233,7 @@ def train_memory(
     n_tok:int, # tokens of a pass, padding included
     passes:int|None, # a step; with more than one, gradients are kept from pass to pass; None: as many as a budget of tokens makes
     again:bool, # layers are computed again in the backward pass
-    device:str='cpu',
+    device:str='cpu', # 'cpu' or 'cuda'
 )->dict[str,int]: # part -> bytes; their sum is the peak
     "Peak memory of training with LoRA, by its parts."
     n, a = 4 if compute_dtype == 'float32' else 2, s.lora(lora_r)
@@ -301,7 +301,7 @@ DEFAULT_CARD = {'a100': 'A100-80GB', 'a100-bf16': 'A100-80GB', 'gpu-48gib': 'A60
 
 def card(
     name:str|None, # one of `CARDS`; None: that of the profile
-    p:Profile,
+    p:Profile, # decides where no name is given
 )->Card:
     "A card by its name."
     name = name or ('CPU' if p.machine.device == 'cpu' else DEFAULT_CARD.get(p.name, 'A100-80GB'))
@@ -445,8 +445,8 @@ BENCH = dict(
     winogrande=Items(N_ITEMS['winogrande'], 24.4, 23.4, 23.4, 0), gsm8k=Items(N_ITEMS['gsm8k'], 199, 70.4, 0, 129.9)) # means of the test sets, or of every second item of them
 
 def eval_tokens(
-    x:Items,
-    num_fewshot:int,
+    x:Items, # of the benchmark
+    num_fewshot:int, # examples before each item
     n:int, # items asked at most
 )->tuple[float,float]: # tokens read, tokens generated
     "Tokens of an evaluation, shared prefixes counted once."
@@ -610,7 +610,7 @@ def table(
 
 # %% ../../nbs/lab/16_plan.ipynb #01a615c4
 def share_for(
-    plan:Plan,
+    plan:Plan, # of a profile
     hours:float, # that the stages still to do may take
 )->float: # share of the card's peak; infinite if reading and unpacking alone take longer
     "The share of its peak that the card must reach to keep within some hours."
@@ -622,7 +622,7 @@ def _other_hours(plan:Plan)->float:
     return plan.missing['hours'].sum() - plan.missing['pflop'].sum()*1e15/(plan.card.tflops*1e12*plan.card.shares[1])/3600
 
 def arithmetic(
-    plan:Plan,
+    plan:Plan, # of a profile
     hours:float=72., # to fit into
 )->str:
     "Hours of the stages still to do, kind by kind, as a calculation; and what it takes to fit."
@@ -641,7 +641,7 @@ def arithmetic(
 # %% ../../nbs/lab/16_plan.ipynb #b4bd082b
 def savings(
     lab, # `lab.run.Lab`
-    plan:Plan,
+    plan:Plan, # of its profile
 )->pd.DataFrame: # what, hours; expected, of the stages still to do
     "Hours that could be saved without changing what is computed."
     m, c = plan.missing.set_index('stage'), plan.card
@@ -674,7 +674,7 @@ def telling()->pd.DataFrame: # row, beside, task, difference (fraction), z; in t
 # %% ../../nbs/lab/16_plan.ipynb #2127d589
 def bought(
     lab, # `lab.run.Lab`
-    plan:Plan,
+    plan:Plan, # of its profile
     hours:float, # to spend
 )->pd.DataFrame: # row, beside, task, z, hours (that it adds), sum, bought; in the order of what the rows tell
     "Which rows a budget buys."
@@ -689,7 +689,7 @@ def bought(
 
 def budget_text(
     b:pd.DataFrame, # of `bought`
-    hours:float,
+    hours:float, # the budget
 )->str:
     "What a budget buys, in words."
     shown = lambda r: f"   {r['task']} {100*r['difference']:+.1f} in the paper, {r['z']:.1f} standard errors" if r['task'] else ''
@@ -701,7 +701,7 @@ def budget_text(
 # %% ../../nbs/lab/16_plan.ipynb #a860da56
 def hours_figure(
     lab, # `lab.run.Lab`
-    plan:Plan,
+    plan:Plan, # of its profile
 ): # matplotlib Figure
     "The graph of the recipe with the expected hours of every model."
     h = plan.stages.set_index('stage')['hours']
@@ -719,7 +719,7 @@ def hours_figure(
 # %% ../../nbs/lab/16_plan.ipynb #cbe3a171
 def actual(
     lab, # `lab.run.Lab`
-    plan:Plan,
+    plan:Plan, # of its profile
 )->pd.DataFrame: # stage, kind, tokens and measured tokens, hours and measured, their ratio, disk and measured; one row a built stage
     "Planned and measured, for what is built."
     rows = []
@@ -749,8 +749,8 @@ def _hub_missing(p:Profile)->bool:
     return not isinstance(try_to_load_from_cache(p.base.source, 'config.json', revision=p.base.revision), str)
 
 def obstacles(
-    p:Profile,
-    plan:Plan,
+    p:Profile, # what is to run
+    plan:Plan, # what that takes
     found:Found, # of `look`
     offline:bool=False, # weights or data are missing and may not be fetched
 )->list[str]: # one sentence each: what is there, what is needed, what to do

@@ -363,7 +363,7 @@ def build_dpo(out, settings, inputs, tools):
 # %% ../../nbs/lab/03_recipe.ipynb #16a430fa
 def average_terms(
     parts:list[list], # of each model: [[adapter, coefficient], ...]
-    weights:list[float],
+    weights:list[float], # one for each model
 )->list: # [[adapter, coefficient], ...], equal adapters combined
     "Terms of the weighted average of sums of adapters."
     out = {}
@@ -401,7 +401,7 @@ def build_eval(out, settings, inputs, tools):
 HANDOVERS = 'as trained', 'dequantised', 'full'
 
 def handover_stage(
-    p:Profile,
+    p:Profile, # what runs
     name:str, # a model trained in four bits
     n_probe:int, # rows of each training set
 )->Stage: # not in the recipe; its inputs are

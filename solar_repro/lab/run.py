@@ -104,7 +104,7 @@ class Model:
 
     def generate(self,
         prompt:str, # a question; the profile's template is put around it
-        max_new_tokens:int=64,
+        max_new_tokens:int=64, # of the answer, at most
     )->str: # the answer, greedy
         "Answer a prompt."
         import torch
@@ -118,7 +118,7 @@ class Model:
 
     def chat(self,
         prompt:str, # a question; each is answered by itself, without the ones before
-        max_new_tokens:int=64,
+        max_new_tokens:int=64, # of the answer, at most
     )->view.View:
         "Ask the model; the notebook shows question and answer."
         return self.lab.side_by_side(prompt, self.name, max_new_tokens=max_new_tokens)
@@ -439,7 +439,7 @@ def flips(self:Lab,
 def side_by_side(self:Lab,
     prompt:str, # a question; the profile's template is put around it
     *names:str, # models
-    max_new_tokens:int=64,
+    max_new_tokens:int=64, # of each answer, at most
 )->view.View:
     "One prompt, several models."
     return view.answers(prompt, {n: self[n].generate(prompt, max_new_tokens) for n in names}, self.label)

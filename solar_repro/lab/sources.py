@@ -114,7 +114,7 @@ def field(
 _EMPTY = 'has nothing in field'
 
 def fault(
-    row:dict,
+    row:dict, # as read
     fields:dict[str,type], # path -> type
     blank:tuple[str,...]=(), # paths of text that may be empty
 )->tuple[str,str]|None: # what is wrong, what to do; None: nothing
@@ -248,7 +248,7 @@ def fetch(
     revisions:dict[str,str]={}, # of the profile
     hub:Path|None=None, # a folder in the Hub's layout in its place
     names:list[str]|None=None, # files; None: all of `FILES`
-    say:Callable[[str],None]=lambda line: print(line, file=sys.stderr),
+    say:Callable[[str],None]=lambda line: print(line, file=sys.stderr), # told of progress, a line at a time
 )->dict: # name -> what was recorded
     "Fill a folder with the training sets and benchmarks from the Hub; files that are there and whole stay."
     to, names = Path(to), list(FILES) if names is None else names

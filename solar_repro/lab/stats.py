@@ -98,7 +98,7 @@ def holm(
 def resolvable(
     se:float, # standard error of a difference
     alpha:float=.05, # two-sided
-    power:float=.8,
+    power:float=.8, # probability of seeing it
 )->float: # in the units of `se`
     "The smallest true difference that a test would find with this power."
     return float(stats.norm.isf(alpha/2) + stats.norm.isf(1 - power))*se

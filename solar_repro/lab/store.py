@@ -217,9 +217,16 @@ def entries(self:Store)->list[Artifact]:
 
 # %% ../../nbs/lab/01_store.ipynb #fdbd0264
 @patch
-def build(self:Store, kind:str, key:str,
+def build(self:Store,
+    kind:str, # of the stage
+    key:str, # of `Store.key`
     fn:Callable[[Path],None], # writes the files into the folder it is given
-    *, settings:dict, inputs:dict[str,Artifact], name:str, epoch:int, seed:int|None=None, # for the manifest
+    *,
+    settings:dict, # this and what follows: for the manifest
+    inputs:dict[str,Artifact], # role -> artifact
+    name:str, # for people
+    epoch:int, # version of the kind's code
+    seed:int|None=None, # of the stage
 )->Artifact:
     "Find or build; visible only when whole."
     with _clear(self.folder):

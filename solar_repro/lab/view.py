@@ -102,7 +102,7 @@ def _marked(text:str, first:str)->str:
     return f'{same}<mark>{other}</mark>' if other else same
 
 def answers(
-    prompt:str,
+    prompt:str, # what was asked
     said:dict[str,str], # model -> its answer
     label:str, # scale and seed
 )->View:

@@ -72,8 +72,8 @@ class BaseSettings:
 
 def lr_scale(
     step:int, # from 0
-    n_steps:int,
-    s:BaseSettings,
+    n_steps:int, # in all
+    s:BaseSettings, # warm-up and decay, as shares of the steps
 )->float: # factor on the peak learning rates
     "Warm-up, stable, decay (WSD)."
     w, d = max(1, round(s.warmup*n_steps)), max(1, round(s.decay*n_steps))
@@ -92,7 +92,7 @@ def new_model(
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation='sdpa'))
 
 def corpus_hash(
-    s:BaseSettings,
+    s:BaseSettings, # world and seed of the pages
     n_pages:int, # the first so many pages
 )->str: # sha256, hex
     "Identity of the beginning of the corpus."
@@ -127,10 +127,10 @@ def _save(path:Path, state:dict)->None:
 
 def train_step(
     forward:Callable, # the model, compiled or not
-    opts:list[torch.optim.Optimizer],
+    opts:list[torch.optim.Optimizer], # of `_optimizers`
     batch:torch.Tensor, # (batch, seq + 1) token ids
     scale:float, # on the peak learning rates
-    s:BaseSettings,
+    s:BaseSettings, # peak rates and precision
 )->float: # mean loss, nats a token
     "One step on one batch."
     with torch.autocast('cpu', torch.bfloat16, enabled=s.bf16): logits = forward(input_ids=batch[:, :-1]).logits
@@ -144,7 +144,7 @@ def train_step(
 # %% ../../nbs/tiny/01_base.ipynb #ae61698d
 def pretrain(
     out:Path, # folder of the finished model; checkpoints lie in `out/scratch` meanwhile
-    s:BaseSettings=BaseSettings(),
+    s:BaseSettings=BaseSettings(), # all that decides the weights
     save_every:int=250, # steps between checkpoints
     tick:Callable[[int,int,float],None]|None=None, # called as tick(step, n_steps, loss)
 )->Path: # `out`
