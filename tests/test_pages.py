@@ -119,8 +119,8 @@ def test_site_shows_a_run_only_if_its_notebooks_are_these(site, pages):
 def test_site_pictures_are_described_and_code_is_shown(site, pages):
     assert not [p.name for p, page in pages.items() for i in page.images if not i.get('alt')]
     merge = (site[0] / 'merge.html').read_text()
-    assert 'id="slerp_weights"' in merge and 'href="api/merge.html#slerp_weights"' in merge
-    assert 'SLERP’s coefficients' in (site[0] / 'api' / 'merge.html').read_text() and 'between the two tensors' in (site[0] / 'api' / 'merge.html').read_text()
+    assert 'id="slerp_tensor"' in merge and 'href="api/merge.html#slerp_tensor"' in merge
+    assert 'SLERP of two tensors' in (site[0] / 'api' / 'merge.html').read_text() and 'the tensor between them' in (site[0] / 'api' / 'merge.html').read_text()
     assert '#| export' not in merge and str(ROOT) not in merge
 
 

@@ -35,7 +35,7 @@ class Stage:
     inputs: dict[str, str]  # role -> name of another stage
     file: Path | None = None # a file of the user's that is read; its digest stands in the settings
 
-EPOCHS = dict(base=1, data=3, bench=2, ledger=1, sft=1, ref=1, dpo=1, merge=1, eval=3, handover=2) # kind -> raised when its code changes what it makes
+EPOCHS = dict(base=1, data=3, bench=2, ledger=1, sft=1, ref=1, dpo=1, merge=2, eval=3, handover=2) # kind -> raised when its code changes what it makes
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
 
 SFT_ROWS = {'SFT v1': ('alpaca_gpt4',), 'SFT v2': ('alpaca_gpt4', 'openorca'),
