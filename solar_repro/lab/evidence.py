@@ -237,14 +237,15 @@ def export_results(
     out, files = Path(out), []
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'export_results: {out} is a file or holds files; expected a new or empty folder. Choose another.')
     scores = lab.scores(names).set_index(['model', 'task'])
-    items, asked = ({t: x[k] for t, x in ((t, lab.asked(t)) for t in H6_TASKS)} for k in (0, 1))
+    asked = {t: lab.asked(t) for t in H6_TASKS}
     for model in scores.index.unique('model'):
         stages = {t: lab.show(f'eval/{model}/{t}') for t in H6_TASKS}
         when, name = max(m['started'] for m in stages.values()).replace(':', '-').rstrip('Z'), re.sub(r'[^\w.+-]+', '_', model)
         part = out/f'.{name}'; part.mkdir(parents=True)
         text = {f'results_{when}.json': json.dumps(_results(lab, model, scores, stages), indent=1, allow_nan=False)}
         for t in H6_TASKS:
-            lines = [_sample(t, scores.loc[(model, t), 'metric'], items[t][x['doc_id']], x, asked[t][x['doc_id']]) for x in lab.items(model, t).to_dict('records')]
+            docs, requests = asked[t]
+            lines = [_sample(t, scores.loc[(model, t), 'metric'], docs[x['doc_id']], x, requests[x['doc_id']]) for x in lab.items(model, t).to_dict('records')]
             text[f'samples_{t}_{when}.jsonl'] = ''.join(json.dumps(l, ensure_ascii=False, allow_nan=False) + '\n' for l in lines)
         for n, s in text.items(): (part/n).write_text(s, encoding='utf-8')
         done = part.rename(out/name); files += [done/n for n in text]
