@@ -209,6 +209,28 @@ def test_interrupted(project, how):
     assert ran(project) == ['two'] and '00_one.ipynb: unchanged' in done.stdout
 
 
+def test_the_machinery_goes_two_at_a_time_and_is_interrupted_together(project):
+    "Each of two notebooks waits for the other; then an interrupt of the book alone ends both, and a third has not begun."
+    meet = """import os, pathlib, time
+open(f'../../{{}}.pid', 'w').write(str(os.getpid()))
+end = time.time() + 30
+while not pathlib.Path('../../{}.pid').exists(): assert time.time() < end; time.sleep(.05)
+open('../../{{}}.met', 'w').close(); time.sleep(100)"""
+    for a, b in (('00_two', '01_three'), ('01_three', '00_two')): notebook(project/'nbs'/'lab'/f'{a}.ipynb', meet.format(b).replace('{}', a))
+    notebook(project/'nbs'/'tiny'/'00_four.ipynb', "open('../../ran.txt', 'a').write('four\\n')")
+    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.lab.book', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
+    try:
+        assert wait_for(lambda: len(list(project.glob('*.met'))) == 2, 60), 'they did not meet'
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=30)
+        assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err, err
+        assert wait_for(lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid')), 15), 'a kernel outlived the book'
+    finally:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
+    assert ran(project) == ['one smoke 0'] and [x.name for x in (project/'runs'/'smoke'/'notebooks').rglob('0*.ipynb') if 'failed' not in x.name] == ['00_one.ipynb']
+
+
 # ---- all of it, at smoke scale
 
 class Smoke:

@@ -15,11 +15,13 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import papermill
+from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
 from .profile import root
@@ -79,6 +81,7 @@ def execute(
     nb:Path, # notebook to run
     out:Path, # executed copy
     parameters:dict, # for its parameters cell
+    kernels:list|None=None, # takes the kernel's manager
 )->None:
     "Run a notebook with papermill; `out` appears whole or not at all."
     known = papermill.inspect_notebook(str(nb))
@@ -86,7 +89,10 @@ def execute(
     if unknown: raise ValueError(f'book: {nb.name} has no parameter {unknown[0]!r}; it knows {sorted(known)}.')
     out.parent.mkdir(parents=True, exist_ok=True)
     part, failed = out.with_suffix('.part.ipynb'), out.with_suffix('.failed.ipynb')
-    try: papermill.execute_notebook(str(nb), str(part), parameters, kernel_name='python3', progress_bar=False, cwd=str(nb.parent),
+    class Listed(AsyncKernelManager): # not a subclass for everybody: it lists into this run's `kernels`
+        def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); kernels is None or kernels.append(self)
+    try: papermill.execute_notebook(str(nb), str(part), parameters, kernel_name='python3', progress_bar=False, kernel_manager_class=Listed,
+                                    resources=dict(metadata=dict(path=str(nb.parent))),         # the kernel's folder; ours stays what it is, for other threads
                                     extra_arguments=['--log-level=CRITICAL']) # the kernel's own warnings, and its traceback at Ctrl-C
     except BaseException:
         if part.exists(): os.replace(part, failed)
@@ -128,9 +134,9 @@ class Follower:
         elif not stage or stage != self.last: print(line, flush=True)
         self.last = stage
 
-    def done(self, how:str):
-        "The present notebook is finished; its line stays."
-        self.say(f'{self.title}: {how}' + ('\n' if sys.stdout.isatty() else ''))
+    def done(self, title:str, how:str):
+        "A notebook is finished; its line stays."
+        self.say(f'{title}: {how}' + ('\n' if sys.stdout.isatty() else ''))
 
 # %% ../../nbs/lab/05_book.ipynb #60a0474a
 def _parameters(nb:Path, profile:str, seed:int|None)->dict:
@@ -151,29 +157,57 @@ def _unchanged(record:dict|None, nb:Path, target:Path, lab:Lab, have:dict)->bool
            and all(_digest(lab.folder/f) == h for f, h in record['made'].items())
 
 # %% ../../nbs/lab/05_book.ipynb #256e9faf
+class _Run:
+    "A run of the book: what is recorded of it, and what is under way."
+    def __init__(self, profile:str, seed:int|None, follow:Follower, lab:Lab):
+        self.profile, self.seed, self.follow, self.lab, self.out = profile, seed, follow, lab, lab.folder/'notebooks'
+        self.file, self.kernels, self.lock = lab.folder/'notebooks.json', [], threading.Lock()
+        self.done, self.have = json.loads(self.file.read_text()) if self.file.exists() else {}, results(lab)
+
+    def one(self, nb:Path, title:str)->None:
+        "Run a notebook, unless it is unchanged."
+        name, t = nb.relative_to(root()/'nbs').as_posix(), time.time()
+        if _unchanged(self.done.get(name), nb, self.out/name, self.lab, self.have): return self.follow.done(title, 'unchanged')
+        self.follow.title = title; self.follow.say(title)
+        execute(nb, self.out/name, _parameters(nb, self.profile, self.lab.profile.seed), self.kernels)
+        lab = Lab(self.profile, self.seed); have = results(lab)
+        with self.lock:
+            self.have, self.done[name] = have, dict(stamp=stamp(nb, lab), output=_digest(self.out/name), results=have, made=_made(lab, t), seconds=round(time.time() - t, 1))
+            self.file.write_text(json.dumps(self.done, indent=1))
+        self.follow.done(title, f'{time.time() - t:.0f} s')
+
+    def side_by_side(self, todo:list[tuple[Path,str]])->None: # notebooks, titles
+        "Run notebooks that do not need each other, two at a time; after a failure no other begins."
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(self.one, *x) for x in todo]
+            try:
+                for r in wait(runs, return_when=FIRST_EXCEPTION).done: r.result()
+            except BaseException as e:
+                for r in runs: r.cancel()
+                if isinstance(e, KeyboardInterrupt): self.kill()
+                raise
+
+    def kill(self)->None:
+        "End all kernels; what they were building is kept as far as it was finished."
+        for k in self.kernels:
+            if k.has_kernel and k.provisioner.process: k.provisioner.process.kill()
+
+# %% ../../nbs/lab/05_book.ipynb #2aaf5b17
 def run_book(
     profile:str='tiny', # name or path
     seed:int|None=None, # in place of the profile's
 )->list[Path]: # executed notebooks
     "Run all notebooks in order, the unchanged ones excepted."
-    lab = Lab(profile, seed)
-    out, nbs, began = lab.folder/'notebooks', notebooks(), time.time()
-    out.mkdir(parents=True, exist_ok=True)
-    file = lab.folder/'notebooks.json'
-    done, have = json.loads(file.read_text()) if file.exists() else {}, results(lab)
+    lab, nbs, began = Lab(profile, seed), notebooks(), time.time()
+    (lab.folder/'notebooks').mkdir(parents=True, exist_ok=True)
+    named = [(nb, f"[{k + 1}/{len(nbs)}] {nb.relative_to(root()/'nbs').as_posix()}") for k, nb in enumerate(nbs)]
     with Follower(lab.folder/'progress.jsonl') as follow, _environment({**QUIET_ENV, 'SOLAR_PROGRESS': str(follow.file)}):
-        for k, nb in enumerate(nbs):
-            name = nb.relative_to(root()/'nbs').as_posix()
-            follow.title, t = f'[{k + 1}/{len(nbs)}] {name}', time.time()
-            if _unchanged(done.get(name), nb, out/name, lab, have): follow.done('unchanged'); continue
-            follow.say(follow.title)
-            execute(nb, out/name, _parameters(nb, profile, lab.profile.seed))
-            lab = Lab(profile, seed); have = results(lab)
-            done[name] = dict(stamp=stamp(nb, lab), output=_digest(out/name), results=have, made=_made(lab, t), seconds=round(time.time() - t, 1))
-            file.write_text(json.dumps(done, indent=1))
-            follow.done(f'{time.time() - t:.0f} s')
+        run = _Run(profile, seed, follow, lab)
+        for x in named:
+            if x[0].parent == root()/'nbs': run.one(*x)
+        run.side_by_side([x for x in named if x[0].parent != root()/'nbs'])
     print(f'{lab.profile.label}, seed {lab.profile.seed}: {time.time() - began:.0f} s. Open {os.path.relpath(lab.folder/"report.html")}')
-    return [out/nb.relative_to(root()/'nbs') for nb in nbs]
+    return [run.out/nb.relative_to(root()/'nbs') for nb in nbs]
 
 # %% ../../nbs/lab/05_book.ipynb #8ecd6e9d
 def main(argv:list[str]|None=None)->int: # exit status
