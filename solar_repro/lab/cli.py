@@ -230,6 +230,7 @@ def _benchmark(name:str)->str: # the name
     if name not in H6_TASKS: raise argparse.ArgumentTypeError(f'{name!r} is no benchmark; expected one of {", ".join(H6_TASKS)}')
     return name
 
+# %% ../../nbs/lab/06_cli.ipynb #6782b646
 def _parser()->argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     for flag, kind, what in (('--profile', str, 'name of a profile or path of a TOML file (default: tiny)'), ('--seed', int, "in place of the profile's seed"),
