@@ -7,7 +7,6 @@ __all__ = ['MATH_SUBJECTS', 'TRAIN_FILES', 'BENCH_FILES', 'FILES', 'ENDINGS', 'R
            'fault', 'read_file', 'requests', 'hub_rows', 'file_digest', 'fetch_file', 'fetch']
 
 # %% ../../nbs/lab/17_sources.ipynb #f6b11358
-import hashlib
 import json
 import os
 import sys
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from .store import file_hash
 
 # %% ../../nbs/lab/17_sources.ipynb #0eff8af5
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def file_digest(path:Path)->str: # sha256, hex
 
 @lru_cache(maxsize=256)
 def _digest(path:str, size:int, changed:int)->str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    return file_hash(Path(path))
 
 def _put(write:Callable, path:Path)->None:
     "Write a file so that it is whole or absent."
