@@ -90,7 +90,9 @@ def execute(
     out.parent.mkdir(parents=True, exist_ok=True)
     part, failed = out.with_suffix('.part.ipynb'), out.with_suffix('.failed.ipynb')
     class Listed(AsyncKernelManager): # not a subclass for everybody: it lists into this run's `kernels`
-        def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); kernels is None or kernels.append(self)
+        def __init__(self, *args, **kwargs): # nbclient's, as they come
+            super().__init__(*args, **kwargs)
+            if kernels is not None: kernels.append(self)
     try: papermill.execute_notebook(str(nb), str(part), parameters, kernel_name='python3', progress_bar=False, kernel_manager_class=Listed,
                                     resources=dict(metadata=dict(path=str(nb.parent))),         # the kernel's folder; ours stays what it is, for other threads
                                     extra_arguments=['--log-level=CRITICAL']) # the kernel's own warnings, and its traceback at Ctrl-C
@@ -184,7 +186,7 @@ class _Run:
                 for r in wait(runs, return_when=FIRST_EXCEPTION).done: r.result()
             except BaseException as e:
                 for r in runs: r.cancel()
-                if isinstance(e, KeyboardInterrupt): self.kill()
+                while isinstance(e, KeyboardInterrupt) and wait(runs, timeout=.5).not_done: self.kill()   # those, too, that were about to start
                 raise
 
     def kill(self)->None:
