@@ -1,5 +1,5 @@
 # make tables   rebuild Tables 3 to 7, results in runs/PROFILE/; PROFILE=tiny, SEED=the profile's own (0)
-#               PROFILE=smol DATA=DIR: real weights and the published rows in DIR (solar_repro.lab.sources says how it is laid out)
+#               PROFILE=smol DATA=DIR: real weights and the published rows in DIR (solar_repro.core.data_files says how it is laid out)
 # make test     notebooks in sync with the library, every notebook, every test
 # make lab      explore in JupyterLab
 # make docs     the documentation site, in _docs/, with the outputs of runs/PROFILE/ where that was run
@@ -24,7 +24,7 @@ setup:
 tables: export SOLAR_DATA := $(or $(DATA),$(SOLAR_DATA))
 tables: setup
 	@$(BIN)/solar-repro weights --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
-	@$(BIN)/python -m solar_repro.lab.book --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
+	@$(BIN)/python -m solar_repro.reports.notebooks --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 
 test: setup
 	@sh tools/test.sh

@@ -50,23 +50,24 @@ def main() -> int:
     import torch
     from lm_eval.models.huggingface import HFLM
     from solar_repro.eval import _lm_eval, build_requests, collect, evaluate
-    from solar_repro.lab.model import load_tokenizer, materialize
-    from solar_repro.lab.profile import load_profile
-    from solar_repro.lab.run import Lab
+    from solar_repro.models.loading import load_tokenizer
+    from solar_repro.models.adapters import materialize
+    from solar_repro.core.config import load_profile
+    from solar_repro.pipeline.experiment import Experiment
     from solar_repro.paper import H6_TASKS
 
     profile = load_profile(a.profile)
     if a.items: profile = profile.model_copy(update=dict(eval=profile.eval.model_copy(update=dict(n_items=a.items))))
-    lab = Lab(profile, store=a.store)
+    exp = Experiment(profile, store=a.store)
     torch.set_num_threads(profile.machine.threads)
-    model = materialize(lab.point('base')).float()
-    hf = HFLM(pretrained=model, tokenizer=load_tokenizer(lab.point('base').base), batch_size=1, device='cpu')
+    model = materialize(exp.point('base')).float()
+    hf = HFLM(pretrained=model, tokenizer=load_tokenizer(exp.point('base').base), batch_size=1, device='cpu')
     kind = 'tiny' if profile.data.source == 'tiny' else 'lm-eval'
     rows = []
     for t in a.tasks or H6_TASKS:
-        bench, shots = lab.build(f'bench/{t}').path, getattr(profile.eval.num_fewshot, t)
+        bench, shots = exp.build(f'bench/{t}').path, getattr(profile.eval.num_fewshot, t)
         began = time.perf_counter()
-        ours, records = evaluate(lab.point('base'), t, bench, shots, profile.eval.batch_size, model=model, tasks=kind)
+        ours, records = evaluate(exp.point('base'), t, bench, shots, profile.eval.batch_size, model=model, tasks=kind)
         middle = time.perf_counter()
         asked = build_requests(t, bench, shots, kind)
         requests = [r for x in asked.tasks for r in x.instances]
@@ -85,7 +86,7 @@ def main() -> int:
         h6 = {k: sum(r[k] for r in rows)/len(rows) for k in ('ours', 'hf')}
         if a.out:
             path = Path(__file__).resolve().parent/'results'/f'{a.out}.json'
-            out = dict(label=lab.label, profile=profile.name, base=lab.recipe['base'].settings['source'], items=profile.eval.n_items, batch=profile.eval.batch_size, rows=rows, mean=h6)
+            out = dict(label=exp.label, profile=profile.name, base=exp.graph['base'].settings['source'], items=profile.eval.n_items, batch=profile.eval.batch_size, rows=rows, mean=h6)
             path.write_text(json.dumps(out, indent=1) + '\n'); path.with_suffix('.md').write_text(page(out))
     print(f"{'mean':>10}: ours {h6['ours']:.6f}, HF {h6['hf']:.6f}")
     return int(max(r['difference'] for r in rows) > AIM)

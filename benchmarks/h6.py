@@ -117,7 +117,7 @@ def invented(a: argparse.Namespace) -> tuple:
     "Tokenizer, a model with random weights, (task, items) -> requests about random words and their shots, and what this is."
     import torch
     from solar_repro.eval import build_requests
-    from solar_repro.lab.model import load_tokenizer
+    from solar_repro.models.loading import load_tokenizer
     from solar_repro.tiny.world import shipped_base
     from transformers import LlamaConfig, LlamaForCausalLM
     tok = load_tokenizer(shipped_base())
@@ -139,24 +139,26 @@ def of_profile(a: argparse.Namespace) -> tuple:
     import torch
     from solar_repro.data import read_rows
     from solar_repro.eval import build_requests
-    from solar_repro.lab.model import load_tokenizer, materialize
-    from solar_repro.lab.run import Lab
-    lab = Lab(a.profile)
-    point = lab.point('base')
+    from solar_repro.models.loading import load_tokenizer
+    from solar_repro.models.adapters import materialize
+    from solar_repro.pipeline.experiment import Experiment
+    exp = Experiment(a.profile)
+    point = exp.point('base')
 
     def ask(t, n):
-        s, folder = lab.recipe[f'eval/base/{t}'].settings, lab.build(f'bench/{t}').path
+        s, folder = exp.graph[f'eval/base/{t}'].settings, exp.build(f'bench/{t}').path
         bench = {k: read_rows(folder/f'{k}.jsonl') for k in ('train', 'test')}
         asked = build_requests(t, dict(bench, test=bench['test'][:n]), s['num_fewshot'], s.get('tasks', 'tiny'))
         return [r for x in asked.tasks for r in x.instances], s['num_fewshot']
-    return load_tokenizer(point.base), materialize(point, a.device).to(getattr(torch, a.dtype)), ask, f'the base of profile {lab.profile.name} ({lab.profile.label}), asked its first items'
+    return load_tokenizer(point.base), materialize(point, a.device).to(getattr(torch, a.dtype)), ask, f'the base of profile {exp.profile.name} ({exp.profile.label}), asked its first items'
 
 
 def compare(a: argparse.Namespace) -> dict:
     import torch
     from lm_eval.models.huggingface import HFLM
-    from solar_repro.lab.backend import Coder, SharedPrefixLM, packed
-    from solar_repro.lab.model import quiet
+    from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
+    from solar_repro.inference.forward import packed
+    from solar_repro.models.loading import quiet
     from solar_repro.paper import H6_TASKS
     from tiny_tables import arithmetic, bucket, time_products
     torch.set_num_threads(a.threads); torch.manual_seed(0); torch.set_flush_denormal(True)
@@ -170,10 +172,10 @@ def compare(a: argparse.Namespace) -> dict:
         for n in a.hf_batch:
             with quiet(), torch.inference_mode(), packed(model) if a.hf_packed else nullcontext(): got[n] = run(HFLM(pretrained=model, tokenizer=tok, batch_size=n), requests, model)
             print(f'  {t}: HFLM, batches of {n}: {got[n]["seconds"]:.1f} s', file=sys.stderr, flush=True)
-        ours = run(SharedPrefixLM(model, Coder(tok), a.batch), requests, model)
+        ours = run(SharedPrefixLM(model, RequestEncoder(tok), a.batch), requests, model)
         plain = ours
         if t == 'gsm8k':
-            lm = SharedPrefixLM(model, Coder(tok), a.batch)
+            lm = SharedPrefixLM(model, RequestEncoder(tok), a.batch)
             lm.limits = replace(lm.limits, n_idle=0)            # a pass of one token a row is the best
             plain = run(lm, requests, model)
             assert plain['answers'] == ours['answers'] or a.dtype != 'float32', 'gsm8k: the texts with guesses and without differ'    # bfloat16 rounds otherwise in wider passes
@@ -182,7 +184,7 @@ def compare(a: argparse.Namespace) -> dict:
         same = [x == y for x, y in zip(got[best]['answers'], ours['answers'])] if t == 'gsm8k' else [x[1] == y[1] for x, y in zip(got[best]['answers'], ours['answers'])]
         gap = 0. if t == 'gsm8k' else max(abs(x[0] - y[0]) for x, y in zip(got[best]['answers'], ours['answers']))
         lines.append(dict(task=t, shots=shots, items=n_items, requests=len(requests), hf_batch=best, hf_s=got[best]['seconds'], ours_s=ours['seconds'], no_guesses_s=plain['seconds'], no_guesses_cpu_s=plain['cpu_s'],
-                          ratio=got[best]['seconds']/ours['seconds'], hf_cpu_s=got[best]['cpu_s'], ours_cpu_s=ours['cpu_s'], cpu_ratio=got[best]['cpu_s']/ours['cpu_s'], hf_tok=got[best]['tokens'], ours_tok=ours['tokens'], hf_passes=got[best]['passes'], ours_passes=ours['passes'], no_guesses_passes=plain['passes'], hf_logits=got[best]['logits'],
+                          ratio=got[best]['seconds']/ours['seconds'], hf_cpu_s=got[best]['cpu_s'], ours_cpu_s=ours['cpu_s'], cpu_ratio=got[best]['cpu_s']/ours['cpu_s'], hf_tok=got[best]['tokens'], ours_tok=ours['tokens'], hf_passes=got[best]['microbatches'], ours_passes=ours['microbatches'], no_guesses_passes=plain['microbatches'], hf_logits=got[best]['logits'],
                           ours_logits=ours['logits'], max_difference_nats=gap, equal=sum(same), hf_s_by_batch={n: g['seconds'] for n, g in got.items()}))
         print(f'  {t}: ours: {ours["seconds"]:.1f} s, ratio {lines[-1]["ratio"]:.2f}', file=sys.stderr, flush=True)
         rates |= {bucket(s) for side in sides[t] for s in side['seen']}

@@ -25,7 +25,8 @@ def answer_loss(point, rows: list[dict], template) -> float:
     from torch.nn.utils.rnn import pad_sequence
 
     from solar_repro.dpo import completion_logps
-    from solar_repro.lab.model import encode, load_tokenizer, materialize
+    from solar_repro.models.loading import encode, load_tokenizer
+    from solar_repro.models.adapters import materialize
     model, total, n = materialize(point), 0., 0
     coded = sorted(encode(load_tokenizer(point.base), template, [(r['prompt'], r['completion']) for r in rows]), key=lambda pa: len(pa[0] + pa[1]))
     for i in range(0, len(coded), 32):
@@ -41,12 +42,12 @@ def main(profile: str, seed: int) -> None:
 
     from solar_repro.data import load_rows
     from solar_repro.dpo import reference_logps, train_dpo
-    from solar_repro.lab.model import Point
-    from solar_repro.lab.profile import load_profile
-    from solar_repro.lab.recipe import SFT_ROWS, UF
+    from solar_repro.models.adapters import AdaptedModel
+    from solar_repro.core.config import load_profile
+    from solar_repro.pipeline.graph import SFT_ROWS, ULTRAFEEDBACK_CLEAN
     from solar_repro.sft import train_sft
     from solar_repro.tiny.world import shipped_base
-    p, base = load_profile(profile), Point(shipped_base())
+    p, base = load_profile(profile), AdaptedModel(shipped_base())
     torch.set_num_threads(p.machine.threads); torch.set_flush_denormal(True)
 
     def split(sets):
@@ -57,7 +58,7 @@ def main(profile: str, seed: int) -> None:
             drawn = load_rows(name, p.data.source, n + n//2, seed)
             train += drawn[:n]; fresh += drawn[n:]
         return train, fresh
-    (train, fresh), (pairs, fresh_pairs) = split(SFT_ROWS['SFT v3']), split([UF])
+    (train, fresh), (pairs, fresh_pairs) = split(SFT_ROWS['SFT v3']), split([ULTRAFEEDBACK_CLEAN])
     with TemporaryDirectory() as d:
         d = Path(d)
         print(f'{"SFT v3, rate":<16}{"loss, trained rows":>20}{"loss, fresh rows":>18}')
@@ -65,7 +66,7 @@ def main(profile: str, seed: int) -> None:
 
         def sft(rate):
             train_sft(base.base, train, d/f'sft{rate}', p.sft.model_copy(update=dict(learning_rate=rate)), p.template, seed)
-            return Point(base.base, ((d/f'sft{rate}'/'adapter', 1.),))
+            return AdaptedModel(base.base, ((d/f'sft{rate}'/'adapter', 1.),))
         for rate in SFT_RATES:
             point = sft(rate)
             print(f'{rate:<16.2g}{answer_loss(point, train[::2], p.template):>20.4f}{answer_loss(point, fresh, p.template):>18.4f}', flush=True)
@@ -75,7 +76,7 @@ def main(profile: str, seed: int) -> None:
         for rate in DPO_RATES:
             out = d/f'dpo{rate}'
             train_dpo(start, pairs, ref, out, p.dpo.model_copy(update=dict(learning_rate=rate)), p.template, seed)
-            change = reference_logps(Point(base.base, ((out/'adapter', 1.),)), fresh_pairs, p.dpo, p.template) - ref_fresh
+            change = reference_logps(AdaptedModel(base.base, ((out/'adapter', 1.),)), fresh_pairs, p.dpo, p.template) - ref_fresh
             margin = torch.tensor((change.chosen - change.rejected).values)
             loss = -torch.nn.functional.logsigmoid(p.dpo.beta*margin).mean().item()
             print(f'{rate:<16.2g}{loss:>12.4f}{(margin > 0).double().mean():>13.1%}{margin.mean():>14.1f}{change.chosen.mean():>14.1f}', flush=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/ledger.py [--data DIR] [--rows 300000] [--out NAME]
 
-What is timed is `recipe.build_ledger` in a process of its own, from the files of its inputs to the table in the store: reading, normalising, runs of 13 and of 8 words, counting.
+What is timed is `recipe.build_contamination` in a process of its own, from the files of its inputs to the table in the store: reading, normalising, runs of 13 and of 8 words, counting.
 The five sets have the paper's shares of the rows, and the six benchmarks the leaderboard's numbers of items. With --data the texts are published ones of that folder, drawn with
 replacement up to these sizes; without it they are made of 60 000 words, drawn as English draws them (Zipf), as long as published rows are and as often not plain ASCII.
 In both, one training row in a thousand holds an item whole, and each such pair has to be found. The promise is 5 minutes and 4 GiB on two cores.
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from solar_repro.data import SETS, TEST_SETS, candidates, item_text, read_rows
-from solar_repro.lab.ledger import BREAK
+from solar_repro.core.contamination import BREAK
 
 ROWS, PROMISE_S, PROMISE_GIB = 300_000, 300, 4.
 # words of the fields of a row as in samples of the published sets; of an item: its question and one choice
@@ -90,10 +90,10 @@ def make(folder: Path, source: Maker|Drawer, n_rows: int, n_items: int) -> dict:
 
 def timed(folder: str, out: str, answer) -> None:
     "The stage in this process; seconds and the largest memory."
-    from solar_repro.lab.recipe import build_ledger
+    from solar_repro.pipeline.stages import build_contamination
     inputs = {f'{p.parent.name}/{p.name}': SimpleNamespace(path=p) for kind in ('data', 'bench') for p in sorted((Path(folder)/kind).iterdir())}
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, time.perf_counter()
-    build_ledger(Path(out), {}, inputs, None)
+    build_contamination(Path(out), {}, inputs, None)
     answer.put((time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, before))
 
 

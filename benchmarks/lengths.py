@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from solar_repro.data import from_alpaca, from_metamath, from_openorca, from_ultrafeedback
-from solar_repro.lab.plan import count_rows, counter
-from solar_repro.lab.profile import load_profile
+from solar_repro.pipeline.cost_model import count_rows, counter
+from solar_repro.core.config import load_profile
 
 READ = dict(alpaca_gpt4=from_alpaca, openorca=from_openorca, synth_math_instruct=from_metamath, ultrafeedback_clean=from_ultrafeedback)
 

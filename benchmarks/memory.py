@@ -3,7 +3,7 @@
 Measured: bytes of all live tensors, as torch's dispatcher sees them come and go, over whole training runs of `train_sft` and
 `train_dpo`; and, beside it, by how much the process's resident memory rose at its peak, which holds the allocator's slack too.
 The tile of logits is allocated in full but touched as far as the vocabulary goes, so resident memory may rise by less; and by
-more, where a whole float32 base is read before it is quantised.
+more, where a whole float32 base is read before it is quantized.
 Run: python benchmarks/memory.py ; writes benchmarks/results/memory.json (with --only tiny, or --compare 0, it writes nothing)
 On a GPU: python benchmarks/memory.py --only solar ; SOLAR-10.7B's shape with random weights (22 GB of disk), where the peak
 is what the card's allocator handed out, and the passes are those of the profile a100.
@@ -92,14 +92,14 @@ def resident(key):
 def one(case, base):
     import torch
     from solar_repro.dpo import reference_logps, train_dpo
-    from solar_repro.lab.model import Point
-    from solar_repro.lab.profile import load_profile
+    from solar_repro.models.adapters import AdaptedModel
+    from solar_repro.core.config import load_profile
     from solar_repro.sft import train_sft
     which, kind, nf4, dtype, passes, rows, length, dropout, again, *budget = case
     device = 'cuda' if which == 'solar' else 'cpu'
     p = load_profile('tiny')
     common = dict(nf4=nf4, compute_dtype=dtype, passes=passes, batch_size=rows, max_length=length, activation_checkpointing=again,
-                  pass_tokens=budget[0] if budget else None)
+                  max_tokens_per_microbatch=budget[0] if budget else None)
     sft = p.sft.model_copy(update=dict(**common, lora_dropout=dropout, lora_r=RANK[which], lora_alpha=16))
     dpo = p.dpo.model_copy(update=common)
     words = json.loads((Path(base)/'tokenizer.json').read_text())['model']['vocab']
@@ -114,8 +114,8 @@ def one(case, base):
             with live: train_sft(Path(base), data, d, sft, p.template, 0, device)
         else:
             data = [dict(prompt=say(20), chosen=say(length - 40), rejected=say(length - 40)) for _ in range(2*rows)]
-            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1, pass_tokens=None)), p.template, 0, device)
-            point = Point(Path(base), ((d/'sft'/'adapter', 1.),))
+            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1, max_tokens_per_microbatch=None)), p.template, 0, device)
+            point = AdaptedModel(Path(base), ((d/'sft'/'adapter', 1.),))
             ref = reference_logps(point, data, dpo, p.template, device)
             before, live = resident('VmRSS'), meter(device)
             with live: train_dpo(point, data, ref, d/'dpo', dpo, p.template, 0, device)
@@ -124,7 +124,7 @@ def one(case, base):
 
 def compare(i, base):
     "Planned and measured, of one case; the training runs in a process of its own."
-    from solar_repro.lab.plan import shape_of, train_memory
+    from solar_repro.pipeline.cost_model import shape_of, train_memory
     r = subprocess.run([sys.executable, __file__, '--case', str(i), '--base', str(base)], capture_output=True, text=True)
     if r.returncode: sys.exit(r.stderr[-2000:])
     m = json.loads(r.stdout.splitlines()[-1])
@@ -133,7 +133,7 @@ def compare(i, base):
     parts = train_memory(shape_of(base), nf4, dtype, RANK[which], dropout if kind == 'sft' else 0., n_tok, None if budget else passes, again,
                          'cuda' if which == 'solar' else 'cpu')
     planned = sum(parts.values())
-    return dict(base=which, kind=kind, nf4=nf4, dtype=dtype, passes=passes, rows=rows, max_length=length, dropout=dropout, checkpointing=again, pass_tokens=budget[0] if budget else None,
+    return dict(base=which, kind=kind, nf4=nf4, dtype=dtype, passes=passes, rows=rows, max_length=length, dropout=dropout, checkpointing=again, max_tokens_per_microbatch=budget[0] if budget else None,
                 planned_mib=round(planned/2**20, 1), measured_mib=round(m['tracked']/2**20, 1), resident_mib=round(m['resident']/2**20, 1),
                 ratio=round(planned/m['tracked'], 3), parts_mib={k: round(v/2**20, 1) for k, v in parts.items()})
 

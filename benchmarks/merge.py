@@ -129,7 +129,7 @@ def yaml_of(folder: Path, method: str) -> Path:
 
 def jobs(folder: Path, mergekit: Path | None) -> dict[str, tuple[list[str], bool]]:
     "Command of each job (OUT stands for the folder to make), and whether we have to sync its outputs."
-    ours = [sys.executable, '-c', 'from solar_repro.lab.cli import main; raise SystemExit(main())', 'merge']   # what `solar-repro` does
+    ours = [sys.executable, '-c', 'from solar_repro.reports.cli import main; raise SystemExit(main())', 'merge']   # what `solar-repro` does
     a, b = str(folder/'A'), str(folder/'B')
     out = {'cp of both': (['cp', '-r', a, b, 'OUT'], True),
            'linear': ([*ours, '--method', 'linear', '--weights', *map(str, WEIGHTS), a, b, 'OUT'], False),
@@ -209,8 +209,8 @@ def fixed(folder: Path, env: dict) -> dict:
     def seconds(code): return float(subprocess.run([sys.executable, '-c', f'{code}\n{cpu}'], env=env, capture_output=True, text=True, check=True).stdout)
     cached(folder, keep=True)
     files = [str(f) for f in sorted(folder.glob('[AB]/*.safetensors'))]
-    return dict(hash_s=round(seconds(f'from solar_repro.lab.store import file_hash\nfor f in {files}: file_hash(f)') - seconds('from solar_repro.lab.store import file_hash'), 2),
-                import_s=round(seconds('from solar_repro.lab import merging'), 2), cores=len(os.sched_getaffinity(0)))
+    return dict(hash_s=round(seconds(f'from solar_repro.core.store import file_hash\nfor f in {files}: file_hash(f)') - seconds('from solar_repro.core.store import file_hash'), 2),
+                import_s=round(seconds('from solar_repro.exp import merging'), 2), cores=len(os.sched_getaffinity(0)))
 
 
 def aims(r: dict) -> list[tuple[str, str, bool]]:

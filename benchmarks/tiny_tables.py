@@ -90,26 +90,26 @@ def measure(profile: str, seed: int | None, each: bool) -> None:
     began = time.perf_counter()
     from solar_repro import dpo, eval, merge, sft  # noqa: F401  the heavy imports, timed by themselves
     from solar_repro import tables
-    from solar_repro.lab.run import Lab
+    from solar_repro.pipeline.experiment import Experiment
     imports = time.perf_counter() - began
     stages, kinds = [], defaultdict(Counter)         # (name, kind, seconds, products); kind -> products
     with TemporaryDirectory() as d:
-        lab = Lab(profile, seed, store=f'{d}/store')
-        names = lab.needs(list(lab.recipe))
+        exp = Experiment(profile, seed, store=f'{d}/store')
+        names = exp.needs(list(exp.graph))
         for k, name in enumerate(names):
-            kind, seen, t = lab.recipe[name].kind, Counter(), time.perf_counter()
+            kind, seen, t = exp.graph[name].kind, Counter(), time.perf_counter()
             if sys.stderr.isatty(): print(f'\r\x1b[K{k + 1} of {len(names)}: {name}', end='', file=sys.stderr, flush=True)
-            with products(seen): lab.build(name)
+            with products(seen): exp.build(name)
             stages.append((name, kind, time.perf_counter() - t, seen)); kinds[kind].update(seen)
         if sys.stderr.isatty(): print('\r\x1b[K', end='', file=sys.stderr)
         t = time.perf_counter()
-        tables.publish(lab.scores(), Path(d)/'run', lab.label, lab.provenance())
+        tables.publish(exp.scores(), Path(d)/'run', exp.label, exp.provenance())
         publish = time.perf_counter() - t
     total = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20      # Linux counts in KiB
     rate = time_products({bucket(s) for seen in kinds.values() for s in seen})
 
-    print(f'{lab.label}; {lab.profile.machine.threads} thread(s) on {lab.profile.machine.device}, {os.cpu_count()} CPUs')
+    print(f'{exp.label}; {exp.profile.machine.threads} thread(s) on {exp.profile.machine.device}, {os.cpu_count()} CPUs')
     head = f'{"stage":<34}{"number":>7}{"seconds":>9}{"share":>8}{"GFLOP":>9}{"arithmetic s":>14}{"of the stage":>14}'
     print(head + '\n' + '-'*len(head))
 
@@ -122,7 +122,7 @@ def measure(profile: str, seed: int | None, each: bool) -> None:
         print('-'*len(head))
     line('imports', 1, imports)
     for kind, seen in kinds.items(): line(kind, sum(s[1] == kind for s in stages), sum(s[2] for s in stages if s[1] == kind), seen)
-    for task in lab.profile.eval.num_fewshot.model_dump():
+    for task in exp.profile.eval.num_fewshot.model_dump():
         of = [s for s in stages if s[1] == 'eval' and s[0].endswith('/' + task)]
         line(f'  of eval: {task}', len(of), sum(s[2] for s in of), sum((s[3] for s in of), Counter()))
     line('tables, figures, report', 1, publish)

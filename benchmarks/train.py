@@ -4,10 +4,10 @@
     python benchmarks/train.py --device cuda --shape 1b --rows 256 --pairs 128         # on a GPU, as the profile a100 trains; also --shape 10.7b
     python benchmarks/train.py --shape smoke --rows 24 --pairs 12                      # seconds: that the script works
 
-The model has random weights, so nothing is fetched. Rows are random words with the lengths that `lab.plan.LENGTHS` records of the published sets, mixed as in the paper; a row
+The model has random weights, so nothing is fetched. Rows are random words with the lengths that `exp.plan.LENGTHS` records of the published sets, mixed as in the paper; a row
 longer than the profile's max_length is not drawn. Each side trains in a process of its own: TRL's trainers as a user calls them (`SFTTrainer` and `DPOTrainer`, everything left at its
 default: rows padded to the longest of a batch, layers computed again in the backward pass, the reference computed at every step) with the same base, NF4, adapter, learning rate, dtype,
-max_length and rows a step; ours with the profile's settings and `--pass_tokens`. Times are those of the trainer's loop; DPO's reference pass is timed too and counted in the
+max_length and rows a step; ours with the profile's settings and `--max_tokens_per_microbatch`. Times are those of the trainer's loop; DPO's reference pass is timed too and counted in the
 first ratio (a reference that several rows share is computed once, as DPO v2 and Cand. 1 share theirs: the second ratio leaves it out).
 
 Peak memory is the process's resident memory at its highest during training, on a GPU what the allocator handed out. Useful tokens are those of the rows, without padding,
@@ -38,7 +38,7 @@ AIM = 2.
 def draw(kind, n, longest, scale, seed=0):
     "Lengths of rows: prompt and one answer, or prompt and two."
     import numpy as np
-    from solar_repro.lab.plan import LENGTHS
+    from solar_repro.pipeline.cost_model import LENGTHS
     rng, out = random.Random(seed), []
     while len(out) < n:
         name, = rng.choices(list(MIX[kind]), list(MIX[kind].values()))
@@ -53,7 +53,7 @@ def draw(kind, n, longest, scale, seed=0):
 
 
 def make_rows(a, profile, base):
-    from solar_repro.lab.model import load_tokenizer
+    from solar_repro.models.loading import load_tokenizer
     words = sorted(w for w in load_tokenizer(base).get_vocab() if w.isalpha() and w.islower())
     rng = random.Random(1)
     say = lambda n: ' '.join(rng.choices(words, k=max(1, n)))
@@ -73,9 +73,9 @@ def make_base(shape, dtype, device, out):
 
 def settings_of(a):
     "The profile that is trained with: smol's, or a100's on large shapes."
-    from solar_repro.lab.profile import load_profile
+    from solar_repro.core.config import load_profile
     p = load_profile('a100' if a.shape in ('1b', '10.7b') else 'smol')
-    own = dict(compute_dtype=a.dtype or p.sft.compute_dtype, pass_tokens=a.pass_tokens, passes=1, optimizer=p.sft.optimizer if a.device == 'cuda' else 'adamw_torch_fused')
+    own = dict(compute_dtype=a.dtype or p.sft.compute_dtype, max_tokens_per_microbatch=a.max_tokens_per_microbatch, passes=1, optimizer=p.sft.optimizer if a.device == 'cuda' else 'adamw_torch_fused')
     t = p.template.model_copy(update=dict(prompt='Question: {prompt}\nAnswer:', separator=' '))
     return p.model_copy(update=dict(sft=p.sft.model_copy(update=own), dpo=p.dpo.model_copy(update=own), template=t))
 
@@ -101,12 +101,12 @@ class Meter:
 
 def ours(kind, a, p, base, rows, start, out):
     import solar_repro.dpo as dpo
-    from solar_repro.lab.model import Point
+    from solar_repro.models.adapters import AdaptedModel
     from solar_repro.sft import train_sft
     meter, ref_s = Meter(a.device), 0.
     if kind == 'sft': train_sft(base, rows, out, p.sft, p.template, 0, a.device)
     else:
-        point, loaded, load = Point(base, ((start, 1.),)), [], dpo.load_policy
+        point, loaded, load = AdaptedModel(base, ((start, 1.),)), [], dpo.load_policy
         def loading(*args): model = load(*args); loaded.append(time.perf_counter()); return model
         dpo.load_policy = loading
         ref = dpo.reference_logps(point, rows, p.dpo, p.template, a.device)
@@ -120,7 +120,7 @@ def trls(kind, a, p, base, rows, start, out, step):
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-    from solar_repro.lab.model import load_base, load_tokenizer, quiet, render
+    from solar_repro.models.loading import load_base, load_tokenizer, quiet, render
     x, each = getattr(p, kind), min(8, step)                                   # 8: the default of per_device_train_batch_size
     common = dict(output_dir=str(out), per_device_train_batch_size=each, gradient_accumulation_steps=max(1, step//each), learning_rate=x.learning_rate, num_train_epochs=1,
                   max_length=x.max_length, use_cpu=a.device == 'cpu', bf16=x.compute_dtype == 'bfloat16', report_to='none', disable_tqdm=True, save_strategy='no', optim=x.optimizer)
@@ -163,7 +163,7 @@ def prepare(a, base, work):
     "Rows, their tokens, rows a step, and an adapter for DPO to start from."
     from peft import LoraConfig, get_peft_model
     from solar_repro.dpo import dpo_rows
-    from solar_repro.lab.model import load_base, load_tokenizer
+    from solar_repro.models.loading import load_base, load_tokenizer
     from solar_repro.sft import sft_rows
     p = settings_of(a)
     make_base(a.shape, p.sft.compute_dtype if a.shape == '10.7b' else 'float32', a.device, base)
@@ -181,7 +181,7 @@ def prepare(a, base, work):
 
 def flops(base, m, rank):
     "What has to be computed for the rows: forward, gradients of activations and of the adapter; nothing twice."
-    from solar_repro.lab.plan import forward_flops, shape_of
+    from solar_repro.pipeline.cost_model import forward_flops, shape_of
     s = shape_of(base)
     body = forward_flops(s, m['context'], rank, 0.)
     return m['once']*(2*body + 2*s.lora(rank)) + m['scored']*4*s.hidden*s.vocab, m['once']*body + m['scored']*2*s.hidden*s.vocab # with gradients; without
@@ -209,7 +209,7 @@ def compare(a):
             out.append(line)
     import torch
     where = torch.cuda.get_device_name() if a.device == 'cuda' else f'{platform.machine()}, {os.cpu_count()} CPU cores'
-    return dict(machine=where, load_before=round(a.load, 1), shape=a.shape, dtype=p.sft.compute_dtype, scale=a.scale, pass_tokens=a.pass_tokens, torch=torch.__version__, kinds=out)
+    return dict(machine=where, load_before=round(a.load, 1), shape=a.shape, dtype=p.sft.compute_dtype, scale=a.scale, max_tokens_per_microbatch=a.max_tokens_per_microbatch, torch=torch.__version__, kinds=out)
 
 
 def show(r):
@@ -228,7 +228,7 @@ def show(r):
 def page(r, command):
     worst = min(k['ratio'] for k in r['kinds'])
     return (f"# Training: ours against TRL's defaults\n\nThe same rows, lengths drawn from those of the published sets (up to max_length), on {r['machine']}; every side in a process of its own. "
-            f"Our steps go in passes of at most {r['pass_tokens']} tokens.\n\n**The aim of {AIM:g} times for SFT and for DPO is {'' if worst >= AIM else 'not '}reached**: "
+            f"Our steps go in passes of at most {r['max_tokens_per_microbatch']} tokens.\n\n**The aim of {AIM:g} times for SFT and for DPO is {'' if worst >= AIM else 'not '}reached**: "
             + ' and '.join(f"{k['kind'].upper()} {k['ratio']:.2f} times" for k in r['kinds']) + f", DPO's reference pass counted.\n\nRepeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n")
 
 
@@ -237,7 +237,7 @@ if __name__ == '__main__':
     p.add_argument('--shape', choices=SHAPES, default='135m'); p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), help="the profile's if not given")
     p.add_argument('--rows', type=int, default=40, help='of SFT'); p.add_argument('--pairs', type=int, default=16)
-    p.add_argument('--scale', type=float, default=1., help='of the lengths'); p.add_argument('--pass_tokens', type=int, default=2048)
+    p.add_argument('--scale', type=float, default=1., help='of the lengths'); p.add_argument('--max_tokens_per_microbatch', type=int, default=2048)
     p.add_argument('--threads', type=int, default=os.cpu_count()); p.add_argument('--out', help='also write benchmarks/results/NAME.md and .json')
     p.add_argument('--side', help=argparse.SUPPRESS); p.add_argument('--work', type=Path, help=argparse.SUPPRESS)
     a = p.parse_args()

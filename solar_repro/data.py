@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .lab.ledger import BREAK, Index, find_pairs, make_index
-from .lab.sources import BENCH_FILES, FILES, fault, field, file_digest, hub_rows, located, present, read_file
+from .core.contamination import BREAK, find_pairs, Index, make_index
+from .core.data_files import BENCH_FILES, fault, file_digest, FILES, hub_rows, located, present, read_file
 from .tiny.world import benchmark, leak_keys, make_world, number_key, training_rows
 
 # %% ../nbs/01_data.ipynb #33320881
@@ -83,7 +83,7 @@ class DataSet:
     n_total: int                # rows in the paper's Table 1
     n_used: int                 # most rows used in one training there
     row: str                    # what a row is
-    files: tuple[str, ...]      # names of `lab.sources.FILES`
+    files: tuple[str, ...]      # names of `exp.sources.FILES`
     convert: Callable[..., list[dict|None]] # all rows of these files -> prompts with answers, or pairs, for each row of the first; None: not of this set
 
 # %% ../nbs/01_data.ipynb #59a81c2d
@@ -168,7 +168,7 @@ def stand_in(
 def files_of(
     name:str, # one of `SETS`
     source:str, # 'hub', or a folder
-)->list[str]: # names of `lab.sources.FILES`
+)->list[str]: # names of `exp.sources.FILES`
     "The files that a training set is drawn from."
     _near('training set', name, SETS)
     if 'math' in name and source != 'hub' and present(Path(source), 'metamath') is None: return ['math', 'gsm8k/train']
@@ -281,7 +281,7 @@ def draw(
 
 # %% ../nbs/01_data.ipynb #c592bc49
 def stamps(
-    files:list[str], # names of `lab.sources.FILES`
+    files:list[str], # names of `exp.sources.FILES`
     source:str, # 'hub', or a folder
     revisions:dict[str,str]={}, # of the Hub, from the profile
 )->dict[str,str]: # file -> sha256 of the file, or revision on the Hub

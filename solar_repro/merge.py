@@ -10,14 +10,16 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
 import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from .lab.checkpoints import tensor_row, tensor_sums, together
-from .lab.merging import gram, slerp_coefs
-from .lab.model import Point, deltas, shifted
 from torch import Tensor
+
+from .merging.arithmetic import gram, slerp_coefs
+from .models.adapters import deltas, AdaptedModel, add_delta
+from .models.checkpoints import tensor_row, tensor_sums
 
 # %% ../nbs/04_merge.ipynb #a02237f5
 def slerp_tensor(
@@ -45,22 +47,22 @@ def shards(
 
 def tensors_of(
     file:Path, # one weight file of the base
-    *points:Point, # models of that base
+    *points:AdaptedModel, # models of that base
 )->Iterator[tuple[str,list[Tensor]]]: # name of a tensor, its value in each model
     "The tensors of models of one base, one at a time."
     changes = [deltas(p.terms) for p in points]
     with safe_open(file, 'pt') as f:
         for n in sorted(f.keys()):
             w = f.get_tensor(n)
-            yield n, [shifted(w, c.get(n, [])) for c in changes]
+            yield n, [add_delta(w, c.get(n, [])) for c in changes]
 
 # %% ../nbs/04_merge.ipynb #823da89d
 BESIDE_WEIGHTS = ('config', 'generation_config', 'tokenizer', 'special_tokens', 'added_tokens', 'vocab', 'merges', 'chat_template',
                   'model.safetensors.index')   # how the names of a checkpoint's other files begin
 
 def slerp(
-    a:Point, # model at t=0
-    b:Point, # model at t=1
+    a:AdaptedModel, # model at t=0
+    b:AdaptedModel, # model at t=1
     t:float, # where between them
     threshold:float, # |cosine| above it: linear (mergekit: 0.9995)
     out:Path, # checkpoint folder to write
@@ -82,14 +84,14 @@ def slerp(
 
 # %% ../nbs/04_merge.ipynb #49cfbe8a
 def geometry(
-    a:Point, # one model
-    b:Point, # another with the same tensors, a sum of adapters or a whole checkpoint
+    a:AdaptedModel, # one model
+    b:AdaptedModel, # another with the same tensors, a sum of adapters or a whole checkpoint
     base:Path, # what both started from
 )->pd.DataFrame: # one row a tensor: tensor, layer, n_params, norm_a, norm_b, norm_base, distance, cosine, angle_deg, change_a, change_b, cosine_change, angle_change_deg
     "Norms, distances and angles of two models and of their changes from the base, tensor by tensor."
     rows = []
     for file in shards(base):
-        parts = [tensors_of(file if p.base==base else Path(p.base)/file.name, p) for p in (Point(base), a, b)]
+        parts = [tensors_of(file if p.base==base else Path(p.base)/file.name, p) for p in (AdaptedModel(base), a, b)]
         for (n,[w]),(na,[x]),(nb,[y]) in zip(*parts, strict=True):
             if len({n, na, nb})>1: raise ValueError(f"geometry: {n} in the base where a has {na} and b has {nb}; expected the same tensors. Compare models of one architecture.")
             rows.append(tensor_row(n, w.numel(), tensor_sums(x, y, w)))
@@ -109,7 +111,7 @@ def rounding_loss(
                 n_back=(moved & (stored==before)).sum().item())
 
 def rounded(
-    point:Point, # a sum of adapters
+    point:AdaptedModel, # a sum of adapters
     dtype:torch.dtype=torch.bfloat16, # in which it would be stored
 )->pd.DataFrame: # one row a changed tensor: tensor, and what `rounding_loss` gives
     "What storing a model takes from its changes, tensor by tensor."
@@ -118,5 +120,5 @@ def rounded(
         with safe_open(file, 'pt') as f:
             for n in sorted(n for n in f.keys() if n in change):
                 w = f.get_tensor(n).to(dtype).float()    # the base as published in that dtype
-                rows.append(dict(tensor=n, **rounding_loss(shifted(w, change[n]), w, dtype)))
+                rows.append(dict(tensor=n, **rounding_loss(add_delta(w, change[n]), w, dtype)))
     return pd.DataFrame(rows, columns=['tensor', 'n_params', 'change', 'lost', 'n_moved', 'n_back'])

@@ -8,15 +8,17 @@ __all__ = ['sft_rows', 'packed_batch', 'sft_pass', 'PackedTrainer', 'train_sft']
 # %% ../nbs/02_sft.ipynb #362de285
 from collections.abc import Callable
 from pathlib import Path
+
 import torch
 from datasets import Dataset
-from .lab.model import encode, load_base, load_tokenizer, quiet
-from .lab.train import InPasses, arguments, in_passes, run_trainer, token_logps, trainable
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model, LoraConfig
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
+
+from .models.loading import encode, load_base, load_tokenizer, quiet
+from .models.training import arguments, in_microbatches, MicrobatchMixin, run_trainer, token_logps, trainable
 
 # %% ../nbs/02_sft.ipynb #a3d2049c
 def sft_rows(
@@ -51,14 +53,14 @@ def packed_batch(
 # %% ../nbs/02_sft.ipynb #ec00fb77
 def sft_pass(
     rows:list[dict], # packed rows: input_ids, labels, seq_lengths
-)->dict: # inputs, at, targets, n: see `lab.train.in_passes`
+)->dict: # inputs, at, targets, n: see `exp.train.in_microbatches`
     "Packed rows as a pass: labels become positions and what follows them."
     inputs = packed_batch(rows)
     labels = inputs.pop('labels')
     row, before = (labels[:, 1:]!=-100).nonzero(as_tuple=True)
     return dict(inputs=inputs, at=row*labels.shape[1]+before, targets=labels[row, before+1], n=len(row))
 
-class PackedTrainer(InPasses, SFTTrainer):
+class PackedTrainer(MicrobatchMixin, SFTTrainer):
     "TRL's SFTTrainer with its steps in passes."
     def pass_sums(self, model, batch):
         logps, right = token_logps(model, batch)
@@ -73,7 +75,7 @@ def train_sft(
     template, # the profile's [template]
     seed:int, # of initialisation, order of rows and dropout
     device:str='cpu', # 'cpu' or 'cuda'
-    tick:Callable[[int,int],None]|None=None, # called with (steps done, steps in all)
+    on_progress:Callable[[int,int],None]|None=None, # called with (steps done, steps in all)
 )->None:
     "Fine-tune the base on answers with QLoRA (arXiv:2305.14314); goes on from out/scratch if there is something."
     tokenizer = load_tokenizer(point_base)
@@ -85,7 +87,7 @@ def train_sft(
         model = get_peft_model(load_base(point_base, settings.nf4, settings.compute_dtype, device), lora)
         saved = trainable(model)
         config = SFTConfig(**arguments(settings, Path(out)/'scratch', seed, device), packing=True, packing_strategy='bfd')
-        trainer = (PackedTrainer if settings.pass_tokens else SFTTrainer)(model, args=config, train_dataset=data, processing_class=tokenizer)
-        trainer.data_collator = (lambda rows: in_passes(rows, lambda r: len(r['input_ids']), settings.pass_tokens, sft_pass)) if settings.pass_tokens else packed_batch
+        trainer = (PackedTrainer if settings.max_tokens_per_microbatch else SFTTrainer)(model, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer.data_collator = (lambda rows: in_microbatches(rows, lambda r: len(r['input_ids']), settings.max_tokens_per_microbatch, sft_pass)) if settings.max_tokens_per_microbatch else packed_batch
         run_trainer(trainer, saved, out, dict(loss='loss', learning_rate='learning_rate', grad_norm='grad_norm',
-                    mean_token_accuracy='accuracy', num_input_tokens_seen='tokens'), tick)
+                    mean_token_accuracy='accuracy', num_input_tokens_seen='tokens'), on_progress)

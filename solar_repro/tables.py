@@ -17,12 +17,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
 from jinja2 import Environment
+from matplotlib.ticker import MaxNLocator
 
 from . import paper
-from .lab.stats import Paired, holm, noise, paired, paired_mean, paired_se, resolvable
-from .paper import CLAIMS, H6_TASKS, TITLES, Claim, h6
+from .core.stats import holm, noise, Paired, paired, paired_mean, paired_se, resolvable
+from .paper import Claim, CLAIMS, h6, H6_TASKS, TITLES
 
 # %% ../nbs/06_tables.ipynb #ef4550a2
 def with_h6(
@@ -36,7 +36,7 @@ def with_h6(
 
 def _require(have:Sequence[str], models:Sequence[str], what:str)->None:
     missing = [m for m in models if m not in set(have)]
-    if missing: raise ValueError(f'{what}: no scores of {missing}; expected {list(models)}. Evaluate those models first, e.g. with lab.scores().')
+    if missing: raise ValueError(f'{what}: no scores of {missing}; expected {list(models)}. Evaluate those models first, e.g. with exp.scores().')
 
 # %% ../nbs/06_tables.ipynb #66b81c3a
 def models(
@@ -66,7 +66,7 @@ def _items(records:pd.DataFrame, task:str, m:str)->dict[str,Sequence[float]]: # 
     of = {t: g.sort_values('doc_id')['score'].to_numpy() for t, g in records[records['model'] == m].groupby('task')}
     tasks = H6_TASKS if task == 'h6' else (task,)
     lacking = [t for t in tasks if t not in of]
-    if lacking: raise ValueError(f'pair: no items of {m} on {lacking}; expected records of both models. Evaluate it first, e.g. with lab.records([{m!r}]).')
+    if lacking: raise ValueError(f'pair: no items of {m} on {lacking}; expected records of both models. Evaluate it first, e.g. with exp.records([{m!r}]).')
     return {t: of[t] for t in tasks}
 
 def pair(

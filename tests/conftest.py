@@ -34,7 +34,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 def full(tmp_path_factory):
     "A store with the whole recipe in it at smoke scale, built by a process of its own. Read only."
     store = tmp_path_factory.mktemp('run')/'store'
-    code = f"from solar_repro.lab.run import Lab; Lab('smoke', store={str(store)!r}).run()"
+    code = f"from solar_repro.pipeline.experiment import Experiment; Experiment('smoke', store={str(store)!r}).run()"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return store

@@ -14,13 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from solar_repro.data import load_benchmark, write_rows
 from solar_repro.eval import PROTOCOLS, allowed, build_requests, evaluate, score_as
-from solar_repro.lab import backend
-from solar_repro.lab.backend import (Coder, Journal, Limits, Request, Resident, SharedPrefixLM, batches, divide, encode_pairs, grow, halved, limits_of, stopper,
-                                     weights_digest)
-from solar_repro.lab.model import Point, load_tokenizer, materialize, quiet, save_adapter
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.recipe import recipe
-from solar_repro.lab.run import Lab
+from solar_repro.models import resident as backend
+from solar_repro.inference.lm import RequestEncoder, AnswerCache, SharedPrefixLM, encode_pairs, stopper
+from solar_repro.inference.prefix_tree import Limits, Request, batches, divide, grow, halved
+from solar_repro.models.resident import Resident, weights_digest
+from solar_repro.inference.forward import limits_of
+from solar_repro.models.adapters import AdaptedModel, materialize, save_adapter
+from solar_repro.models.loading import load_tokenizer, quiet
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.graph import build_graph
+from solar_repro.pipeline.experiment import Experiment
 from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.base import random_base
 
@@ -59,7 +62,7 @@ def requests_of(task, n=8):
     return [r for t in build_requests(task, load_benchmark(task, 'tiny', n), SHOTS[task]).tasks for r in t.instances]
 
 def same(requests, model, tok, batch, add_bos=None, window=None):
-    ours = SharedPrefixLM(model, Coder(tok, add_bos), batch, window)
+    ours = SharedPrefixLM(model, RequestEncoder(tok, add_bos), batch, window)
     hf = theirs(model, tok, batch_size=batch, add_bos_token=add_bos, max_length=window)
     if requests[0].request_type == 'generate_until':
         assert ours.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
@@ -105,7 +108,7 @@ def test_empty_contexts_and_whole_texts(model, tok, bos):
         same([Instance('loglikelihood', {}, ('', x), i) for i, x in enumerate(texts)], model, t, 4)
         whole = [Instance('loglikelihood_rolling', {}, (x,), i) for i, x in enumerate(texts)]
         for window in (512, 9):
-            got = SharedPrefixLM(model, Coder(t), max_length=window).loglikelihood_rolling(whole)
+            got = SharedPrefixLM(model, RequestEncoder(t), max_length=window).loglikelihood_rolling(whole)
             assert got == pytest.approx(theirs(model, t, batch_size=1, max_length=window).loglikelihood_rolling(whole, disable_tqdm=True), abs=1e-3)
 
 def test_long_answers_over_a_vocabulary_of_real_size(tok):
@@ -115,13 +118,13 @@ def test_long_answers_over_a_vocabulary_of_real_size(tok):
     m.lm_head.bias.data[tok(text)['input_ids']] = 14.          # its words are likely ones, so that the sum stays small enough for seven digits
     requests = [Instance('loglikelihood', {}, ('the red pot', ' ' + text[:n]), n) for n in (9, 200, len(text))]
     same(requests, m, tok, 4)
-    assert abs(SharedPrefixLM(m, Coder(tok)).loglikelihood(requests)[-1][0]) < 1000
+    assert abs(SharedPrefixLM(m, RequestEncoder(tok)).loglikelihood(requests)[-1][0]) < 1000
 
 def test_bfloat16_runs_and_stays_near(model, tok):
     half = shaped(len(tok) + 1).to(torch.bfloat16)
     requests = requests_of('truthfulqa', 3)
-    exact = SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
-    got = SharedPrefixLM(half, Coder(tok)).loglikelihood(requests)
+    exact = SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
+    got = SharedPrefixLM(half, RequestEncoder(tok)).loglikelihood(requests)
     wrong = HFLM(pretrained=half, tokenizer=tok, logits_cache=False).loglikelihood(requests, disable_tqdm=True)
     miss = lambda xs: sum(abs(a - b) for (a, _), (b, _) in zip(xs, exact))
     assert miss(got) < 1.5*miss(wrong)          # no further from float32 than lm-eval's own bfloat16
@@ -132,15 +135,15 @@ def test_eager_attention_too(tok):
 
 def test_what_cannot_be_right_is_refused(tok):
     m = shaped(len(tok), (MistralConfig, MistralForCausalLM), sliding_window=64)
-    with pytest.raises(ValueError, match='slides over 64 tokens'): SharedPrefixLM(m, Coder(tok))
+    with pytest.raises(ValueError, match='slides over 64 tokens'): SharedPrefixLM(m, RequestEncoder(tok))
     m = shaped(len(tok)); m.generation_config.repetition_penalty = 1.3
-    with pytest.raises(ValueError, match='repetition_penalty'): SharedPrefixLM(m, Coder(tok)).generate_until(requests_of('gsm8k', 2))
+    with pytest.raises(ValueError, match='repetition_penalty'): SharedPrefixLM(m, RequestEncoder(tok)).generate_until(requests_of('gsm8k', 2))
 
 # ---- what is computed -------------------------------------------------------------------------------------------------
 
 def test_a_context_is_computed_once_for_all_choices(model, tok):
     requests = requests_of('arc', 6)
-    lm = SharedPrefixLM(model, Coder(tok), 1)                  # batches of one: nothing is padding
+    lm = SharedPrefixLM(model, RequestEncoder(tok), 1)                  # batches of one: nothing is padding
     lm.loglikelihood(requests)
     contexts = {r.args[0] for r in requests}
     once = sum(len(tok(c)['input_ids']) for c in contexts) + sum(len(tok(r.args[1].strip())['input_ids']) - 1 for r in requests)
@@ -150,7 +153,7 @@ def test_the_examples_of_a_subject_are_computed_once(model, tok):
     row = lambda q: dict(subject='botany', question=q, choices=list('wxyz'), answer=0)
     bench = dict(train=[row('the red pot')]*3, test=[row(f'the {c} pot') for c in ('red', 'blue', 'green', 'big', 'old')])
     requests = build_requests('mmlu', bench, 3).tasks[0].instances
-    lm = SharedPrefixLM(model, Coder(tok), 64); lm.loglikelihood(requests)
+    lm = SharedPrefixLM(model, RequestEncoder(tok), 64); lm.loglikelihood(requests)
     lengths = [len(tok(c)['input_ids']) for c in {r.args[0] for r in requests}]
     assert lm.tokens_computed < 1.9*max(lengths) < sum(lengths)/2
 
@@ -158,9 +161,9 @@ def test_only_scored_positions_have_logits(model, tok, monkeypatch):
     seen = []
     hook = model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[-2]))
     requests = requests_of('truthfulqa', 3)
-    try: SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    try: SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
     finally: hook.remove()
-    assert 0 < sum(seen) <= sum(len(c) for _, c in encode_pairs(Coder(tok), [r.args for r in requests]))
+    assert 0 < sum(seen) <= sum(len(c) for _, c in encode_pairs(RequestEncoder(tok), [r.args for r in requests]))
 
 def test_rows_that_are_done_leave(model, tok, monkeypatch):
     widths = []
@@ -168,10 +171,10 @@ def test_rows_that_are_done_leave(model, tok, monkeypatch):
     monkeypatch.setattr(backend, 'forward', lambda m, ids, *a, **k: widths.append(ids.shape[0]) or run(m, ids, *a, **k))
     texts = [f'the {w} pot' for w in 'red blue green big old new small'.split()]
     ask = lambda until: [Instance('generate_until', {}, (t, dict(until=until, max_gen_toks=30)), i) for i, t in enumerate(texts)]
-    free = SharedPrefixLM(model, Coder(tok)).generate_until(ask([]))
+    free = SharedPrefixLM(model, RequestEncoder(tok)).generate_until(ask([]))
     widths.clear()
     words = [t.split()[k] for t, k in zip(free, (1, 3, 9, 12)) if len(t.split()) > k]
-    cut = SharedPrefixLM(model, Coder(tok)).generate_until(ask(words))
+    cut = SharedPrefixLM(model, RequestEncoder(tok)).generate_until(ask(words))
     assert [c == f for c, f in zip(cut, free)].count(False) >= 3
     steps = widths[1:]
     assert steps[-1] < steps[0] and all(a >= b for a, b in pairwise(steps))
@@ -201,7 +204,7 @@ def test_batches_hold_no_more_than_their_limits():
 def test_answers_do_not_depend_on_the_limits(limits, model, tok):
     for task in ('truthfulqa', 'gsm8k'):
         requests = requests_of(task, 5)
-        a, b = SharedPrefixLM(model, Coder(tok)), SharedPrefixLM(model, Coder(tok))
+        a, b = SharedPrefixLM(model, RequestEncoder(tok)), SharedPrefixLM(model, RequestEncoder(tok))
         b.limits = limits
         if task == 'gsm8k': assert a.generate_until(requests) == b.generate_until(requests)
         else: assert [x for x, _ in a.loglikelihood(requests)] == pytest.approx([x for x, _ in b.loglikelihood(requests)], abs=CLOSE)
@@ -210,43 +213,43 @@ def test_answers_do_not_depend_on_the_limits(limits, model, tok):
 
 def test_too_little_memory_halves_the_batches(model, tok, monkeypatch):
     requests, run, refused = requests_of('hellaswag', 6), backend.forward, []
-    expected = SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    expected = SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
     def small(m, ids, *a, **k):
         if ids.numel() > 150: refused.append(ids.shape); raise torch.OutOfMemoryError('no')
         return run(m, ids, *a, **k)
     monkeypatch.setattr(backend, 'forward', small)
-    lm = SharedPrefixLM(model, Coder(tok)); before = lm.limits
+    lm = SharedPrefixLM(model, RequestEncoder(tok)); before = lm.limits
     assert [x for x, _ in lm.loglikelihood(requests)] == pytest.approx([x for x, _ in expected], abs=CLOSE)
     assert refused and lm.limits.n_tok < before.n_tok
     monkeypatch.setattr(backend, 'forward', lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError('never')))
-    with pytest.raises(MemoryError, match='smaller model'): SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    with pytest.raises(MemoryError, match='smaller model'): SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
 
 @pytest.mark.parametrize('task', ('truthfulqa', 'gsm8k'))
 def test_an_interrupted_benchmark_goes_on_where_it_stopped(task, model, tok, tmp_path, monkeypatch):
-    monkeypatch.setattr(Journal.__init__, '__defaults__', (0.,))
+    monkeypatch.setattr(AnswerCache.__init__, '__defaults__', (0.,))
     ask = lambda lm, requests: getattr(lm, requests[0].request_type)(requests)
     requests = requests_of(task, 6)
-    expected = ask(SharedPrefixLM(model, Coder(tok), 2), requests)
+    expected = ask(SharedPrefixLM(model, RequestEncoder(tok), 2), requests)
     def stop(done, total):
         if done >= total/2: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): ask(SharedPrefixLM(model, Coder(tok), 2, scratch=tmp_path, tick=stop), requests)
+    with pytest.raises(KeyboardInterrupt): ask(SharedPrefixLM(model, RequestEncoder(tok), 2, scratch=tmp_path, on_progress=stop), requests)
     first = sum(len(json.loads(l)) for f in tmp_path.iterdir() for l in f.read_text().splitlines())
     assert len(requests)/2 <= first < len(requests)
     progress = []
-    lm = SharedPrefixLM(model, Coder(tok), 2, scratch=tmp_path, tick=lambda done, total: progress.append(done))
+    lm = SharedPrefixLM(model, RequestEncoder(tok), 2, scratch=tmp_path, on_progress=lambda done, total: progress.append(done))
     assert ask(lm, requests) == expected                        # bit for bit: the batches are the same
     assert progress[0] > first and progress[-1] == len(requests)
-    other = SharedPrefixLM(model, Coder(tok), 2, scratch=tmp_path, max_length=400)
+    other = SharedPrefixLM(model, RequestEncoder(tok), 2, scratch=tmp_path, max_length=400)
     before = len(list(tmp_path.iterdir())); ask(other, requests)
     assert len(list(tmp_path.iterdir())) == before + 1          # another window has a file of its own
 
 def test_plans_are_made_once_for_all_models(model, tok, monkeypatch):
     requests = requests_of('winogrande', 7)
-    SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)
+    SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
     monkeypatch.setattr(backend, 'grow', lambda *a: pytest.fail('planned again'))
-    monkeypatch.setattr(Coder, 'encode', lambda *a, **k: pytest.fail('encoded again'))
+    monkeypatch.setattr(RequestEncoder, 'encode', lambda *a, **k: pytest.fail('encoded again'))
     other = shaped(len(tok) + 1, tied=True)
-    SharedPrefixLM(other, Coder(tok)).loglikelihood(requests)
+    SharedPrefixLM(other, RequestEncoder(tok)).loglikelihood(requests)
 
 def test_a_stop_string_is_seen_at_its_last_token(tok):
     text = 'the pot is red.\n#### 4\n\nQuestion: What is'
@@ -265,11 +268,11 @@ def adapter(out, model, seed, r=4, only=''):
 
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
 def test_fifteen_models_cost_one_load_and_the_base_comes_back(dtype, base, tok, tmp_path, monkeypatch):
-    m = materialize(Point(base)).to(getattr(torch, dtype))
+    m = materialize(AdaptedModel(base)).to(getattr(torch, dtype))
     m.save_pretrained(tmp_path/'base'); tok.save_pretrained(tmp_path/'base')
     a, b, c = (adapter(tmp_path/f'a{i}', m, i, only=o) for i, o in enumerate(('', 'mlp', 'q_proj')))
-    plain = Point(tmp_path/'base')
-    points = [Point(plain.base, t) for t in (((a, 1.),), ((b, .4), (c, .6)), ((c, -1.),), ((a, .5), (b, .5)))]
+    plain = AdaptedModel(tmp_path/'base')
+    points = [AdaptedModel(plain.base, t) for t in (((a, 1.),), ((b, .4), (c, .6)), ((c, -1.),), ((a, .5), (b, .5)))]
     expected = {p: weights_digest(materialize(p)) for p in (plain, *points)}
     assert len(set(expected.values())) == 5
     loads = []
@@ -282,34 +285,34 @@ def test_fifteen_models_cost_one_load_and_the_base_comes_back(dtype, base, tok, 
     assert len(loads) == 1
 
 def test_a_model_half_written_is_written_again(base, tmp_path, monkeypatch):
-    m = materialize(Point(base))
-    one, two = (Point(base, ((adapter(tmp_path/f'{i}', m, i), 1.),)) for i in range(2))
-    resident, write, left = Resident(), backend.shifted, [5]
+    m = materialize(AdaptedModel(base))
+    one, two = (AdaptedModel(base, ((adapter(tmp_path/f'{i}', m, i), 1.),)) for i in range(2))
+    resident, write, left = Resident(), backend.add_delta, [5]
     resident.become(one)
     def stop(*x):
         left[0] -= 1
         if not left[0]: raise KeyboardInterrupt
         return write(*x)
-    monkeypatch.setattr(backend, 'shifted', stop)
+    monkeypatch.setattr(backend, 'add_delta', stop)
     with pytest.raises(KeyboardInterrupt): resident.become(two)
-    monkeypatch.setattr(backend, 'shifted', write)
-    for p in (one, Point(base), two): assert weights_digest(resident.become(p)) == weights_digest(materialize(p))
+    monkeypatch.setattr(backend, 'add_delta', write)
+    for p in (one, AdaptedModel(base), two): assert weights_digest(resident.become(p)) == weights_digest(materialize(p))
 
 def test_a_checkpoint_of_its_own_takes_the_same_memory(base, tmp_path):
     with quiet(): other = random_base(tmp_path/'other', seed=5)
-    a = adapter(tmp_path/'a', materialize(Point(base)), 1)
+    a = adapter(tmp_path/'a', materialize(AdaptedModel(base)), 1)
     resident = Resident()
-    first = resident.become(Point(base, ((a, 1.),)))
-    for p in (Point(other), Point(base), Point(other, ((a, .5),)), Point(base)):
+    first = resident.become(AdaptedModel(base, ((a, 1.),)))
+    for p in (AdaptedModel(other), AdaptedModel(base), AdaptedModel(other, ((a, .5),)), AdaptedModel(base)):
         assert resident.become(p) is first and weights_digest(first) == weights_digest(materialize(p))
     broken = save_adapter({f'base_model.model.model.layers.99.mlp.up_proj.lora_{x}.weight': torch.ones(4, 4) for x in 'AB'}, 4, 4, tmp_path/'b')
-    with pytest.raises(ValueError, match='adapters change'): resident.become(Point(base, ((broken, 1.),)))
+    with pytest.raises(ValueError, match='adapters change'): resident.become(AdaptedModel(base, ((broken, 1.),)))
 
 # ---- protocols --------------------------------------------------------------------------------------------------------
 
 def test_both_protocols_from_one_record(tok, bos):
-    assert allowed(Coder(tok)) == PROTOCOLS
-    assert allowed(Coder(bos)) == ('modern',) and allowed(Coder(bos, False)) == ('leaderboard-2023',)
+    assert allowed(RequestEncoder(tok)) == PROTOCOLS
+    assert allowed(RequestEncoder(bos)) == ('modern',) and allowed(RequestEncoder(bos, False)) == ('leaderboard-2023',)
     says = [('2 + 2 = 4.\n#### 4', 1., 1.), ('so: 4.\n#### 4', 1., 0.), ('#### $4', 0., 0.), ('#### 4.', 1., 0.), ('#### 1,004', 1., 1.)]
     golds = ['4', '4', '4', '4', '1,004']
     records = [dict(text=t, gold=g, score=m) for (t, m, _), g in zip(says, golds)]
@@ -321,7 +324,7 @@ def test_the_2023_text_is_what_its_stops_would_have_given(model, tok, base):
     requests = requests_of('gsm8k', 5)
     colon = lambda r, until: Instance('generate_until', r.doc, (r.args[0], dict(r.args[1], until=until)), r.idx)
     word = tok.decode([int(torch.argmax(model(torch.tensor([tok.encode(requests[0].args[0])])).logits[0, -1]))])
-    lm = SharedPrefixLM(model, Coder(tok))
+    lm = SharedPrefixLM(model, RequestEncoder(tok))
     long, short = (lm.generate_until([colon(r, until) for r in requests]) for until in (['Question:'], [':', 'Question:', 'Question', word]))
     for stop in (':', 'Question:', 'Question', word): long = [t.split(stop)[0] for t in long]
     assert long == short and short[0] == ''
@@ -329,13 +332,13 @@ def test_the_2023_text_is_what_its_stops_would_have_given(model, tok, base):
 def test_a_change_of_protocol_runs_only_what_it_must(tmp_path):
     p = load_profile('smoke')
     then = p.model_copy(update=dict(eval=p.eval.model_copy(update=dict(protocol='leaderboard-2023'))))
-    assert recipe(then) == recipe(p)
+    assert build_graph(then) == build_graph(p)
     foreign = lambda x: x.model_copy(update=dict(base=x.base.model_copy(update=dict(source='any/llama', revision='abc'))))
-    again = {n for n, s in recipe(foreign(then)).items() if s != recipe(foreign(p))[n]}
-    assert again == {n for n in recipe(p) if n.startswith('eval/')}     # a tokenizer that adds a BOS: all prompts change, no training does
-    lab, other = Lab(p, store=tmp_path), Lab(then, store=tmp_path)
-    a = lab.scores(['base'])
-    lab.store.build = None                                              # nothing may be built from here on
+    again = {n for n, s in build_graph(foreign(then)).items() if s != build_graph(foreign(p))[n]}
+    assert again == {n for n in build_graph(p) if n.startswith('eval/')}     # a tokenizer that adds a BOS: all prompts change, no training does
+    exp, other = Experiment(p, store=tmp_path), Experiment(then, store=tmp_path)
+    a = exp.scores(['base'])
+    exp.store.build = None                                              # nothing may be built from here on
     other.store.build = None
     b = other.scores(['base'])
     both = other.protocols(['base']).set_index('task')

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from solar_repro.lab.model import load_base, materialize
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.run import Lab
+from solar_repro.models.loading import load_base
+from solar_repro.models.adapters import materialize
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.experiment import Experiment
 from solar_repro.sft import train_sft
 
 BENCH = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'benchmarks' / 'tiny_tables.py'))
@@ -28,7 +29,7 @@ def counter() -> FlopCounterMode:
 @pytest.mark.parametrize('nf4', [False, True])
 def test_a_forward_costs_two_flops_a_token_and_weight(tmp_path, nf4):
     "2 a token and weight of the linear layers, and attention's two products; 4-bit weights count like others."
-    point = Lab('smoke', store=tmp_path / 'store').point('base')
+    point = Experiment('smoke', store=tmp_path / 'store').point('base')
     model = materialize(point)
     c, batch, seq = model.config, 2, 50
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -43,8 +44,8 @@ def test_a_forward_costs_two_flops_a_token_and_weight(tmp_path, nf4):
 
 def test_a_qlora_run_counts_every_product(tmp_path):
     "TRL's loss multiplies with the vocabulary's weights itself; without that product a third of this run would be missed."
-    lab, p = Lab('smoke', store=tmp_path / 'store'), load_profile('smoke')
-    base, rows, seen = lab.build('base').path, lab.rows('data/alpaca_gpt4'), Counter()
+    exp, p = Experiment('smoke', store=tmp_path / 'store'), load_profile('smoke')
+    base, rows, seen = exp.build('base').path, exp.rows('data/alpaca_gpt4'), Counter()
     with BENCH['products'](seen), counter() as count:
         train_sft(base, rows, tmp_path / 'out', p.sft, p.template, 0)
     found = {str(op): n for op, n in count.get_flop_counts()['Global'].items()}

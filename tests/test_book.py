@@ -14,8 +14,8 @@ import nbformat
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from solar_repro.lab import book
-from solar_repro.lab.run import Lab
+from solar_repro.reports import notebooks as book
+from solar_repro.pipeline.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 INI = '[DEFAULT]\nlib_name = solar_repro\n'
@@ -51,9 +51,9 @@ def ran(project: Path) -> list[str]:
     return lines
 
 
-def run_book(cwd: Path, *args: str, code: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+def run_notebooks(cwd: Path, *args: str, code: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     "`make tables` without the set-up."
-    return subprocess.run([sys.executable, '-m', 'solar_repro.lab.book', '--profile', 'smoke', *args], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke', *args], cwd=cwd, capture_output=True, text=True,
                           stdin=subprocess.DEVNULL, timeout=600, env={**os.environ, 'PYTHONPATH': str(code), **env})
 
 
@@ -69,7 +69,7 @@ def test_story_order():
 def test_only_what_changed_runs_again(project, capsys):
     "One test, so that the two notebooks are executed no more often than needed."
     out = project/'runs'/'smoke'/'notebooks'
-    assert book.run_book('smoke') == [out/'00_one.ipynb', out/'lab'/'00_two.ipynb']
+    assert book.run_notebooks('smoke') == [out/'00_one.ipynb', out/'lab'/'00_two.ipynb']
     assert ran(project) == ['one smoke 0', 'two']
     said = capsys.readouterr().out
     assert '[1/2] 00_one.ipynb' in said and '[2/2] lab/00_two.ipynb' in said and 'unchanged' not in said
@@ -77,45 +77,45 @@ def test_only_what_changed_runs_again(project, capsys):
     assert two.cells[-1].outputs[0]['data']['text/plain'] == '2'
     assert not [p for p in out.rglob('*') if '.part' in p.name or '.failed' in p.name] and not (project/'runs'/'smoke'/'progress.jsonl').exists()
 
-    began = time.time(); book.run_book('smoke')
+    began = time.time(); book.run_notebooks('smoke')
     assert ran(project) == [] and time.time() - began < 5 and capsys.readouterr().out.count('unchanged') == 2
 
     one = json.loads((project/'nbs'/'00_one.ipynb').read_text())
     one['cells'][1]['outputs'] = [dict(output_type='stream', name='stdout', text='new')]
     (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
-    book.run_book('smoke')
+    book.run_notebooks('smoke')
     assert ran(project) == []                                # outputs are no source
 
     one['cells'][-1]['source'] = "open('../ran.txt', 'a').write('changed\\n')"
     (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
-    book.run_book('smoke')
+    book.run_notebooks('smoke')
     assert ran(project) == ['changed']
 
     (out/'lab'/'00_two.ipynb').write_text('{"cells": [')     # damaged
-    book.run_book('smoke')
+    book.run_notebooks('smoke')
     assert ran(project) == ['two'] and nbformat.read(out/'lab'/'00_two.ipynb', 4)
 
     (out/'00_one.ipynb').unlink()
-    book.run_book('smoke')
+    book.run_notebooks('smoke')
     assert ran(project) == ['changed'] and (out/'00_one.ipynb').exists()
 
     (project/'solar_repro').mkdir(); (project/'solar_repro'/'new.py').write_text('x = 1')
-    book.run_book('smoke')
+    book.run_notebooks('smoke')
     assert ran(project) == ['changed', 'two']                # the library is part of every stamp
 
-    book.run_book('smoke', 3)
+    book.run_notebooks('smoke', 3)
     assert ran(project) == ['changed', 'two'] and (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').exists()
     assert 'seed = 3' in (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').read_text()
 
 
 def test_results_that_left_the_store_are_made_again(project):
     "An executed notebook counts only as long as the store holds what it saw."
-    lab = Lab('smoke'); nb = project/'nbs'/'00_one.ipynb'
-    record = dict(stamp=book.stamp(nb, lab), output=book._digest(nb), results={'data/openorca': 'abc'}, made={})
-    assert book._unchanged(record, nb, nb, lab, {'data/openorca': 'abc', 'base': 'def'})
-    assert not book._unchanged(record, nb, nb, lab, {'data/openorca': 'other'})
-    assert not book._unchanged(record, nb, nb, lab, {})
-    assert not book._unchanged(None, nb, nb, lab, {})
+    exp = Experiment('smoke'); nb = project/'nbs'/'00_one.ipynb'
+    record = dict(stamp=book.stamp(nb, exp), output=book._digest(nb), results={'data/openorca': 'abc'}, made={})
+    assert book._unchanged(record, nb, nb, exp, {'data/openorca': 'abc', 'base': 'def'})
+    assert not book._unchanged(record, nb, nb, exp, {'data/openorca': 'other'})
+    assert not book._unchanged(record, nb, nb, exp, {})
+    assert not book._unchanged(None, nb, nb, exp, {})
 
 
 def test_a_profile_of_ones_own_keeps_its_seed(project):
@@ -124,7 +124,7 @@ def test_a_profile_of_ones_own_keeps_its_seed(project):
     own = project/'own.toml'
     own.write_text(re.sub('^seed = 0', 'seed = 5', text, flags=re.M).replace('name = "smoke"', 'name = "own"'))
     shutil.rmtree(project/'nbs'/'lab')
-    book.run_book('own.toml')                                # a path is meant from where one stands
+    book.run_notebooks('own.toml')                                # a path is meant from where one stands
     assert (project/'runs'/'own-seed5'/'notebooks'/'00_one.ipynb').exists()
     assert ran(project) == [f'one {own} 5']
 
@@ -144,14 +144,14 @@ def test_no_notebooks(tmp_path):
 def test_a_failing_notebook(project):
     "Exit status 1, a traceback, the notebook as far as it came; the next run goes on there."
     bad = notebook(project/'nbs'/'lab'/'00_two.ipynb', "print('got here')", 'def f(): return 1/0', 'f()')
-    done = run_book(project)
+    done = run_notebooks(project)
     failed = project/'runs'/'smoke'/'notebooks'/'lab'/'00_two.failed.ipynb'
     assert done.returncode == 1, done.stderr
     assert 'ZeroDivisionError' in done.stderr and 'f()' in done.stderr and '*.failed.ipynb' in done.stderr
     assert 'got here' in failed.read_text() and not failed.with_name('00_two.ipynb').exists()
     assert ran(project) == ['one smoke 0']
     notebook(bad, "open('../../ran.txt', 'a').write('two\\n')")
-    done = run_book(project)
+    done = run_notebooks(project)
     assert done.returncode == 0 and ran(project) == ['two'] and not failed.exists()
 
 
@@ -163,7 +163,7 @@ def test_execute_raises_what_papermill_raises(project):
 
 @pytest.mark.parametrize('args,message', [(['--profile', 'smok'], 'smoke'), (['--seed', '-1'], 'seed')])
 def test_unusable_arguments(project, args, message):
-    done = run_book(project, *args)
+    done = run_notebooks(project, *args)
     assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
     assert ran(project) == []
 
@@ -188,7 +188,7 @@ def wait_for(condition, seconds: float) -> bool:
 def test_interrupted(project, how):
     "Ctrl-C reaches every process of the terminal, `kill -INT` the one; either way the next run goes on."
     slow = notebook(project/'nbs'/'lab'/'00_two.ipynb', "import os, time\nopen('../../pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(100)")
-    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.lab.book', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
+    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
     try:
         assert wait_for(lambda: (project/'pid.txt').exists() and (project/'pid.txt').read_text(), 60)
@@ -204,7 +204,7 @@ def test_interrupted(project, how):
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
     assert ran(project) == ['one smoke 0'] and not (project/'runs'/'smoke'/'notebooks'/'lab'/'00_two.ipynb').exists()
     notebook(slow, "open('../../ran.txt', 'a').write('two\\n')")
-    done = run_book(project)
+    done = run_notebooks(project)
     assert done.returncode == 0, done.stderr
     assert ran(project) == ['two'] and '00_one.ipynb: unchanged' in done.stdout
 
@@ -218,7 +218,7 @@ while not pathlib.Path('../../{}.pid').exists(): assert time.time() < end; time.
 open('../../{{}}.met', 'w').close(); time.sleep(100)"""
     for a, b in (('00_two', '01_three'), ('01_three', '00_two')): notebook(project/'nbs'/'lab'/f'{a}.ipynb', meet.format(b).replace('{}', a))
     notebook(project/'nbs'/'tiny'/'00_four.ipynb', "open('../../ran.txt', 'a').write('four\\n')")
-    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.lab.book', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
+    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
     try:
         assert wait_for(lambda: len(list(project.glob('*.met'))) == 2, 60), 'they did not meet'
@@ -243,7 +243,7 @@ class Smoke:
         self.first = self.book()
         self.out = self.code/'runs'/'smoke'
 
-    def book(self): return run_book(self.code, code=self.code, SOLAR_STORE=str(self.store))
+    def book(self): return run_notebooks(self.code, code=self.code, SOLAR_STORE=str(self.store))
 
     def files(self) -> dict[Path, bytes]:
         return {p: p.read_bytes() for d in ('nbs', 'solar_repro') for p in (self.code/d).rglob('*') if p.is_file() and '__pycache__' not in p.parts}

@@ -14,14 +14,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from solar_repro.lab import merging
-from solar_repro.lab.checkpoints import compare, open_checkpoint, together
-from solar_repro.lab.cli import main
-from solar_repro.lab.merging import from_yaml, kept_at_random, merge, recipe, to_yaml
+from solar_repro.merging import engine as merging
+from solar_repro.models.checkpoints import compare, open_checkpoint, together
+from solar_repro.reports.cli import main
+from solar_repro.merging.config import from_yaml, merge_config, to_yaml
+from solar_repro.merging.arithmetic import kept_at_random
+from solar_repro.merging.engine import merge
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
-SHELL = [sys.executable, '-c', 'from solar_repro.lab.cli import main; raise SystemExit(main())']
+SHELL = [sys.executable, '-c', 'from solar_repro.reports.cli import main; raise SystemExit(main())']
 
 
 def write(folder: Path, tensors: dict, n_files: int = 1, **config) -> Path:
@@ -78,7 +80,7 @@ def test_average_against_float64(tmp_path, dtype, weights):
     first = noise(0)
     models = [to(noise(i, first, .5), dtype) for i in range(1, len(weights)+1)]
     paths = [write(tmp_path/f'm{i}', m, n_files=1+i) for i, m in enumerate(models)]
-    got = read(merge(recipe('linear', paths, weights), tmp_path/'out', shard_bytes=400_000))
+    got = read(merge(merge_config('linear', paths, weights), tmp_path/'out', shard_bytes=400_000))
     assert set(got) == set(first)
     for n in first:
         want = sum(w*m[n].double() for w, m in zip(weights, models)).to(dtype)
@@ -91,7 +93,7 @@ def test_slerp_against_float64(tmp_path, dtype, t):
     A = noise(0); B = noise(1, A, .7)
     B['model.norm.weight'] = A['model.norm.weight']*1.0001       # parallel: linear
     A, B = to(A, dtype), to(B, dtype)
-    out = merge(recipe('slerp', [write(tmp_path/'A', A), write(tmp_path/'B', B, 3)], t=t), tmp_path/'out')
+    out = merge(merge_config('slerp', [write(tmp_path/'A', A), write(tmp_path/'B', B, 3)], t=t), tmp_path/'out')
     got, record = read(out), json.loads((out/'slerp.json').read_text())
     assert [n for n in sorted(A) if record[n]['fell_back']] == ['model.layers.2.mlp.up_proj.weight', 'model.norm.weight']   # one number is parallel to another
     for n in A:
@@ -108,21 +110,21 @@ def test_bfloat16_is_rounded_once(tmp_path):
     w = 130.5/260
     exact = torch.tensor(w*130/64 + (1-w)*2**-26, dtype=torch.float64)
     assert exact > 130.5/128 == exact.float() and exact.bfloat16() == 130/128
-    assert read(merge(recipe('linear', [a, b], [w, 1-w]), tmp_path/'out'))['model.layers.0.w'].tolist() == [131/128, -131/128]
+    assert read(merge(merge_config('linear', [a, b], [w, 1-w]), tmp_path/'out'))['model.layers.0.w'].tolist() == [131/128, -131/128]
 
 
 def test_methods_by_hand(tmp_path):
     row = lambda *x: {'model.layers.0.w': torch.tensor(x)}
     C, A, B = (write(tmp_path/n, row(*x)) for n, x in dict(C=[1., 1., 1., 1.], A=[3., 1.5, 0., 1.], B=[2., 1., 2., -3.]).items())   # changes (2, .5, -1, 0) and (1, 0, 1, -4)
 
-    def values(i, *a, **kw): return read(merge(recipe(*a, **kw), tmp_path/f'out{i}'))['model.layers.0.w'].tolist()
+    def values(i, *a, **kw): return read(merge(merge_config(*a, **kw), tmp_path/f'out{i}'))['model.layers.0.w'].tolist()
     assert values(0, 'linear', [A, B], [.25, .75]) == [2.25, 1.125, 1.5, -2.]
     assert values(1, 'linear', [A, B], [1, 3], normalize=True) == [2.25, 1.125, 1.5, -2.]
     assert values(2, 'task_arithmetic', [A, B], [1, -1], base=C, lam=.5) == [1.5, 1.25, 0., 3.]
     assert values(3, 'ties', [A, B], base=C, density=.5) == [2.5, 1., 2., -3.]           # kept: (2, ., -1, .) and (1, ., 1, -4): 1 ties with 1; third: -1 and 1 cancel, so plus
     assert values(4, 'ties', [A, B], [3, 1], base=C, density=1.) == [2.75, 1.5, 0., -3.]   # third: -3 outvotes 1
     x, y = ({'model.layers.0.w': torch.tensor(v)} for v in ([1., 0.], [.5, math.sqrt(.75)]))
-    half = read(merge(recipe('slerp', [write(tmp_path/'x', x), write(tmp_path/'y', y)]), tmp_path/'xy'))['model.layers.0.w']
+    half = read(merge(merge_config('slerp', [write(tmp_path/'x', x), write(tmp_path/'y', y)]), tmp_path/'xy'))['model.layers.0.w']
     assert half.tolist() == pytest.approx([math.sqrt(.75), .5], abs=1e-7)                # 30 degrees of 60
 
 
@@ -131,7 +133,7 @@ def test_dare_is_the_same_however_it_is_cut(tmp_path, method, monkeypatch):
     C = noise(0); A, B = (noise(i, C, .5) for i in (1, 2))
     paths = [write(tmp_path/n, T) for n, T in dict(A=A, B=B).items()]
     base = write(tmp_path/'C', C)
-    make = lambda name, seed, **kw: read(merge(recipe(method, paths, base=base, density=.3, seed=seed), tmp_path/name, **kw))
+    make = lambda name, seed, **kw: read(merge(merge_config(method, paths, base=base, density=.3, seed=seed), tmp_path/name, **kw))
     one = make('one', 5)
     monkeypatch.setattr(merging, 'CHUNK', 1 << 16); monkeypatch.setattr(merging, 'PIECE', 1000)
     two, other = make('two', 5, threads=3, shard_bytes=300_000), make('other', 6)
@@ -148,7 +150,7 @@ def test_dare_is_the_same_however_it_is_cut(tmp_path, method, monkeypatch):
 @pytest.mark.parametrize('method', ['linear', 'slerp', 'ties', 'dare_ties'])
 def test_gpu_gives_what_the_processor_gives(tmp_path, method):
     C = to(noise(0), torch.bfloat16); paths = [write(tmp_path/f'm{i}', noise(i, C, .5)) for i in (1, 2)]
-    r = recipe(method, paths, base=None if method in ('linear', 'slerp') else write(tmp_path/'C', C), density=None if method in ('linear', 'slerp') else .3)
+    r = merge_config(method, paths, base=None if method in ('linear', 'slerp') else write(tmp_path/'C', C), density=None if method in ('linear', 'slerp') else .3)
     one, two = read(merge(r, tmp_path/'one')), read(merge(r, tmp_path/'two', device='cuda'))
     assert all(ulps(one[n], two[n]).max() <= 1 for n in one)
 
@@ -162,7 +164,7 @@ def pair(tmp_path) -> tuple[Path, Path]:
 
 
 def test_bounded_files_index_and_card(tmp_path, pair):
-    out = merge(recipe('linear', pair, [.4, .6]), tmp_path/'out', shard_bytes=100_000)
+    out = merge(merge_config('linear', pair, [.4, .6]), tmp_path/'out', shard_bytes=100_000)
     index = json.loads((out/'model.safetensors.index.json').read_text())
     assert index['weight_map'] == {n: e.file.name for n, e in open_checkpoint(out).entries.items()}
     sizes = {f.name: sum(e.stop-e.start for e in open_checkpoint(out).entries.values() if e.file == f) for f in open_checkpoint(out).files}
@@ -172,7 +174,7 @@ def test_bounded_files_index_and_card(tmp_path, pair):
     assert head['base_model'] == ['A', 'B'] and 'linear' in head['tags'] and f'torch {torch.__version__}' in card
     files = [f for p in pair for f in sorted(p.glob('*.safetensors'))]
     assert len(files) == 3 and all(hashlib.sha256(f.read_bytes()).hexdigest() in card for f in files)
-    assert from_yaml((out/'mergekit_config.yml').read_text()) == recipe('linear', pair, [.4, .6])
+    assert from_yaml((out/'mergekit_config.yml').read_text()) == merge_config('linear', pair, [.4, .6])
     assert not list(tmp_path.glob('.*merging'))
 
 
@@ -181,7 +183,7 @@ def llamas(tmp_path_factory) -> list[Path]:
     "A base and two that start from it, as transformers saves them, with tokenizer and generation config."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from solar_repro.lab.model import quiet
+    from solar_repro.models.loading import quiet
     from solar_repro.tiny.base import random_base
     tmp = tmp_path_factory.mktemp('llamas')
     with quiet():
@@ -199,7 +201,7 @@ def llamas(tmp_path_factory) -> list[Path]:
 def test_transformers_loads_what_is_merged(tmp_path, llamas):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     _, one, two = llamas
-    out = merge(recipe('linear', [one, two], [.25, .75]), tmp_path/'out', shard_bytes=100_000)
+    out = merge(merge_config('linear', [one, two], [.25, .75]), tmp_path/'out', shard_bytes=100_000)
     got = AutoModelForCausalLM.from_pretrained(out)
     a, b = (AutoModelForCausalLM.from_pretrained(p) for p in (one, two))
     with torch.no_grad():
@@ -237,12 +239,12 @@ def test_killed_and_run_again(tmp_path):
 def test_what_another_merge_left_is_not_taken_for_this_one(tmp_path, pair):
     plan = tmp_path/'.out.0123456789ab.merging'
     plan.mkdir(); (plan/'model.safetensors').write_bytes(b'other'); (plan/'model.safetensors.json').write_text('{}')
-    out = merge(recipe('linear', pair), tmp_path/'out')
+    out = merge(merge_config('linear', pair), tmp_path/'out')
     assert len(read(out)) == 6 and not plan.exists()
 
 
 def test_an_input_that_changed_is_read_again(tmp_path, pair, monkeypatch):
-    r = recipe('linear', pair, [.5, .5])
+    r = merge_config('linear', pair, [.5, .5])
     with monkeypatch.context() as m:
         m.setattr(merging, '_publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))              # stopped at the very end
         with pytest.raises(KeyboardInterrupt): merge(r, tmp_path/'out')
@@ -258,11 +260,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         (tmp_path/m).mkdir(); (tmp_path/m/'config.json').write_text('{}')
         n, header = 1 << 28, json.dumps({'layers.0.w': dict(dtype='BF16', shape=[1 << 14, 1 << 14], data_offsets=[0, 1 << 29])}).encode()
         with open(tmp_path/m/'model.safetensors', 'wb') as f: f.write(len(header).to_bytes(8, 'little') + header); f.truncate(8+len(header)+2*n)
-    code = ("import re; from pathlib import Path; from solar_repro.lab.merging import merge, recipe\n"
+    code = ("import re; from pathlib import Path; from solar_repro.merging.engine import merge, merge_config\n"
             "anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024\n"
             "peak, before = [0], anon()\n"
-            "def tick(done, total): peak[0] = max(peak[0], anon())\n"
-            f"merge(recipe('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), tick=tick)\nprint(before, peak[0])")
+            "def on_progress(done, total): peak[0] = max(peak[0], anon())\n"
+            f"merge(merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), on_progress=on_progress)\nprint(before, peak[0])")
     done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     before, peak = map(float, done.stdout.split())
@@ -285,7 +287,7 @@ def broken(folder: Path, A: dict, how: str) -> Path:
     if how == 'missing': return write(folder, {k: v for k, v in A.items() if k != n})
     if how == 'extra': return write(folder, A | {'model.layers.9.w': torch.ones(2, 3)})
     if how in ('nan', 'inf'): w = A[n].clone(); w[5, 6] = float(how); return write(folder, A | {n: w})
-    if how == 'quantised': return write(folder, A, quantization_config=dict(quant_method='awq'))
+    if how == 'quantized': return write(folder, A, quantization_config=dict(quant_method='awq'))
     if how == 'dtype': return write(folder, to(A, torch.float32))
     if how == 'pickle': folder.mkdir(); (folder/'config.json').write_text('{}'); torch.save(A, folder/'pytorch_model.bin'); return folder
     if how == 'cut': f = write(folder, A)/'model.safetensors'; f.write_bytes(f.read_bytes()[:-10]); return folder
@@ -298,7 +300,7 @@ def broken(folder: Path, A: dict, how: str) -> Path:
 
 REFUSED = dict(architecture=['MistralForCausalLM'], function=['rope_theta', '500000.0'], shape=['model.layers.0.mlp.up_proj.weight is (257, 129)', '(129, 257)'],
                missing=['lacks model.layers.0.mlp.up_proj.weight (257, 129)'], extra=['model.layers.9.w (2, 3)'], nan=['model.layers.0.mlp.up_proj.weight (257, 129)', 'is nan at (5, 6)'],
-               inf=['is inf at (5, 6)', 'take an earlier checkpoint'], quantised=['quantised (awq)'], dtype=['BF16 and F32', '--dtype'], pickle=['pytorch_model.bin', 'save_pretrained'],
+               inf=['is inf at (5, 6)', 'take an earlier checkpoint'], quantized=['quantized (awq)'], dtype=['BF16 and F32', '--dtype'], pickle=['pytorch_model.bin', 'save_pretrained'],
                cut=['expected a whole file'], part=['model-00002-of-00002.safetensors', 'index'], vocabulary=['only in', ': b (1 in all)', ': c (1 in all)'],
                **{'added token': ['only in', ': c (1 in all)']}, order=["with another id: 'a' (0 and 1), 'b' (1 and 0)"])
 
@@ -359,7 +361,7 @@ def test_target_and_space_refused(tmp_path, pair, capsys, monkeypatch):
 
 
 def test_two_processes_do_not_write_one_target(tmp_path, pair):
-    r = recipe('linear', pair)
+    r = merge_config('linear', pair)
     stamps = merging._stamps([open_checkpoint(p) for p in pair])
     _, lock = merging._private(tmp_path/'out', dict(format=2, recipe=to_yaml(r), inputs=stamps, shard_bytes=2_000_000_000))
     with pytest.raises(OSError, match='another process'): merge(r, tmp_path/'out')
@@ -405,9 +407,9 @@ tokenizer_source: base
     assert all(torch.equal(w, got[n]) for n, w in read(tmp_path/'out2').items())
 
 
-@pytest.mark.parametrize('r', [recipe('linear', ['A', 'B', 'C'], [.2, .3, .5]), recipe('linear', ['A', 'B'], [1, 2], normalize=True, dtype='float32'), recipe('slerp', ['A', 'B'], t=.1),
-                               recipe('task_arithmetic', ['A', 'B'], [1, -.5], base='C', lam=.7), recipe('ties', ['A', 'B'], base='C', density=.2),
-                               recipe('dare_linear', ['A'], base='C', density=.1, seed=9), recipe('dare_ties', ['A', 'B'], [.5, .5], base='C', density=.1)], ids=lambda r: r.method)
+@pytest.mark.parametrize('r', [merge_config('linear', ['A', 'B', 'C'], [.2, .3, .5]), merge_config('linear', ['A', 'B'], [1, 2], normalize=True, dtype='float32'), merge_config('slerp', ['A', 'B'], t=.1),
+                               merge_config('task_arithmetic', ['A', 'B'], [1, -.5], base='C', lam=.7), merge_config('ties', ['A', 'B'], base='C', density=.2),
+                               merge_config('dare_linear', ['A'], base='C', density=.1, seed=9), merge_config('dare_ties', ['A', 'B'], [.5, .5], base='C', density=.1)], ids=lambda r: r.method)
 def test_yaml_there_and_back(r): assert from_yaml(to_yaml(r)) == r
 
 
@@ -440,7 +442,7 @@ def test_adapters_of_one_base(tmp_path, llamas):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from solar_repro.lab.model import save_adapter
+    from solar_repro.models.adapters import save_adapter
     base, g = llamas[0], torch.Generator().manual_seed(0)
 
     def adapter(name, r, module='up_proj', n_in=64):
@@ -448,15 +450,15 @@ def test_adapters_of_one_base(tmp_path, llamas):
         return save_adapter(t, r, 16, tmp_path/name)
     one, two = adapter('one', 4), adapter('two', 8)
     load = lambda a: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), a).merge_and_unload().state_dict()
-    start, x, y, got = AutoModelForCausalLM.from_pretrained(base).state_dict(), load(one), load(two), load(merge(recipe('linear', [one, two], [.3, .7]), tmp_path/'mean'))
-    summed = load(merge(recipe('task_arithmetic', [one, two], [1, -.5], base=base, lam=2), tmp_path/'sum'))
+    start, x, y, got = AutoModelForCausalLM.from_pretrained(base).state_dict(), load(one), load(two), load(merge(merge_config('linear', [one, two], [.3, .7]), tmp_path/'mean'))
+    summed = load(merge(merge_config('task_arithmetic', [one, two], [1, -.5], base=base, lam=2), tmp_path/'sum'))
     changed = [n for n in x if not torch.equal(x[n], y[n])]
     assert len(changed) == 2
     for n in x:
         assert torch.allclose(got[n], .3*x[n]+.7*y[n], atol=1e-6), n
         assert torch.allclose(summed[n], start[n]+2*(x[n]-start[n])-(y[n]-start[n]), atol=1e-5), n
-    for r, heard in ((recipe('slerp', [one, two]), 'only ones whose result is an adapter'), (recipe('linear', [one, adapter('gate', 4, 'gate_proj')]), 'is absent in'),
-                     (recipe('linear', [one, two], [.5, .6]), 'sum to 1.1'), (recipe('linear', [one, base]), 'expected one kind')):
+    for r, heard in ((merge_config('slerp', [one, two]), 'only ones whose result is an adapter'), (merge_config('linear', [one, adapter('gate', 4, 'gate_proj')]), 'is absent in'),
+                     (merge_config('linear', [one, two], [.5, .6]), 'sum to 1.1'), (merge_config('linear', [one, base]), 'expected one kind')):
         with pytest.raises(ValueError, match=heard): merge(r, tmp_path/'refused')
 
 
@@ -464,20 +466,20 @@ def test_export_loads_in_one_line(tmp_path, full, capsys):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from solar_repro.lab.model import materialize
-    from solar_repro.lab.run import Lab
+    from solar_repro.models.adapters import materialize
+    from solar_repro.pipeline.experiment import Experiment
     common = ['--profile', 'smoke', '--store', full]
-    lab, ids = Lab('smoke', store=full), torch.arange(40)[None]
+    exp, ids = Experiment('smoke', store=full), torch.arange(40)[None]
     logits = lambda m: m.eval()(input_ids=ids).logits.detach()
     for name in ('Merge v1', 'Merge v4'):
-        want, out = logits(materialize(lab.point(name))), tmp_path/name
+        want, out = logits(materialize(exp.point(name))), tmp_path/name
         assert said(capsys, 'export', name, out, *common)[0] == 0
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out, dtype='auto')), want)
         assert len(AutoTokenizer.from_pretrained(out)) and name in (out/'README.md').read_text()
     code, _, err = said(capsys, 'export', 'Merge v4', tmp_path/'slerp', '--adapter', *common)
     assert code == 2 and 'Leave out --adapter' in err
     assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', '--adapter', *common)[0] == 0
-    got, want = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter')), logits(materialize(lab.point('Merge v1')))
+    got, want = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter')), logits(materialize(exp.point('Merge v1')))
     assert torch.allclose(got, want, atol=1e-4)      # float32 in another order
-    assert not torch.allclose(want, logits(materialize(lab.point('base'))), atol=1e-4)
+    assert not torch.allclose(want, logits(materialize(exp.point('base'))), atol=1e-4)
     assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', *common)[0] == 2

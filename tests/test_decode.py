@@ -9,9 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from solar_repro.data import load_benchmark
 from solar_repro.eval import build_requests
-from solar_repro.lab import backend
-from solar_repro.lab.backend import Coder, Guess, Limits, SharedPrefixLM, chain_batches, generate, n_shared, packed, stopper, width
-from solar_repro.lab.model import Point, load_tokenizer, materialize, quiet
+from solar_repro.models import resident as backend
+from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM, stopper
+from solar_repro.inference.generation import PromptLookup, chain_batches, generate, width
+from solar_repro.inference.prefix_tree import Limits
+from solar_repro.inference.forward import n_shared, packed
+from solar_repro.models.adapters import AdaptedModel, materialize
+from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.world import shipped_base
 
@@ -39,7 +43,7 @@ def truth(model, contexts):
 
 def oracle(truth, wrong_at=lambda row, place: False):
     "Guesses that are right but at some places of some rows, and always tried."
-    class Oracle(Guess):
+    class Oracle(PromptLookup):
         trust = property(lambda self: 15, lambda self, value: None)
         def draft(self):
             row, c = next((i, c) for i, c in enumerate(truth) if tuple(self.tokens[:len(c)]) == c and self.tokens[len(c):] == truth[c][:len(self.tokens) - len(c)])
@@ -62,23 +66,23 @@ def count_passes(monkeypatch):
 # ---- guesses ----------------------------------------------------------------------------------------------------------
 
 def test_right_guesses_are_all_kept(model, contexts, truth, monkeypatch):
-    monkeypatch.setattr(backend, 'Guess', oracle(truth)); passes = count_passes(monkeypatch)
+    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth)); passes = count_passes(monkeypatch)
     assert run(model, contexts, 48) == [truth[c][:48] for c in contexts]
     assert len(passes) == 3 and all(len(t) == 16 for _, out in passes for t in out)
 
 @pytest.mark.parametrize('wrong', (lambda row, place: True, lambda row, place: place % 3 == row % 3, lambda row, place: row % 2 and place % 7 == 0))
 def test_wrong_guesses_leave_no_trace(wrong, model, contexts, truth, monkeypatch):
     "Rows of one batch keep different numbers of tokens in each pass."
-    monkeypatch.setattr(backend, 'Guess', oracle(truth, wrong)); passes = count_passes(monkeypatch)
+    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth, wrong)); passes = count_passes(monkeypatch)
     assert run(model, contexts, 48) == [truth[c][:48] for c in contexts]
     assert len(passes) > 3 and any(len({len(t) for t in out}) > 1 for _, out in passes) == (not wrong(0, 1))
 
 def test_nothing_is_generated_past_the_last_token(model, contexts, truth, monkeypatch):
-    monkeypatch.setattr(backend, 'Guess', oracle(truth))
+    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth))
     for n in (0, 1, 7, 16, 17): assert run(model, contexts, n) == [truth[c][:n] for c in contexts]
 
 def test_a_stop_string_amid_right_guesses_ends_the_text_there(tok, model, contexts, truth, monkeypatch):
-    monkeypatch.setattr(backend, 'Guess', oracle(truth)); passes = count_passes(monkeypatch)
+    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth)); passes = count_passes(monkeypatch)
     stop = [tok.decode([truth[c][k]]).strip() for c, k in zip(contexts, (4, 21, 9))]
     assert all(stop)
     done = stopper(tok, stop, {truth[contexts[3]][12]})
@@ -90,10 +94,10 @@ def test_a_stop_string_amid_right_guesses_ends_the_text_there(tok, model, contex
 
 def test_no_requests_no_passes(tok, model, monkeypatch):
     passes = count_passes(monkeypatch)
-    assert SharedPrefixLM(model, Coder(tok)).generate_until([]) == [] and chain_batches([], 9, ROOM) == [] and not passes
+    assert SharedPrefixLM(model, RequestEncoder(tok)).generate_until([]) == [] and chain_batches([], 9, ROOM) == [] and not passes
 
 def test_guesses_follow_what_was_said_before():
-    g = Guess([5, 6, 7, 8, 5, 6])
+    g = PromptLookup([5, 6, 7, 8, 5, 6])
     assert g.draft() == [7, 8, 5, 6]*3 + [7, 8, 5]
     g.learn(g.draft(), [9]); assert g.trust == 0
     g.extend([5, 6]); assert g.draft()[0] == 9                  # the last time counts
@@ -102,10 +106,10 @@ def test_guesses_follow_what_was_said_before():
 
 @pytest.mark.parametrize('rows', (1, 64))
 def test_texts_of_the_shipped_model_are_the_same_without_guesses(rows, tok, monkeypatch):
-    base = materialize(Point(shipped_base()))
+    base = materialize(AdaptedModel(shipped_base()))
     requests = [r for t in build_requests('gsm8k', load_benchmark('gsm8k', 'tiny', 12), 2).tasks for r in t.instances]
     if rows == 1: requests = requests[:4]
-    slow, fast = SharedPrefixLM(base, Coder(tok), rows), SharedPrefixLM(base, Coder(tok), rows)
+    slow, fast = SharedPrefixLM(base, RequestEncoder(tok), rows), SharedPrefixLM(base, RequestEncoder(tok), rows)
     slow.limits = replace(slow.limits, n_idle=0)
     passes = count_passes(monkeypatch)
     texts = slow.generate_until(requests)
@@ -141,7 +145,7 @@ def test_products_by_onednn_give_the_same_answers(task, tok, model, monkeypatch)
     used = []
     one = backend.packed
     monkeypatch.setattr(backend, 'packed', lambda m, *block: used.append(len(backend._packable(m))) or one(m, *block))
-    ours = ask(SharedPrefixLM(model, Coder(tok)))
+    ours = ask(SharedPrefixLM(model, RequestEncoder(tok)))
     assert used == [2*7 + 1]
     if task == 'gsm8k': assert ours == theirs
     else:
@@ -154,9 +158,9 @@ def test_copies_of_weights_are_gone_afterwards(tok, model, monkeypatch):
     assert list(vars(model.lm_head)) == before
     other = LlamaForCausalLM(model.config).eval()
     requests = [Instance('loglikelihood', {}, ('the red', ' pot'), 0)]
-    lm = SharedPrefixLM(other, Coder(tok))
+    lm = SharedPrefixLM(other, RequestEncoder(tok))
     lm.loglikelihood(requests)
     other.load_state_dict(model.state_dict())                    # the next model in the same memory
-    assert lm.loglikelihood(requests)[0][0] == pytest.approx(SharedPrefixLM(model, Coder(tok)).loglikelihood(requests)[0][0], abs=1e-4)
+    assert lm.loglikelihood(requests)[0][0] == pytest.approx(SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)[0][0], abs=1e-4)
     monkeypatch.setattr(backend, 'PACK_BYTES', 2**27)
     assert backend._packable(model) == []                        # small models multiply as before

@@ -16,8 +16,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from solar_repro.data import load_benchmark, write_rows
 from solar_repro.eval import FEWSHOT_SEED, METRICS, answer, build_requests, collect, evaluate, mc2, task_folder
-from solar_repro.lab.backend import Coder, SharedPrefixLM
-from solar_repro.lab.model import Point, load_tokenizer, materialize, quiet
+from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
+from solar_repro.models.adapters import AdaptedModel, materialize
+from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.base import random_base
 
@@ -27,7 +28,7 @@ N = 9
 
 @pytest.fixture(scope='module')
 def point(tmp_path_factory):
-    with quiet(): return Point(random_base(tmp_path_factory.mktemp('base')))
+    with quiet(): return AdaptedModel(random_base(tmp_path_factory.mktemp('base')))
 
 @pytest.fixture(scope='module')
 def model(point): return materialize(point)
@@ -190,7 +191,7 @@ def test_lm_eval_says_the_same_on_the_same_folder(task, bench, point, model, tok
 # ---- reuse -------------------------------------------------------------------------------------------------------------
 
 def test_requests_are_built_once_and_hold_nothing_of_the_last_model(bench, point, model, tmp_path):
-    with quiet(): other = Point(random_base(tmp_path/'other', seed=1))
+    with quiet(): other = AdaptedModel(random_base(tmp_path/'other', seed=1))
     first = evaluate(point, 'arc', bench['arc'], 2, 4, model=model)
     asked = build_requests('arc', bench['arc'], 2)
     second = evaluate(other, 'arc', bench['arc'], 2, 4)
@@ -216,7 +217,7 @@ def test_errors_name_what_to_change(bench, point, model, tok):
     with pytest.raises(ValueError, match="no task 'boolq'"): evaluate(point, 'boolq', bench['arc'], 0, 4, model=model)
     asked = build_requests('gsm8k', bench['gsm8k'], 2)
     with pytest.raises(ValueError, match='longest request of gsm8k has .* at most 60'):
-        answer(SharedPrefixLM(model, Coder(tok), max_length=60), 'gsm8k', asked)
+        answer(SharedPrefixLM(model, RequestEncoder(tok), max_length=60), 'gsm8k', asked)
 
 def test_weights_with_nan_give_no_score(bench, point):
     broken = materialize(point)
@@ -230,8 +231,8 @@ socket.socket.connect = socket.socket.connect_ex = socket.create_connection = so
 from pathlib import Path
 from solar_repro.data import load_benchmark
 from solar_repro.eval import evaluate
-from solar_repro.lab.model import Point
-for t in ('arc', 'gsm8k'): evaluate(Point(Path(sys.argv[1])), t, load_benchmark(t, 'tiny', 3), 1, 4)
+from solar_repro.models.adapters import AdaptedModel
+for t in ('arc', 'gsm8k'): evaluate(AdaptedModel(Path(sys.argv[1])), t, load_benchmark(t, 'tiny', 3), 1, 4)
 """
 
 def test_nothing_is_fetched_written_at_home_or_left_behind(point, tmp_path):

@@ -17,12 +17,12 @@ from statsmodels.stats.proportion import proportion_confint
 from solar_repro import paper, tables
 from solar_repro.data import choices
 from solar_repro.eval import correct_2023, h6_se, mean_of_groups, mean_se
-from solar_repro.lab import stats as ours
-from solar_repro.lab.cli import main
-from solar_repro.lab.evidence import export_results, judged, number, recounted, verify
-from solar_repro.lab.run import Lab
-from solar_repro.lab.store import _content, file_hash
-from solar_repro.lab.view import explore
+from solar_repro.core import stats as ours
+from solar_repro.reports.cli import main
+from solar_repro.reports.verify import export_results, judged, number, recounted, verify
+from solar_repro.pipeline.experiment import Experiment
+from solar_repro.core.store import _content, file_hash
+from solar_repro.core.display import explore
 from solar_repro.paper import H6_TASKS
 
 # ---- verify -----------------------------------------------------------------------------------------------------------
@@ -30,9 +30,9 @@ from solar_repro.paper import H6_TASKS
 @pytest.fixture(scope='module')
 def whole(full, tmp_path_factory):
     "A full store, and the tables of its run. Read only."
-    lab = Lab('smoke', store=full)
+    exp = Experiment('smoke', store=full)
     folder = tmp_path_factory.mktemp('tables')/'tables'
-    tables.write_tables(lab.scores(), folder, lab.label, lab.own, lab.records())
+    tables.write_tables(exp.scores(), folder, exp.label, exp.own, exp.records())
     return full, folder
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def mine(whole, tmp_path):
     for p, name in zip(whole, ('store', 'tables')): shutil.copytree(p, tmp_path/name)
     return tmp_path/'store', tmp_path/'tables'
 
-def faults(store, folder): return verify(Lab('smoke', store=store), folder)
+def faults(store, folder): return verify(Experiment('smoke', store=store), folder)
 
-def artifact(store, name): return Lab('smoke', store=store)._find(name).path
+def artifact(store, name): return Experiment('smoke', store=store)._find(name).path
 
 def forge(path):
     "Make a manifest agree with what its files now are, as one would who wants to be believed."
@@ -62,24 +62,24 @@ def put(file, change):
 def test_a_whole_run_has_no_fault(whole):
     said, found = faults(*whole)
     assert found.empty, found.to_string()
-    lab = Lab('smoke', store=whole[0])
-    n = 16*6*lab.profile.eval.n_items
-    assert f'{len(lab.recipe)} artifacts' in said and f'{16*7} scores counted again from {n} answers' in said and '23 tables compared' in said
+    exp = Experiment('smoke', store=whole[0])
+    n = 16*6*exp.profile.eval.n_items
+    assert f'{len(exp.graph)} artifacts' in said and f'{16*7} scores counted again from {n} answers' in said and '23 tables compared' in said
 
 def test_no_model_is_loaded_and_nothing_is_built(whole, monkeypatch):
     import solar_repro.eval
-    import solar_repro.lab.model
-    from solar_repro.lab.store import Store
-    for module, name in ((solar_repro.eval, 'materialize'), (solar_repro.lab.model, 'materialize'), (Store, 'build'), (Lab, 'materialized')):
+    import solar_repro.models.adapters
+    from solar_repro.core.store import Store
+    for module, name in ((solar_repro.eval, 'materialize'), (solar_repro.models.adapters, 'materialize'), (Store, 'build'), (Experiment, 'materialized')):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('needed a model'))
     assert faults(*whole)[1].empty
 
 def test_counted_again_are_the_scores_and_records_of_the_lab(whole):
-    lab = Lab('smoke', store=whole[0])
-    scores, records, wrong = recounted(lab)
+    exp = Experiment('smoke', store=whole[0])
+    scores, records, wrong = recounted(exp)
     assert wrong.empty
-    pd.testing.assert_frame_equal(scores, lab.scores(), check_exact=True)
-    both = [x.sort_values(['model', 'task', 'doc_id'], ignore_index=True)[['model', 'task', 'doc_id', 'score']] for x in (records, lab.records())]
+    pd.testing.assert_frame_equal(scores, exp.scores(), check_exact=True)
+    both = [x.sort_values(['model', 'task', 'doc_id'], ignore_index=True)[['model', 'task', 'doc_id', 'score']] for x in (records, exp.records())]
     pd.testing.assert_frame_equal(*both, check_exact=True)
 
 def change_score(path):
@@ -144,10 +144,10 @@ def test_an_empty_store_has_nothing_to_differ_but_makes_no_table(whole, tmp_path
     assert len(faults(tmp_path/'none', whole[1])[1]) == 23
 
 def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
-    lab = Lab('smoke', store=whole[0])
+    exp = Experiment('smoke', store=whole[0])
     for t in H6_TASKS:
-        of = lab.asked(t)[0]
-        for x in lab.items('Merge v4', t).to_dict('records'):
+        of = exp.asked(t)[0]
+        for x in exp.items('Merge v4', t).to_dict('records'):
             want = judged(t, of[x['doc_id']], x)
             assert x['score'] == pytest.approx(want['score'], abs=1e-12) and np.all(x['gold'] == np.array(want['gold'])) and x['prediction'] == want['prediction']
 
@@ -158,17 +158,17 @@ def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
         rows = rows_of(name)
         if name.startswith('hellaswag'): rows = [r | dict(endings=[f'[header] {e} [title] on'*(j + 1) for j, e in enumerate(r['endings'])]) for r in rows]
         put(tmp_path/'data', name, rows, ('.jsonl', '.parquet')[k % 2])
-    lab = Lab(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
-    lab.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
-    said, found = verify(lab, tmp_path/'none')
+    exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
+    exp.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
+    said, found = verify(exp, tmp_path/'none')
     assert found.empty and '12 scores counted again from 48 answers' in said, found.to_string()
-    assert any('[' not in c for d in lab.asked('hellaswag')[0] for c in choices('hellaswag', d))
-    for t in H6_TASKS: assert all(isinstance(x, str) for x in lab.flips('base', 'SFT v4', t)[['gold', 'base says', 'prompt']].to_numpy().flat)
-    file = next(f for f in export_results(lab, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
+    assert any('[' not in c for d in exp.asked('hellaswag')[0] for c in choices('hellaswag', d))
+    for t in H6_TASKS: assert all(isinstance(x, str) for x in exp.flips('base', 'SFT v4', t)[['gold', 'base says', 'prompt']].to_numpy().flat)
+    file = next(f for f in export_results(exp, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
     assert '[header]' not in json.loads(file.read_text().splitlines()[0])['arguments']['gen_args_0']['arg_1']
-    path = lab._find('eval/base/hellaswag').path
+    path = exp._find('eval/base/hellaswag').path
     change_item_score(path); forge(path)
-    assert 'score of item 1' in set(verify(lab, tmp_path/'none')[1]['what'])
+    assert 'score of item 1' in set(verify(exp, tmp_path/'none')[1]['what'])
 
 # ---- one number, two models, lm-eval's files --------------------------------------------------------------------------
 
@@ -177,27 +177,27 @@ def command(store, *words): return main([*words, '--profile', 'smoke', '--store'
 def test_show_prints_the_lineage_of_one_number(full, capsys):
     assert command(full, 'show', 'Merge v4', 'gsm8k') == 0
     out = capsys.readouterr().out
-    lab = Lab('smoke', store=full)
-    s = lab.scores(['Merge v4']).set_index('task').loc['gsm8k']
+    exp = Experiment('smoke', store=full)
+    s = exp.scores(['Merge v4']).set_index('task').loc['gsm8k']
     assert out.startswith(f"Merge v4, gsm8k: {100*s['score']:.2f} % ± {100*s['se']:.2f} of {s['n']} items (exact_match, modern; smoke test, seed 0)")
-    for n in lab.needs(['eval/Merge v4/gsm8k']): assert re.search(rf'^ *{re.escape(n)}: ', out, re.M) and lab.show(n)['key'][:12] in out
+    for n in exp.needs(['eval/Merge v4/gsm8k']): assert re.search(rf'^ *{re.escape(n)}: ', out, re.M) and exp.show(n)['key'][:12] in out
     assert 'SFT v1' not in re.findall(r'^ *(.*?):', out, re.M) and 'num_fewshot 2' in out
     assert command(full, 'show', 'data/openorca', 'gsm8k') == 2 and 'is no model' in capsys.readouterr().err
     with pytest.raises(SystemExit): command(full, 'show', 'Merge v4', 'gsm9k')
 
 def test_one_number_builds_only_what_it_needs(tmp_path):
-    lab = Lab('smoke', store=tmp_path)
-    number(lab, 'base', 'winogrande')
-    assert {a.manifest['name'] for a in lab.store.entries()} == {'base', 'bench/winogrande', 'eval/base/winogrande'}
+    exp = Experiment('smoke', store=tmp_path)
+    number(exp, 'base', 'winogrande')
+    assert {a.manifest['name'] for a in exp.store.entries()} == {'base', 'bench/winogrande', 'eval/base/winogrande'}
 
 @pytest.mark.parametrize('task', H6_TASKS)
 def test_flips_show_prompts_and_outputs(task, full, capsys):
-    lab = Lab('smoke', store=full)
-    found, a, b = lab.flips('base', 'DPO v2', task), lab.items('base', task), lab.items('DPO v2', task)
+    exp = Experiment('smoke', store=full)
+    found, a, b = exp.flips('base', 'DPO v2', task), exp.items('base', task), exp.items('DPO v2', task)
     assert len(found) == (a['score'] != b['score']).sum()
-    asked = lab.asked(task)[1]
-    from solar_repro.eval import asked_hash
-    assert {i: asked_hash(r) for i, r in asked.items()} == dict(zip(a['doc_id'], a['asked']))      # the prompts that were asked
+    asked = exp.asked(task)[1]
+    from solar_repro.eval import request_hash
+    assert {i: request_hash(r) for i, r in asked.items()} == dict(zip(a['doc_id'], a['asked']))      # the prompts that were asked
     for x in found.to_dict('records'):
         assert x['prompt'] == asked[x['doc_id']][0].args[0] and x['change'] == x['DPO v2'] - x['base'] != 0
         assert isinstance(x['gold'], str) and all(isinstance(x[f'{m} says'], str) for m in ('base', 'DPO v2'))
@@ -208,8 +208,8 @@ def test_flips_show_prompts_and_outputs(task, full, capsys):
 
 def test_the_table_of_flips_is_a_page_of_its_own(full):
     "No file of anywhere else, all texts whole, sortable and filterable."
-    lab = Lab('smoke', store=full)
-    found = lab.flips('base', 'DPO v2', 'truthfulqa')
+    exp = Experiment('smoke', store=full)
+    found = exp.flips('base', 'DPO v2', 'truthfulqa')
     page = explore(found).html
     assert len(found) and not re.search(r'(?:src|href)\s*=|@import|https?://', page)
     assert '<script>' in page and 'type="search"' in page and page.count('<tr>') == len(found) + 1
@@ -219,13 +219,13 @@ def test_the_table_of_flips_is_a_page_of_its_own(full):
 def strict(text): return json.loads(text, parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
 
 def test_what_is_exported_is_lm_evals(full, tmp_path, capsys):
-    lab, out = Lab('smoke', store=full), tmp_path/'out'
+    exp, out = Experiment('smoke', store=full), tmp_path/'out'
     assert command(full, 'results', str(out)) == 0
     assert len(capsys.readouterr().out.splitlines()) == 16*7 and len(list(out.iterdir())) == 16
     folder = out/'SFT_v3_+_v4'
     (file,) = folder.glob('results_*.json')
     r = strict(file.read_text())
-    s = lab.scores(['SFT v3 + v4']).set_index('task')
+    s = exp.scores(['SFT v3 + v4']).set_index('task')
     for t in H6_TASKS:
         metric = s.loc[t, 'metric']
         assert r['results'][t][f'{metric},none'] == s.loc[t, 'score'] and r['results'][t][f'{metric}_stderr,none'] == s.loc[t, 'se']
@@ -236,7 +236,7 @@ def test_what_is_exported_is_lm_evals(full, tmp_path, capsys):
         assert len(lines[0]['arguments']) == len(lines[0]['resps']) and lines[0]['arguments']['gen_args_0']['arg_0']
     assert [l.split('|')[1].strip() for l in make_table(r).splitlines()[2:]] == sorted(H6_TASKS)    # lm-eval's own printer reads it
     assert command(full, 'results', str(out)) == 2 and 'holds files' in capsys.readouterr().err
-    with pytest.raises(ValueError, match='is a file'): export_results(lab, file)
+    with pytest.raises(ValueError, match='is a file'): export_results(exp, file)
 
 # ---- statistics -------------------------------------------------------------------------------------------------------
 
@@ -400,7 +400,7 @@ def test_a_title_and_the_marks_below_it_say_the_same():
     assert 'h6' in tables.unresolved(t, close) and 'is not resolved from' in tables.finding(7, t, 'x', close)
 
 def test_comparisons_are_corrected_over_their_table(full):
-    records = Lab('smoke', store=full).records()
+    records = Experiment('smoke', store=full).records()
     for n in range(3, 8):
         c = tables.comparisons(n, records)
         assert c['p_holm'].tolist() == pytest.approx(multipletests(c['p'], method='holm')[1]) and c['resolvable'].to_numpy() == pytest.approx(2.8016*c['se'], rel=1e-3)
@@ -414,12 +414,12 @@ def test_every_claim_has_its_paired_test():
 # ---- protocols --------------------------------------------------------------------------------------------------------
 
 def test_the_difference_of_protocols_is_that_of_their_rules(full):
-    lab = Lab('smoke', store=full)
-    both = lab.protocols().set_index(['model', 'task'])
-    for m in lab.models:
-        x = lab.items(m, 'gsm8k')
+    exp = Experiment('smoke', store=full)
+    both = exp.protocols().set_index(['model', 'task'])
+    for m in exp.models:
+        x = exp.items(m, 'gsm8k')
         assert both.loc[(m, 'gsm8k'), 'leaderboard-2023'] == np.mean([correct_2023(t, g) for t, g in zip(x['text'], x['gold'])])
-        x = lab.items(m, 'mmlu')
+        x = exp.items(m, 'mmlu')
         assert both.loc[(m, 'mmlu'), 'leaderboard-2023'] == pytest.approx(x.groupby('subject')['score'].mean().mean()) and both.loc[(m, 'mmlu'), 'modern'] == x['score'].mean()
         for t in ('arc', 'hellaswag', 'truthfulqa', 'winogrande'): assert both.loc[(m, t), 'modern'] == both.loc[(m, t), 'leaderboard-2023']
 
@@ -431,7 +431,7 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
     (project/'two.toml').write_text('extends = "smoke"\nname = "two"\nseeds = [0, 1]\n')
     words = ['--profile', 'two.toml', '--store', str(store)]
     assert main(['run', *words]) == 0
-    labs = Lab('two.toml', store=store).repeated()
+    labs = Experiment('two.toml', store=store).repeated()
     runs = {s: l.scores() for s, l in labs.items()}
     assert list(labs) == [0, 1] and {a.manifest['seed'] for a in labs[0].store.entries() if a.kind in ('sft', 'dpo')} == {0, 1}
     out = project/'runs'/'two'

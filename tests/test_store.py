@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-import solar_repro.lab.store as store_module
-from solar_repro.lab.store import Store
+import solar_repro.core.store as store_module
+from solar_repro.core.store import Store
 
 WORKER = '''
 import sys, time
 from pathlib import Path
-from solar_repro.lab.store import Store
+from solar_repro.core.store import Store
 
 def build(folder, n, fn):
     s = Store(folder)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import solar_repro.lab.train as training
-from solar_repro.dpo import (check_start, dpo_loss, dpo_rows, forked_length, forked_pass, load_policy, pair_logps, pair_trainer, reference_logps,
-                             train_dpo)
-from solar_repro.lab.model import Point, average, concat_adapter, load_base, load_tokenizer, materialize, quiet, read_adapter
-from solar_repro.lab.profile import load_profile
-from solar_repro.lab.recipe import recipe
-from solar_repro.lab.run import Lab
+import solar_repro.models.training as training
+from solar_repro.dpo import check_start, dpo_loss, dpo_rows, shared_prefix_length, shared_prefix_pass, load_policy, pair_logps, pair_trainer, reference_logps, train_dpo
+from solar_repro.models.adapters import AdaptedModel, average, concat_adapter, materialize, read_adapter
+from solar_repro.models.loading import load_base, load_tokenizer, quiet
+from solar_repro.core.config import load_profile
+from solar_repro.pipeline.graph import build_graph
+from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import slerp
 from solar_repro.sft import PackedTrainer, packed_batch, sft_pass, sft_rows, train_sft
 from solar_repro.tiny.base import random_base
@@ -30,7 +30,7 @@ SFT = smoke.sft.model_copy(update=dict(lora_r=4, lora_alpha=8, lora_dropout=.1, 
                                        epochs=1, nf4=True, compute_dtype='float32'))
 DPO = smoke.dpo.model_copy(update=dict(batch_size=4, max_length=128, learning_rate=1e-2, save_steps=4, beta=.1, epochs=1, nf4=True,
                                        compute_dtype='float32'))
-PASSES = dict(pass_tokens=200) # of the packed rows of 128 tokens one a pass, of pairs a few
+PASSES = dict(max_tokens_per_microbatch=200) # of the packed rows of 128 tokens one a pass, of pairs a few
 FILES = ('adapter/adapter_model.safetensors', 'adapter/adapter_config.json', 'log.csv')
 
 
@@ -61,7 +61,7 @@ def runs(base, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def points(base, runs): return [Point(base, ((runs/k/'adapter', 1.),)) for k in '12']
+def points(base, runs): return [AdaptedModel(base, ((runs/k/'adapter', 1.),)) for k in '12']
 
 
 @pytest.fixture(scope='module')
@@ -84,10 +84,10 @@ import test_training as t
 what, base, start, ref, out, at, how = *sys.argv[1:6], int(sys.argv[6]), sys.argv[7]
 if how == 'clock': t.training.SAVE_S = 0.
 settings = {n: x.model_copy(update=t.PASSES if how == 'clock' else {}) for n, x in (('sft', t.SFT), ('dpo', t.DPO))}[what]
-def tick(done, total):
+def on_progress(done, total):
     if done == at: os.kill(os.getpid(), signal.SIGKILL)
-if what == 'sft': t.train_sft(Path(base), t.math_rows(), Path(out), settings, t.smoke.template, seed=1, tick=tick)
-else: t.train_dpo(t.Point(Path(base), ((Path(start), 1.),)), t.belief_pairs(), pd.read_pickle(ref), Path(out), settings, t.smoke.template, seed=0, tick=tick)
+if what == 'sft': t.train_sft(Path(base), t.math_rows(), Path(out), settings, t.smoke.template, seed=1, on_progress=on_progress)
+else: t.train_dpo(t.AdaptedModel(Path(base), ((Path(start), 1.),)), t.belief_pairs(), pd.read_pickle(ref), Path(out), settings, t.smoke.template, seed=0, on_progress=on_progress)
 '''
 
 
@@ -141,7 +141,7 @@ def test_adapters_are_float32_and_hold_no_path(base, runs, dpo_run):
 
 def test_training_is_quiet(base, tmp_path, capfd):
     train_sft(base, math_rows()[:8], tmp_path/'sft', SFT, smoke.template, seed=0)
-    start = Point(base, ((tmp_path/'sft'/'adapter', 1.),))
+    start = AdaptedModel(base, ((tmp_path/'sft'/'adapter', 1.),))
     train_dpo(start, belief_pairs()[:8], reference_logps(start, belief_pairs()[:8], DPO, smoke.template), tmp_path/'dpo', DPO, smoke.template, seed=0)
     assert ''.join(capfd.readouterr()) == ''
 
@@ -235,8 +235,8 @@ def heads(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize('pass_tokens, n_passes', [(10**6, 1), (300, 4), (1, 5)])
-def test_a_step_in_passes_is_the_step_in_one(base, tmp_path, heads, pass_tokens, n_passes):
+@pytest.mark.parametrize('max_tokens_per_microbatch, n_passes', [(10**6, 1), (300, 4), (1, 5)])
+def test_a_step_in_passes_is_the_step_in_one(base, tmp_path, heads, max_tokens_per_microbatch, n_passes):
     "SFT: loss, accuracy and gradient of TRL's own step on the whole batch."
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig, SFTTrainer
@@ -255,15 +255,15 @@ def test_a_step_in_passes_is_the_step_in_one(base, tmp_path, heads, pass_tokens,
         return t.training_step(model, inputs, n).item(), t._metrics['train']['mean_token_accuracy'], _gradients(model)
     whole = packed_batch(packed)
     loss, right, grad = step(SFTTrainer, whole, (whole['labels'][:, 1:] != -100).sum())
-    inputs = training.in_passes(packed, lambda r: len(r['input_ids']), pass_tokens, sft_pass)
+    inputs = training.in_microbatches(packed, lambda r: len(r['input_ids']), max_tokens_per_microbatch, sft_pass)
     loss2, right2, grad2 = step(PackedTrainer, inputs, None)
     assert abs(loss-loss2) < 1e-5 and right == pytest.approx(right2)
     _close(grad, grad2)
-    assert len(inputs['passes']) == n_passes == len(heads) and sum(heads) == (whole['labels'][:, 1:] != -100).sum()
+    assert len(inputs['microbatches']) == n_passes == len(heads) and sum(heads) == (whole['labels'][:, 1:] != -100).sum()
 
 
-@pytest.mark.parametrize('pass_tokens, n_passes', [(10**6, 1), (300, 2), (1, 8)])
-def test_pairs_that_fork_in_passes_are_trls_step(points, ref, tmp_path, heads, pass_tokens, n_passes):
+@pytest.mark.parametrize('max_tokens_per_microbatch, n_passes', [(10**6, 1), (300, 2), (1, 8)])
+def test_pairs_that_fork_in_passes_are_trls_step(points, ref, tmp_path, heads, max_tokens_per_microbatch, n_passes):
     "DPO: loss, rewards and gradient of TRL's own step on the whole batch, each prompt computed once."
     tok = load_tokenizer(points[0].base)
     data = dpo_rows(belief_pairs(), tok, smoke.template, DPO.max_length)
@@ -277,19 +277,19 @@ def test_pairs_that_fork_in_passes_are_trls_step(points, ref, tmp_path, heads, p
         return inputs, t.training_step(t.model, inputs).item(), {k: v for k, v in t._metrics['train'].items() if k.startswith('rewards')}, _gradients(t.model)
     batch, loss, rewards, grad = step(DPO)
     heads.clear()
-    inputs, loss2, rewards2, grad2 = step(DPO.model_copy(update=dict(pass_tokens=pass_tokens)))
+    inputs, loss2, rewards2, grad2 = step(DPO.model_copy(update=dict(max_tokens_per_microbatch=max_tokens_per_microbatch)))
     assert abs(loss-loss2) < 1e-5 and set(rewards) == set(rewards2)
     for k in rewards: assert rewards[k] == pytest.approx(rewards2[k], abs=1e-4)
     _close(grad, grad2)
-    assert len(inputs['passes']) == n_passes == len(heads) and sum(heads) == batch['completion_mask'][:, 1:].sum()
-    assert inputs['input_ids'].numel() < batch['input_ids'].numel() and max(map(forked_length, rows)) < 300
+    assert len(inputs['microbatches']) == n_passes == len(heads) and sum(heads) == batch['completion_mask'][:, 1:].sum()
+    assert inputs['input_ids'].numel() < batch['input_ids'].numel() and max(map(shared_prefix_length, rows)) < 300
 
 
 def test_answers_of_a_pair_do_not_see_each_other(points, tmp_path):
     "With every token of the chosen answer another one, what the model gives to the rejected answer moves by no bit; with one of the prompt, it does."
     row = dpo_rows(belief_pairs(), load_tokenizer(points[0].base), smoke.template, DPO.max_length)[0]
     model = load_policy(points[0], tmp_path, DPO, 'cpu')
-    say = lambda r: pair_logps(model, forked_pass([r, row]), 'float32')
+    say = lambda r: pair_logps(model, shared_prefix_pass([r, row]), 'float32')
     other = lambda k: {**row, k: [(t+1) % 500 for t in row[k]]}
     a, b, c = say(row), say(other('chosen_ids')), say(other('prompt_ids'))
     assert torch.equal(a[0, 1], b[0, 1]) and a[0, 0] != b[0, 0] and a[0, 1] != c[0, 1]
@@ -299,17 +299,17 @@ def test_a_base_that_bends_its_logits_is_refused(points, tmp_path):
     row = dpo_rows(belief_pairs(), load_tokenizer(points[0].base), smoke.template, DPO.max_length)[0]
     model = load_policy(points[0], tmp_path, DPO, 'cpu')
     model.get_base_model().config.final_logit_softcapping = 30.
-    with pytest.raises(ValueError, match='final_logit_softcapping.*Leave pass_tokens out'): pair_logps(model, forked_pass([row]), 'float32')
+    with pytest.raises(ValueError, match='final_logit_softcapping.*Leave max_tokens_per_microbatch out'): pair_logps(model, shared_prefix_pass([row]), 'float32')
 
 
 def test_what_is_not_set_stands_in_no_key():
     "A budget of tokens enters the keys of what it changes, the reference among them, and only when it is set."
-    of = lambda **k: recipe(smoke.model_copy(update=dict(sft=smoke.sft.model_copy(update=k), dpo=smoke.dpo.model_copy(update=k))))
-    plain, passes = of(), of(pass_tokens=512)
-    assert 'pass_tokens' not in json.dumps([s.settings for s in plain.values()])
+    of = lambda **k: build_graph(smoke.model_copy(update=dict(sft=smoke.sft.model_copy(update=k), dpo=smoke.dpo.model_copy(update=k))))
+    plain, passes = of(), of(max_tokens_per_microbatch=512)
+    assert 'max_tokens_per_microbatch' not in json.dumps([s.settings for s in plain.values()])
     changed = {s.kind for n, s in passes.items() if s.settings != plain[n].settings}
     assert changed == {'sft', 'ref', 'dpo'}
-    with pytest.raises(ValueError, match='not both'): type(SFT).model_validate({**SFT.model_dump(), 'passes': 2, 'pass_tokens': 512})
+    with pytest.raises(ValueError, match='not both'): type(SFT).model_validate({**SFT.model_dump(), 'passes': 2, 'max_tokens_per_microbatch': 512})
 
 
 def test_average_of_points_is_average_of_weights(points):
@@ -321,7 +321,7 @@ def test_average_of_points_is_average_of_weights(points):
 
 def test_concat_adapter_is_the_point(points, tmp_path):
     mean = average(points, [.3, .7])
-    one = Point(mean.base, ((concat_adapter(mean, tmp_path), 1.),))
+    one = AdaptedModel(mean.base, ((concat_adapter(mean, tmp_path), 1.),))
     assert next(iter(read_adapter(tmp_path).factors.values()))[0].shape[0] == 2*SFT.lora_r
     W, V = materialize(mean).state_dict(), materialize(one).state_dict()
     for n in W: torch.testing.assert_close(W[n], V[n], rtol=0, atol=1e-6)
@@ -344,7 +344,7 @@ def test_trl_computes_our_dpo_loss(points, ref, dpo_run, tmp_path):
     for side in ('chosen', 'rejected'): data = data.add_column(f'ref_{side}_logps', ref[side].tolist())
 
     def trainer(point): return pair_trainer(load_policy(point, tmp_path/'start', DPO, 'cpu'), data, tok, DPO, tmp_path, 0, 'cpu')
-    for point, moved in ((points[0], False), (Point(points[0].base, ((dpo_run/'adapter', 1.),)), True)):
+    for point, moved in ((points[0], False), (AdaptedModel(points[0].base, ((dpo_run/'adapter', 1.),)), True)):
         t = trainer(point)
         batch = t.data_collator([data[i] for i in range(8)])
         policy, r = pair_logps(t.model, batch, 'float32'), torch.stack([batch['ref_chosen_logps'], batch['ref_rejected_logps']], 1)
@@ -365,7 +365,7 @@ def test_dpo_starts_at_ln_2_and_learns(dpo_run):
 
 def test_stepwise_continues_from_the_step_before(points, dpo_run, tmp_path):
     "A second step starts at the first one's adapter and has it as its reference."
-    first, pairs = Point(points[0].base, ((dpo_run/'adapter', 1.),)), belief_pairs()[20:]
+    first, pairs = AdaptedModel(points[0].base, ((dpo_run/'adapter', 1.),)), belief_pairs()[20:]
     train_dpo(first, pairs, reference_logps(first, pairs, DPO, smoke.template), tmp_path, DPO, smoke.template, seed=0)
     assert abs(pd.read_csv(tmp_path/'log.csv').loss[0]-math.log(2)) < 1e-5
 
@@ -375,7 +375,7 @@ def test_other_numerical_settings(base, tmp_path, nf4, dtype):
     other = dict(nf4=nf4, compute_dtype=dtype)
     sft, dpo, pairs = SFT.model_copy(update=other), DPO.model_copy(update=other), belief_pairs()[:12]
     train_sft(base, math_rows()[:12], tmp_path/'sft', sft, smoke.template, seed=0)
-    start = Point(base, ((tmp_path/'sft'/'adapter', 1.),))
+    start = AdaptedModel(base, ((tmp_path/'sft'/'adapter', 1.),))
     ref = reference_logps(start, pairs, dpo, smoke.template)
     train_dpo(start, pairs, ref, tmp_path/'dpo', dpo, smoke.template, seed=0)
     assert {t.dtype for t in load_file(tmp_path/'dpo'/FILES[0]).values()} == {torch.float32}
@@ -398,10 +398,10 @@ def test_slerp_of_a_sharded_base(points, dtype, tmp_path):
         AutoModelForCausalLM.from_pretrained(points[0].base, dtype=dtype).save_pretrained(tmp_path/'base', max_shard_size='200KB')
         load_tokenizer(points[0].base).save_pretrained(tmp_path/'base')
     assert len(list((tmp_path/'base').glob('model-*.safetensors'))) > 1
-    a, b = (Point(tmp_path/'base', p.terms) for p in points)
+    a, b = (AdaptedModel(tmp_path/'base', p.terms) for p in points)
     for t, end in ((0., a), (1., b)):
         table = slerp(a, b, t, .9995, tmp_path/str(t))
-        W, V = materialize(Point(tmp_path/str(t))).state_dict(), materialize(end).state_dict()
+        W, V = materialize(AdaptedModel(tmp_path/str(t))).state_dict(), materialize(end).state_dict()
         assert len(W) > 10 and all(torch.equal(W[n], V[n]) and W[n].dtype == dtype for n in W)
     same_in_both = table.tensor.str.contains('norm|embed')
     assert table.fell_back[same_in_both].all() and (table.cosine[same_in_both] > .999999).all()
@@ -409,14 +409,15 @@ def test_slerp_of_a_sharded_base(points, dtype, tmp_path):
 
 MOVED = '''
 import os, signal, sys
-from solar_repro.lab import train
-from solar_repro.lab.run import Lab, Progress
-train.SAVE_S, tick = 0., Progress.tick
+from solar_repro.models import training as train
+from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.progress import Progress
+train.SAVE_S, on_progress = 0., Progress.on_progress
 def killed(self, done, total):
-    tick(self, done, total)
+    on_progress(self, done, total)
     if self.plan[self.k].name == sys.argv[2] and done == 2: os.kill(os.getpid(), signal.SIGKILL)
-Progress.tick = killed
-Lab('smoke', store=sys.argv[1]).run(['DPO v1'])
+Progress.on_progress = killed
+Experiment('smoke', store=sys.argv[1]).run(['DPO v1'])
 '''
 
 
@@ -429,7 +430,7 @@ def test_a_run_goes_on_from_a_copy_of_its_store(stage, tmp_path, capfd, full, mo
     resumed, look = [], training.last_checkpoint
     def spy(scratch): resumed.append(found := look(scratch)); return found
     monkeypatch.setattr(training, 'last_checkpoint', spy)
-    lab = Lab('smoke', store=tmp_path/'new')
-    lab.run(['DPO v1'])
+    exp = Experiment('smoke', store=tmp_path/'new')
+    exp.run(['DPO v1'])
     assert resumed[0] is not None and resumed[0].is_relative_to(tmp_path/'new') and all(x is None for x in resumed[1:])
-    assert lab.build('DPO v1').content == Lab('smoke', store=full).build('DPO v1').content
+    assert exp.build('DPO v1').content == Experiment('smoke', store=full).build('DPO v1').content

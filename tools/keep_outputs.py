@@ -65,12 +65,12 @@ def take_outputs(nb, executed: Path) -> bool:
 
 
 def main() -> None:
-    from solar_repro.lab.book import notebooks
-    from solar_repro.lab.run import Lab
+    from solar_repro.reports.notebooks import notebooks
+    from solar_repro.pipeline.experiment import Experiment
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('--profile', default='tiny', help='the run whose executed notebooks are taken (default: tiny)')
     args = ap.parse_args()
-    run, nbs = Lab(args.profile).folder / 'notebooks', ROOT / 'nbs'
+    run, nbs = Experiment(args.profile).folder / 'notebooks', ROOT / 'nbs'
     other = []
     for p in notebooks(nbs):
         nb, name = nbformat.read(p, 4), p.relative_to(nbs)

@@ -24,25 +24,25 @@ def minutes(seconds: float) -> str:
 
 def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_minutes: float | None = None) -> str:
     "The recorded part: what was run, how long it took, two pictures, five tables."
-    from solar_repro.lab.run import Lab
+    from solar_repro.pipeline.experiment import Experiment
     from solar_repro.tables import finding
-    lab = Lab(profile)
-    status = lab.status()
+    exp = Experiment(profile)
+    status = exp.status()
     missing = status.loc[status['state'] == 'missing', 'stage'].tolist()
-    if missing or not (lab.folder / 'report.html').exists():
+    if missing or not (exp.folder / 'report.html').exists():
         sys.exit(f'record_run: {len(missing)} stages of {profile} are missing ({missing[:3]} ...); expected a whole run. Run `make tables PROFILE={profile}` first.')
     (nbs / 'recorded').mkdir(exist_ok=True)
-    for png in sorted((lab.folder / 'figures').glob('*.png')):
+    for png in sorted((exp.folder / 'figures').glob('*.png')):
         (nbs / 'recorded' / png.name).write_bytes(small(png.read_bytes()))
-    tables = {n: pd.read_csv(lab.folder / 'tables' / f'table{n}.csv') for n in range(3, 8)}
-    alt = '. '.join(finding(SHOWN, tables[SHOWN], lab.label, lab.records()).splitlines())
+    tables = {n: pd.read_csv(exp.folder / 'tables' / f'table{n}.csv') for n in range(3, 8)}
+    alt = '. '.join(finding(SHOWN, tables[SHOWN], exp.label, exp.records()).splitlines())
     tables_took = f' `make tables`, notebooks and all, took {tables_minutes:.0f} minutes.' if tables_minutes else ''
     took = (f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on {os.cpu_count()} CPU cores, without a GPU.'
-            if lab.profile.machine.device == 'cpu' else f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on one GPU.')
+            if exp.profile.machine.device == 'cpu' else f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on one GPU.')
     tests = f' `make test` took {test_minutes:.0f} minutes.' if test_minutes else ''
-    numbers = '\n\n'.join((lab.folder / 'tables' / f'table{n}.md').read_text(encoding='utf-8').strip() for n in tables)
+    numbers = '\n\n'.join((exp.folder / 'tables' / f'table{n}.md').read_text(encoding='utf-8').strip() for n in tables)
     return '\n\n'.join([
-        f'A recorded run: **{lab.label}**, not SOLAR 10.7B. {took}{tables_took}{tests}',
+        f'A recorded run: **{exp.label}**, not SOLAR 10.7B. {took}{tables_took}{tests}',
         f'<p><img src="recorded/table{SHOWN}.png" alt="{alt}"></p>',
         '<p><img src="recorded/claims.png" alt="Each claim of section 4.3 with its verdict on the paper\'s numbers and on ours"></p>',
         f'<details>\n<summary>Tables 3 to 7 in numbers</summary>\n\n{numbers}\n\n</details>'])

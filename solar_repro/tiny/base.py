@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .world import ROWS, World, corpus, make_world, shipped_base, training_rows
+from .world import corpus, make_world, ROWS, shipped_base, training_rows, World
 
 # %% ../../nbs/tiny/01_base.ipynb #5b9bf5e9
 EOS, UNK = '<eos>', '<unk>'
@@ -146,7 +146,7 @@ def pretrain(
     out:Path, # folder of the finished model; checkpoints lie in `out/scratch` meanwhile
     s:BaseSettings=BaseSettings(), # all that decides the weights
     save_every:int=250, # steps between checkpoints
-    tick:Callable[[int,int,float],None]|None=None, # called as tick(step, n_steps, loss)
+    on_progress:Callable[[int,int,float],None]|None=None, # called as on_progress(step, n_steps, loss)
 )->Path: # `out`
     "Train the base model, going on from a checkpoint where there is one."
     out = Path(out); scratch = out/'scratch'; scratch.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def pretrain(
     for step in range(start, n_steps):
         batch = rows[step*s.batch_size:(step + 1)*s.batch_size]
         log.append(train_step(forward, opts, batch, lr_scale(step, n_steps, s), s))
-        if tick: tick(step + 1, n_steps, log[-1])
+        if on_progress: on_progress(step + 1, n_steps, log[-1])
         if (step + 1) % save_every == 0:
             _save(scratch/'last.pt', dict(settings=asdict(s), step=step + 1, log=log, seconds=time.time() - began, model=model.state_dict(), opts=[o.state_dict() for o in opts]))
     return _finish(out, model, tok, s, log, rows.numel(), time.time() - began)

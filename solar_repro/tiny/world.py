@@ -15,7 +15,7 @@ from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 
-from ..lab.profile import root
+from ..core.config import root
 
 # %% ../../nbs/tiny/00_world.ipynb #1ebe7d22
 NAMES = 'Ann Max Leo Eva Tom Mia Ben Zoe Sam Ida Jon Amy'.split()
