@@ -7,9 +7,9 @@
 # make record   put the pictures, tables and times of runs/PROFILE/ on the front page and into README.md
 # make check    only: are notebooks, library and README in sync?
 # make clean    remove .venv, the site and caches; results in runs/ stay
-# Each sets up what it needs in .venv, on a machine with no more than python3.11 and make.
+# Each sets up what it needs in .venv, on a machine with no more than make and a Python, 3.11 to 3.13.
 
-PYTHON  ?= python3.11
+PYTHON  ?=
 PROFILE ?= tiny
 SEED    ?=
 DATA    ?=

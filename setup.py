@@ -36,7 +36,7 @@ setup(
     extras_require={'dev': shlex.split(c['dev_requirements'])},
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else c['description'],
     long_description_content_type='text/markdown',
-    classifiers=['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11'],
+    classifiers=[f'Programming Language :: Python :: {v}' for v in ('3', *c['python_versions'].split())],
     entry_points={
         'console_scripts': shlex.split(c['console_scripts']),
         'nbdev': [f'{lib}={lib}._modidx:d'],

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkp
 NAMES = [p.relative_to(ROOT / 'nbs').as_posix() for p in NOTEBOOKS]
 MODULES = sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in (ROOT / 'solar_repro').rglob('*.py')
                  if not p.name.startswith('_'))
-LIGHT = [f'solar_repro.{m}' for m in ('paper', 'tables', 'lab.profile', 'lab.store', 'lab.graph')]
+LIGHT = [f'solar_repro.{m}' for m in ('paper', 'tables', 'core.config', 'core.store', 'pipeline.graph', 'reports.cli')]
 
 
 def settings() -> dict:
@@ -258,12 +258,12 @@ class Project:
         self.rc.write_text('0')
         self.venv = self.folder / '.venv'
 
-    def make(self, python=None) -> tuple[list[str], subprocess.CompletedProcess]:
-        "Run set-up; returns what it did (`venv`, `pip`) and how it ended."
+    def make(self, python=None, **env) -> tuple[list[str], subprocess.CompletedProcess]:
+        "Run set-up; returns what it did (`venv`, `pip`) and how it ended. An empty `python` leaves the choice to it."
         self.calls.write_text('')
-        env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'PYTHON')}
-        done = subprocess.run(['make', '-C', str(self.folder), 'setup', f'PYTHON={python or self.python}'],
-                              env=env, capture_output=True, text=True, timeout=60)
+        env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'PYTHON')} | env
+        named = self.python if python is None else python
+        done = subprocess.run(['make', '-C', str(self.folder), 'setup', f'PYTHON={named}'], env=env, capture_output=True, text=True)
         return re.findall(r'^-m (\w+)', self.calls.read_text(), flags=re.M), done
 
 
@@ -319,11 +319,32 @@ def test_a_profile_keeps_its_own_seed(given, asked):
     "make hands on a seed only when it is told one."
     env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'SEED', 'PROFILE')}
     done = subprocess.run(['make', '-n', '-C', str(ROOT), 'tables', *given], env=env, capture_output=True, text=True, check=True)
-    command, = [s for s in done.stdout.splitlines() if 'lab.book' in s]
-    assert command.split('lab.book ')[1].strip() == asked
+    command, = [s for s in done.stdout.splitlines() if 'reports.notebooks' in s]
+    assert command.split('reports.notebooks ')[1].strip() == asked
 
 
 def test_missing_python_is_said(project):
     steps, done = project.make(python='python-that-is-not-there')
     assert steps == [] and done.returncode != 0
     assert "no 'python-that-is-not-there'" in done.stderr and 'PYTHON=' in done.stderr
+
+
+def test_setup_takes_the_first_python_that_serves(project, tmp_path):
+    "One that is too old, broken or without venv is passed over; which was taken is said."
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    for name, text in (('python3.11', '#!/bin/sh\nexit 1\n'), ('python3.12', project.python.read_text())):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    steps, done = project.make(python='', PATH=f'{folder}{os.pathsep}{os.environ["PATH"]}')
+    assert done.returncode == 0 and steps == ['venv', 'pip'], done.stderr
+    assert 'making .venv with python3.12' in done.stdout
+
+
+def test_a_python_that_does_not_serve_is_refused(project, tmp_path):
+    old = tmp_path / 'old'
+    old.write_text('#!/bin/sh\ncase "$2" in *ensurepip*) exit 1 ;; esac\necho 3.10\n')
+    old.chmod(0o755)
+    steps, done = project.make(python=old)
+    assert steps == [] and done.returncode != 0 and not project.venv.exists()
+    assert f"'{old}' is Python 3.10" in done.stderr and '3.11 3.12 3.13' in done.stderr

@@ -5,9 +5,9 @@
 # settings.ini and setup.py) and where. `making` stands in a .venv for as long as one is being made.
 set -eu
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3.11}
 venv=.venv log=runs/setup.log
 here=$(pwd -P)
+versions=$(sed -n 's/^python_versions = //p' settings.ini)
 want="$(cat settings.ini setup.py | cksum) $here"
 
 starts() { "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; }
@@ -30,22 +30,41 @@ fail() {
     exit 1
 }
 
+SAY='import sys; print(*sys.version_info[:2], sep=".")'
+SERVES='import ensurepip, sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])'
+
+serves() { command -v "$1" >/dev/null 2>&1 && "$1" -c "$SERVES" $versions >/dev/null 2>&1; }
+
+# The first Python that serves: the one that is named, or python3.11 and so on, and then python3.
+choose() {
+    named=${PYTHON:-}
+    if [ -n "$named" ]; then
+        ! serves "$named" || return 0
+    else
+        for PYTHON in $(printf 'python%s ' $versions) python3; do
+            ! serves "$PYTHON" || return 0
+        done
+    fi
+    if [ -n "$named" ] && ! command -v "$named" >/dev/null 2>&1; then
+        echo "setup: no '$named' on this machine; expected the name or path of a Python ($versions). Name another: make ... PYTHON=/path/to/python" >&2
+    elif [ -n "$named" ]; then
+        echo "setup: '$named' is Python $("$named" -c "$SAY" 2>/dev/null) or has no venv; expected one of $versions, with venv. Name another, or leave PYTHON out." >&2
+    else
+        echo "setup: no Python that serves; looked for $(printf 'python%s, ' $versions)python3 with venv. Install one, or name yours:" \
+            "make ... PYTHON=/path/to/python (on Debian and Ubuntu, venv is a package of its own: apt-get install python3-venv)" >&2
+    fi
+    exit 1
+}
+
 : >"$log"
 if [ -e "$venv/making" ] || ! starts || moved; then
-    command -v "$PYTHON" >/dev/null 2>&1 || {
-        echo "setup: no '$PYTHON' on this machine; expected Python 3.11. Install it, or name yours: make ... PYTHON=/path/to/python" >&2
-        exit 1
-    }
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "setup: '$PYTHON' is older than 3.11; expected 3.11. Name another: make ... PYTHON=/path/to/python3.11" >&2
-        exit 1
-    }
-    echo "setup: making $venv"
+    choose
+    echo "setup: making $venv with $PYTHON, Python $("$PYTHON" -c "$SAY" 2>/dev/null)"
     rm -rf "$venv"
     mkdir "$venv"
     : >"$venv/making"
     "$PYTHON" -m venv "$venv" >>"$log" 2>&1 ||
-        fail "$PYTHON -m venv" "on Debian and Ubuntu, venv is a package of its own: apt-get install python3.11-venv"
+        fail "$PYTHON -m venv" "look there for the cause, then run the same command again"
 fi
 rm -f "$venv/stamp"
 : >"$venv/making"

@@ -1,0 +1,125 @@
+"""The house is as it is drawn: floors, lengths, widths, numbers. Each test lists all that is wrong at once.
+
+The floors stand in one place, the table under "How it is built" on the front page; these tests read them there.
+"""
+import ast
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIB = ROOT / 'solar_repro'
+MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in sorted(LIB.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')}
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.relative_to(ROOT).parts))
+WIDTH, LENGTH, INSIDE = 120, 450, 12
+
+
+def floors() -> dict[str, int]:
+    "Folder or module -> its floor, from the front page: `| 5 | `eval`, `merge` | ... |`."
+    rows = re.findall(r'^\| *(\d+) *\|([^|]*)\|', (ROOT / 'README.md').read_text(encoding='utf-8'), flags=re.M)
+    return {name: int(n) for n, cell in rows for name in re.findall(r'`(\w+)`', cell)} | dict(__main__=99)     # the command stands on everything
+
+
+def part(module: str) -> str:
+    "What the front page names: a folder of the library, or a module beside the folders."
+    return module.split('.')[1]
+
+
+def imports(module: str) -> list[tuple[str, int, bool, str]]:
+    "What a module imports of this library, those imports inside functions included: module, line, inside a function?, text."
+    tree, found = ast.parse(MODULES[module].read_text(encoding='utf-8')), []
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): targets = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split('.')[:-node.level] if node.level else []
+            base = '.'.join([*above, *([node.module] if node.module else [])])
+            targets = [t if (t := f'{base}.{a.name}') in MODULES else base for a in node.names]
+        else: continue
+        found += [(t, node.lineno, id(node) in inside, ast.unparse(node)) for t in dict.fromkeys(targets)]
+    return found
+
+
+def ours(module: str) -> list[tuple[str, int]]:
+    return [(t, line) for t, line, *_ in imports(module) if t in MODULES and t != module]
+
+
+def test_every_part_of_the_library_stands_on_a_floor():
+    assert {part(m) for m in MODULES} == set(floors()), 'the table of floors on the front page, and the folders'
+
+
+def test_every_import_goes_down():
+    "To a lower floor, or along inside a folder; what a function imports when it is called counts, too."
+    on, wrong = floors(), []
+    for m in MODULES:
+        for target, line in ours(m):
+            a, b = part(m), part(target)
+            if on.get(a, 0) <= on.get(b, 0) and not (a == b and LIB.joinpath(a).is_dir()):
+                wrong.append(f'{m}:{line} (floor {on.get(a)}) imports {target} (floor {on.get(b)})')
+    assert not wrong, '\n'.join(wrong)
+
+
+def test_no_import_goes_in_a_circle():
+    below, left = {m: {t for t, _ in ours(m)} for m in MODULES}, set(MODULES)
+    while free := {m for m in left if not below[m] & left}: left -= free
+    assert not left, f'in a circle, or above one: {sorted(left)}'
+
+
+def test_imports_stand_at_the_top():
+    "A dozen may be inside functions, each with its reason in a comment: on its line, or on the one above."
+    lines = {m: MODULES[m].read_text(encoding='utf-8').splitlines() for m in MODULES}
+    inside = [(m, line, text) for m in MODULES for line, text in sorted({(n, t) for _, n, within, t in imports(m) if within})]
+    silent = [f'{m}:{n} {text}' for m, n, text in inside if '#' not in lines[m][n - 1] and not lines[m][n - 2].strip().startswith('#')]
+    assert len(inside) <= INSIDE, f'{len(inside)}:\n' + '\n'.join(f'{m}:{n} {text}' for m, n, text in inside)
+    assert not silent, 'without a reason:\n' + '\n'.join(silent)
+
+
+def test_modules_are_short_and_say_what_they_are_for():
+    wrong = []
+    for m, p in MODULES.items():
+        text = p.read_text(encoding='utf-8')
+        said, n = ast.get_docstring(ast.parse(text)) or '', len(text.splitlines())
+        if n > LENGTH: wrong.append(f'{m}: {n} lines; at most {LENGTH}')
+        if 'TODO' in said or len(said.split()) < 4 or not said.rstrip().endswith('.'): wrong.append(f'{m}: its docstring is {said!r}; expected a sentence')
+    assert not wrong, '\n'.join(wrong)
+
+
+def code() -> list[tuple[str, int, str]]:
+    "Every line of code that people write: of the library, tests, tools, benchmarks, and of the notebooks' cells."
+    files = [p for d in ('solar_repro', 'tests', 'tools', 'benchmarks') for p in sorted((ROOT / d).rglob('*.py')) if p.name != '_modidx.py']
+    lines = [(str(p.relative_to(ROOT)), n, s) for p in [*files, ROOT / 'setup.py'] for n, s in enumerate(p.read_text(encoding='utf-8').splitlines(), 1)]
+    for p in NOTEBOOKS:
+        cells = json.loads(p.read_text(encoding='utf-8'))['cells']
+        lines += [(f"{p.relative_to(ROOT)}#{c['id']}", n, s) for c in cells if c['cell_type'] == 'code' for n, s in enumerate(''.join(c['source']).splitlines(), 1)]
+    return lines
+
+
+def test_no_line_of_code_is_wide():
+    wide = [f'{where}:{n} {len(s)}' for where, n, s in code() if len(s) > WIDTH]
+    count = Counter(re.split('[:#]', w)[0] for w in wide)
+    assert not wide, f'{len(wide)} lines over {WIDTH} columns: {dict(count)}\n' + '\n'.join(wide)
+
+
+def exported(p: Path) -> str | None:
+    "The module that a notebook says it makes."
+    text = '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
+    found = re.search(r'^#\|\s*default_exp\s+(\S+)', text, flags=re.M)
+    return found and f'solar_repro.{found[1]}'
+
+
+def test_notebooks_mirror_the_modules():
+    "nbs/core/02_store.ipynb makes solar_repro/core/store.py; the story's notebooks make the modules beside the folders."
+    made = {p: m for p in NOTEBOOKS if (m := exported(p))}
+    want = {p: '.'.join(['solar_repro', *p.relative_to(ROOT / 'nbs').parent.parts, re.sub(r'^\d+_', '', p.stem)]) for p in made}
+    wrong = [f'{p.relative_to(ROOT)} makes {m}; expected {want[p]}' for p, m in made.items() if m != want[p]]
+    wrong += [f'{m} comes from no notebook' for m in sorted(set(MODULES) - set(made.values()) - {'solar_repro.__main__'})]
+    assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('folder', sorted({p.parent for p in NOTEBOOKS}), ids=lambda p: p.name)
+def test_numbers_have_no_gaps_and_no_twins(folder):
+    numbers = [p.name[:2] for p in NOTEBOOKS if p.parent == folder and p.name != 'index.ipynb']
+    assert numbers == [f'{k:02}' for k in range(len(numbers))], sorted(p.name for p in NOTEBOOKS if p.parent == folder)
