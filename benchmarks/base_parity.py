@@ -60,14 +60,14 @@ def main() -> int:
     if a.items: profile = profile.model_copy(update=dict(eval=profile.eval.model_copy(update=dict(n_items=a.items))))
     exp = Experiment(profile, store=a.store)
     torch.set_num_threads(profile.machine.threads)
-    model = materialize(exp.point('base')).float()
-    hf = HFLM(pretrained=model, tokenizer=load_tokenizer(exp.point('base').base), batch_size=1, device='cpu')
+    model = materialize(exp.model('base')).float()
+    hf = HFLM(pretrained=model, tokenizer=load_tokenizer(exp.model('base').base), batch_size=1, device='cpu')
     kind = 'tiny' if profile.data.source == 'tiny' else 'lm-eval'
     rows = []
     for t in a.tasks or H6_TASKS:
         bench, shots = exp.build(f'bench/{t}').path, getattr(profile.eval.num_fewshot, t)
         began = time.perf_counter()
-        ours, records = evaluate(exp.point('base'), t, bench, shots, profile.eval.batch_size, model=model, tasks=kind)
+        ours, records = evaluate(exp.model('base'), t, bench, shots, profile.eval.batch_size, model=model, tasks=kind)
         middle = time.perf_counter()
         asked = build_requests(t, bench, shots, kind)
         requests = [r for x in asked.tasks for r in x.instances]

@@ -143,7 +143,7 @@ def of_profile(a: argparse.Namespace) -> tuple:
     from solar_repro.models.adapters import materialize
     from solar_repro.pipeline.experiment import Experiment
     exp = Experiment(a.profile)
-    point = exp.point('base')
+    point = exp.model('base')
 
     def ask(t, n):
         s, folder = exp.graph[f'eval/base/{t}'].settings, exp.build(f'bench/{t}').path

@@ -66,7 +66,7 @@ def _items(records:pd.DataFrame, task:str, m:str)->dict[str,Sequence[float]]: # 
     of = {t: g.sort_values('doc_id')['score'].to_numpy() for t, g in records[records['model'] == m].groupby('task')}
     tasks = H6_TASKS if task == 'h6' else (task,)
     lacking = [t for t in tasks if t not in of]
-    if lacking: raise ValueError(f'pair: no items of {m} on {lacking}; expected records of both models. Evaluate it first, e.g. with exp.records([{m!r}]).')
+    if lacking: raise ValueError(f'pair: no items of {m} on {lacking}; expected records of both models. Evaluate it first, e.g. with exp.samples([{m!r}]).')
     return {t: of[t] for t in tasks}
 
 def pair(

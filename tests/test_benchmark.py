@@ -29,7 +29,7 @@ def counter() -> FlopCounterMode:
 @pytest.mark.parametrize('nf4', [False, True])
 def test_a_forward_costs_two_flops_a_token_and_weight(tmp_path, nf4):
     "2 a token and weight of the linear layers, and attention's two products; 4-bit weights count like others."
-    point = Experiment('smoke', store=tmp_path / 'store').point('base')
+    point = Experiment('smoke', store=tmp_path / 'store').model('base')
     model = materialize(point)
     c, batch, seq = model.config, 2, 50
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))

@@ -472,14 +472,14 @@ def test_export_loads_in_one_line(tmp_path, full, capsys):
     exp, ids = Experiment('smoke', store=full), torch.arange(40)[None]
     logits = lambda m: m.eval()(input_ids=ids).logits.detach()
     for name in ('Merge v1', 'Merge v4'):
-        want, out = logits(materialize(exp.point(name))), tmp_path/name
+        want, out = logits(materialize(exp.model(name))), tmp_path/name
         assert said(capsys, 'export', name, out, *common)[0] == 0
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out, dtype='auto')), want)
         assert len(AutoTokenizer.from_pretrained(out)) and name in (out/'README.md').read_text()
     code, _, err = said(capsys, 'export', 'Merge v4', tmp_path/'slerp', '--adapter', *common)
     assert code == 2 and 'Leave out --adapter' in err
     assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', '--adapter', *common)[0] == 0
-    got, want = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter')), logits(materialize(exp.point('Merge v1')))
+    got, want = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter')), logits(materialize(exp.model('Merge v1')))
     assert torch.allclose(got, want, atol=1e-4)      # float32 in another order
-    assert not torch.allclose(want, logits(materialize(exp.point('base'))), atol=1e-4)
+    assert not torch.allclose(want, logits(materialize(exp.model('base'))), atol=1e-4)
     assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', *common)[0] == 2

@@ -32,7 +32,7 @@ def whole(full, tmp_path_factory):
     "A full store, and the tables of its run. Read only."
     exp = Experiment('smoke', store=full)
     folder = tmp_path_factory.mktemp('tables')/'tables'
-    tables.write_tables(exp.scores(), folder, exp.label, exp.own, exp.records())
+    tables.write_tables(exp.scores(), folder, exp.label, exp.custom, exp.samples())
     return full, folder
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def mine(whole, tmp_path):
 
 def faults(store, folder): return verify(Experiment('smoke', store=store), folder)
 
-def artifact(store, name): return Experiment('smoke', store=store)._find(name).path
+def artifact(store, name): return Experiment('smoke', store=store).find(name).path
 
 def forge(path):
     "Make a manifest agree with what its files now are, as one would who wants to be believed."
@@ -79,7 +79,7 @@ def test_counted_again_are_the_scores_and_records_of_the_lab(whole):
     scores, records, wrong = recounted(exp)
     assert wrong.empty
     pd.testing.assert_frame_equal(scores, exp.scores(), check_exact=True)
-    both = [x.sort_values(['model', 'task', 'doc_id'], ignore_index=True)[['model', 'task', 'doc_id', 'score']] for x in (records, exp.records())]
+    both = [x.sort_values(['model', 'task', 'doc_id'], ignore_index=True)[['model', 'task', 'doc_id', 'score']] for x in (records, exp.samples())]
     pd.testing.assert_frame_equal(*both, check_exact=True)
 
 def change_score(path):
@@ -146,7 +146,7 @@ def test_an_empty_store_has_nothing_to_differ_but_makes_no_table(whole, tmp_path
 def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
     exp = Experiment('smoke', store=whole[0])
     for t in H6_TASKS:
-        of = exp.asked(t)[0]
+        of = exp.requests(t)[0]
         for x in exp.items('Merge v4', t).to_dict('records'):
             want = judged(t, of[x['doc_id']], x)
             assert x['score'] == pytest.approx(want['score'], abs=1e-12) and np.all(x['gold'] == np.array(want['gold'])) and x['prediction'] == want['prediction']
@@ -162,11 +162,11 @@ def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
     exp.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
     said, found = verify(exp, tmp_path/'none')
     assert found.empty and '12 scores counted again from 48 answers' in said, found.to_string()
-    assert any('[' not in c for d in exp.asked('hellaswag')[0] for c in choices('hellaswag', d))
+    assert any('[' not in c for d in exp.requests('hellaswag')[0] for c in choices('hellaswag', d))
     for t in H6_TASKS: assert all(isinstance(x, str) for x in exp.flips('base', 'SFT v4', t)[['gold', 'base says', 'prompt']].to_numpy().flat)
     file = next(f for f in export_results(exp, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
     assert '[header]' not in json.loads(file.read_text().splitlines()[0])['arguments']['gen_args_0']['arg_1']
-    path = exp._find('eval/base/hellaswag').path
+    path = exp.find('eval/base/hellaswag').path
     change_item_score(path); forge(path)
     assert 'score of item 1' in set(verify(exp, tmp_path/'none')[1]['what'])
 
@@ -195,7 +195,7 @@ def test_flips_show_prompts_and_outputs(task, full, capsys):
     exp = Experiment('smoke', store=full)
     found, a, b = exp.flips('base', 'DPO v2', task), exp.items('base', task), exp.items('DPO v2', task)
     assert len(found) == (a['score'] != b['score']).sum()
-    asked = exp.asked(task)[1]
+    asked = exp.requests(task)[1]
     from solar_repro.eval import request_hash
     assert {i: request_hash(r) for i, r in asked.items()} == dict(zip(a['doc_id'], a['asked']))      # the prompts that were asked
     for x in found.to_dict('records'):
@@ -400,7 +400,7 @@ def test_a_title_and_the_marks_below_it_say_the_same():
     assert 'h6' in tables.unresolved(t, close) and 'is not resolved from' in tables.finding(7, t, 'x', close)
 
 def test_comparisons_are_corrected_over_their_table(full):
-    records = Experiment('smoke', store=full).records()
+    records = Experiment('smoke', store=full).samples()
     for n in range(3, 8):
         c = tables.comparisons(n, records)
         assert c['p_holm'].tolist() == pytest.approx(multipletests(c['p'], method='holm')[1]) and c['resolvable'].to_numpy() == pytest.approx(2.8016*c['se'], rel=1e-3)

@@ -149,8 +149,8 @@ def test_both_ways_run_and_say_so(full, tmp_path):
     score = lambda exp: json.loads((exp.build('eval/SFT v3/hellaswag').path/'items.parquet').with_name('score.json').read_text())
     for exp, h in ((one, 'full'), (two, 'dequantized')):
         assert exp.show('eval/SFT v3/hellaswag')['settings']['merge_onto'] == exp.show('Merge v4')['settings']['merge_onto'] == h
-    assert 'handover' in two.show('Merge v4')['inputs'] and two.point('SFT v3').base != one.point('SFT v3').base
-    assert two.point('SFT v3').terms == one.point('SFT v3').terms          # the same training
+    assert 'handover' in two.show('Merge v4')['inputs'] and two.model('SFT v3').base != one.model('SFT v3').base
+    assert two.model('SFT v3').terms == one.model('SFT v3').terms          # the same training
     said = [exp.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for exp in (one, two)]
     assert not said[0].equals(said[1]) and score(one)['n'] == score(two)['n']
     x, y = one.handover('SFT v3', 2), two.handover('SFT v3', 2)

@@ -402,7 +402,7 @@ def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
     record = lambda: run(sys.executable, 'tools/record_run.py', '--profile', 'smoke', '--nbs', 'nbs', '--test-minutes', '9', cwd=project, **env)
     early = record()
     assert early.returncode != 0 and 'make tables PROFILE=smoke' in early.stderr                # no report yet
-    tables.publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.own)
+    tables.publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom)
     # the last steps of the tool clean and render the whole project; here only its own part is looked at
     done = run(sys.executable, '-c', 'import runpy, sys; sys.path.insert(0, "tools"); m = runpy.run_path("tools/record_run.py"); from pathlib import Path; m["put"](Path("nbs/index.ipynb"), m["text_of"]("smoke", Path("nbs"), 8., 9.))', cwd=project, **env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -437,7 +437,7 @@ def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
     assert t['h6_paper'].notna().tolist() == [True] * 5 + [False] and t['h6'].notna().all()
     assert exp.table(7)['model'].iloc[-1] == 'Merge v5' and exp.table(4)['model'].iloc[-1] == 'DPO v4'
     from solar_repro.tables import publish
-    publish(exp.scores(), tmp_path / 'out', exp.label, exp.provenance(), exp.own)
+    publish(exp.scores(), tmp_path / 'out', exp.label, exp.provenance(), exp.custom)
     text = (tmp_path / 'out' / 'report.html').read_text()
     assert 'SFT v5' in text and 'nan' not in (tmp_path / 'out' / 'tables' / 'table3.md').read_text()
     # the same bytes elsewhere are the same set; other bytes are another

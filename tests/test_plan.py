@@ -144,7 +144,7 @@ def test_command_line_prints_plan_doctor_and_errors(tmp_path, capsys):
 def test_the_card_is_checked_before_a_run(tmp_path, monkeypatch):
     import solar_repro.pipeline.plan as planning
     exp = Experiment('a100', store=tmp_path/'s')
-    monkeypatch.setattr(planning, 'look', lambda folder: replace(GOOD, gib=16., bf16=False, nf4_fault='CUDA driver too old', disk_gib=5.))
+    monkeypatch.setattr(planning, 'detect', lambda folder: replace(GOOD, gib=16., bf16=False, nf4_problem='CUDA driver too old', disk_gib=5.))
     with pytest.raises(ValueError) as e: exp.run()
     said = str(e.value)
     assert all(w in said for w in ('16 GiB', 'bfloat16', 'CUDA driver too old', '5 GiB of disk', 'Nothing was started')), said

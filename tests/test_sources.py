@@ -298,13 +298,13 @@ def test_which_rows_were_drawn_is_part_of_the_keys(folder, tmp_path):
     assert json.loads((one.build('bench/gsm8k').path/'ids.json').read_text()) == sorted(json.loads((one.build('bench/gsm8k').path/'ids.json').read_text()), key=lambda i: int(i.split(':')[1]))
     moved = tmp_path/'moved'; shutil.move(data, moved); profile_of(tmp_path, base, moved)
     two = Experiment(path, store=tmp_path/'store')
-    assert two._find('data/alpaca_gpt4').content == one.build('data/alpaca_gpt4').content       # moving a folder rebuilds nothing
+    assert two.find('data/alpaca_gpt4').content == one.build('data/alpaca_gpt4').content       # moving a folder rebuilds nothing
     f = present(moved, 'alpaca_gpt4'); rows = rows_of('alpaca_gpt4')
     f.unlink(); put(moved, 'alpaca_gpt4', [rows[-1], *rows[:-1]], f.suffix)                      # the same rows on other lines
     three = Experiment(path, store=tmp_path/'store')
-    assert three._find('data/alpaca_gpt4') is None and three._find('bench/gsm8k')
+    assert three.find('data/alpaca_gpt4') is None and three.find('bench/gsm8k')
     assert three.build('data/alpaca_gpt4').content != one.build('data/alpaca_gpt4').content
-    assert Experiment(path, seed=1, store=tmp_path/'store')._find('data/alpaca_gpt4') is None
+    assert Experiment(path, seed=1, store=tmp_path/'store').find('data/alpaca_gpt4') is None
 
 
 def test_odd_line_ends_inside_a_text_break_no_row(folder, tmp_path):

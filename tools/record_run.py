@@ -35,7 +35,7 @@ def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_m
     for png in sorted((exp.folder / 'figures').glob('*.png')):
         (nbs / 'recorded' / png.name).write_bytes(small(png.read_bytes()))
     tables = {n: pd.read_csv(exp.folder / 'tables' / f'table{n}.csv') for n in range(3, 8)}
-    alt = '. '.join(finding(SHOWN, tables[SHOWN], exp.label, exp.records()).splitlines())
+    alt = '. '.join(finding(SHOWN, tables[SHOWN], exp.label, exp.samples()).splitlines())
     tables_took = f' `make tables`, notebooks and all, took {tables_minutes:.0f} minutes.' if tables_minutes else ''
     took = (f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on {os.cpu_count()} CPU cores, without a GPU.'
             if exp.profile.machine.device == 'cpu' else f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on one GPU.')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIB', 'SHAPES', 'LENGTHS', 'BENCH', 'Shape', 'shape_of', 'fetched', 'base_shape', 'Lengths', 'lengths', 'counter',
-           'count_rows', 'set_lengths', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes',
+           'count_rows', 'set_lengths', 'local_base', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes',
            'train_memory', 'lora_rank', 'Items', 'eval_tokens', 'count_items']
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #008a05a6
@@ -154,8 +154,8 @@ def set_lengths(
 )->tuple[Lengths,int]: # and the number of its rows
     "Lengths of a training set: counted where its rows are at hand, else as recorded."
     from solar_repro.data import load_rows, read_rows
-    p, stage, base = exp.profile, exp.graph[f'data/{name}'], _local_base(exp)
-    held = exp._find(stage.name)
+    p, stage, base = exp.profile, exp.graph[f'data/{name}'], local_base(exp)
+    held = exp.find(stage.name)
     own = stage.file if stage.file and stage.file.is_file() else None
     if base and (held or p.data.source == 'tiny' or own):
         if held: rows = read_rows(held.path/'rows.jsonl')
@@ -165,9 +165,9 @@ def set_lengths(
     if name not in LENGTHS: raise ValueError(f'plan: {name} cannot be counted before the base is there; expected its tokenizer. Build the stage base first.')
     return LENGTHS[name], stage.settings['n']
 
-def _local_base(exp)->Path|None:
+def local_base(exp)->Path|None:
     "The base's folder, where it is at hand."
-    held = exp._find('base')
+    held = exp.find('base')
     return held.path if held else shipped_base() if exp.profile.base.source in ('tiny', 'random') else None
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #7036ace1
@@ -281,7 +281,7 @@ def eval_tokens(
 
 def count_items(exp, task:str)->Items:
     "A benchmark in tokens: counted roughly (all text of an item) where it is at hand, else as recorded."
-    base, p = _local_base(exp), exp.profile
+    base, p = local_base(exp), exp.profile
     if p.data.source != 'tiny' or base is None: return BENCH[task]
     from tokenizers import Tokenizer
     from solar_repro.data import load_benchmark

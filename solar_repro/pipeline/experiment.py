@@ -36,9 +36,9 @@ class Model:
     name: str
 
     @property
-    def point(self):
+    def adapted(self):
         "Base and weighted adapters (`exp.model.AdaptedModel`)."
-        return self.exp.point(self.name)
+        return self.exp.model(self.name)
 
     def generate(self,
         prompt:str, # a question; the profile's template is put around it
@@ -47,7 +47,7 @@ class Model:
         "Answer a prompt."
         import torch
         from solar_repro.models.loading import load_tokenizer, render
-        model, tok = self.exp.materialized(self.point), load_tokenizer(self.point.base)
+        model, tok = self.exp.materialized(self.adapted), load_tokenizer(self.adapted.base)
         ids = tok(render(self.exp.profile.template, prompt, '')[0], return_tensors='pt', add_special_tokens=False)
         with torch.inference_mode():
             out = model.generate(input_ids=ids['input_ids'].to(model.device), attention_mask=ids['attention_mask'].to(model.device),
@@ -129,7 +129,7 @@ class Experiment:
         return [n for n in self.graph if n in want]
 
     def __getitem__(self, name:str)->Model:
-        self.point(name)
+        self.model(name)
         return Model(self, name)
 
     def __repr__(self)->str: return f'{self.profile.name} ({self.label}): {_headline(self.status())}'
@@ -141,10 +141,10 @@ def _key(self:Experiment, s:Stage)->str:
     return self.store.key(s.kind, CODE_VERSIONS[s.kind], s.settings, {r: self._built[i] for r, i in s.inputs.items()})
 
 @patch
-def _find(self:Experiment, name:str)->Artifact|None:
+def find(self:Experiment, name:str)->Artifact|None:
     "The stage's artifact, if it and all its inputs are there."
     s = self.graph[name]
-    if name not in self._built and all(self._find(i) for i in s.inputs.values()):
+    if name not in self._built and all(self.find(i) for i in s.inputs.values()):
         a = self.store.find(s.kind, self._key(s))
         if a: self._built[name] = a
     return self._built.get(name)
@@ -152,7 +152,7 @@ def _find(self:Experiment, name:str)->Artifact|None:
 @patch
 def status(self:Experiment)->pd.DataFrame: # stage, kind, state, seconds, key, content
     "What is built and what is missing; nothing is built."
-    found = {n: self._find(n) for n in self.graph}
+    found = {n: self.find(n) for n in self.graph}
     return pd.DataFrame([dict(stage=n, kind=self.graph[n].kind, state='built' if a else 'missing', seconds=a.manifest['seconds'] if a else None,
                               key=a.key[:12] if a else '', content=a.content[:12] if a else '') for n, a in found.items()])
 
@@ -189,7 +189,7 @@ def _make(self:Experiment, s:Stage, progress:Progress)->Artifact:
 def _progress(self:Experiment, missing:list[str])->Progress:
     "Of these stages; where somebody follows along (a book), of the whole recipe, which the coming notebooks will build."
     if not os.environ.get('SOLAR_PROGRESS'): return Progress([self.graph[n] for n in missing], [])
-    have = {n: a for n in self.graph if (a := self._find(n))}
+    have = {n: a for n in self.graph if (a := self.find(n))}
     rest = [n for n in self.graph if n not in have and n not in missing]
     return Progress([self.graph[n] for n in missing + rest], [(a.kind, a.manifest['seconds']) for a in have.values()])
 
@@ -200,7 +200,7 @@ def _check_prompts(self:Experiment)->None:
     from lm_eval.models.utils import normalize_gen_kwargs
     from solar_repro.models.base_models import check_prompts
     for t in H6_TASKS:
-        args = [r.args for rs in self.asked(t)[1].values() for r in rs]
+        args = [r.args for rs in self.requests(t)[1].values() for r in rs]
         room = max((normalize_gen_kwargs(kw)['max_gen_toks'] for _, kw in args if isinstance(kw, dict)), default=0)
         check_prompts(self.build('base').path, t, [c if isinstance(x, dict) else c + x for c, x in args], room)
 
@@ -210,7 +210,7 @@ def run(self:Experiment,
     names:list[str]|None=None, # stages; None: all
 )->None:
     "Build stages and everything that they need."
-    missing = [n for n in self.needs(list(self.graph) if names is None else names) if self._find(n) is None]
+    missing = [n for n in self.needs(list(self.graph) if names is None else names) if self.find(n) is None]
     if not missing: return
     if self.profile.machine.device == 'cuda':
         from solar_repro.pipeline.plan import check_machine
@@ -240,12 +240,12 @@ def models(self:Experiment)->list[str]:
     return ['base', *MODELS, *self.profile.rows]
 
 @patch(as_prop=True)
-def own(self:Experiment)->dict[int,list[str]]:
+def custom(self:Experiment)->dict[int,list[str]]:
     "The profile's own rows, by the table that shows them."
     return {n: [r for r, row in self.profile.rows.items() if row.shown_in == n] for n in range(3, 8)}
 
 @patch
-def point(self:Experiment, name:str):
+def model(self:Experiment, name:str):
     "A model as base and weighted adapters (`exp.model.AdaptedModel`)."
     if self._stage(name).kind not in MODEL_KINDS: raise ValueError(f'lab: {name!r} is a {self.graph[name].kind}, not a model; models are {self.models}.')
     return merged_onto(adapted_model(self.build(name), self.store), self.build(DEQUANTIZED) if DEQUANTIZED in self.graph else None)
@@ -297,7 +297,7 @@ def scores(self:Experiment,
     return pd.DataFrame(rows)
 
 @patch
-def records(self:Experiment,
+def samples(self:Experiment,
     names:list[str]|None=None, # models; None: all of `models`
 )->pd.DataFrame: # model, task, doc_id, score; one row an item
     "What each item scored, for paired tests."
@@ -308,7 +308,7 @@ def records(self:Experiment,
 @patch
 def table(self:Experiment, n:int)->pd.DataFrame:
     "Table 3 to 7 of the paper, rebuilt (`tables.table`)."
-    own = self.own.get(n, [])
+    own = self.custom.get(n, [])
     return tables.table(n, self.scores([*tables.models(n), *own]), own)
 
 # %% ../../nbs/pipeline/08_experiment.ipynb #36fbe957
@@ -324,7 +324,7 @@ def clean_scores(self:Experiment,
 )->pd.DataFrame: # model, task, score, clean, clean_se, n, n_clean; fractions
     "Every score beside its value on items that share no `n` words in a row with any training set."
     from solar_repro.core.contamination import clean_scores
-    return clean_scores(self.records(names), self.overlaps(), n)
+    return clean_scores(self.samples(names), self.overlaps(), n)
 
 @patch
 def protocols(self:Experiment,
@@ -338,7 +338,7 @@ def protocols(self:Experiment,
 
 # %% ../../nbs/pipeline/08_experiment.ipynb #168f8343
 @patch
-def asked(self:Experiment,
+def requests(self:Experiment,
     task:str, # one of `H6_TASKS`
 )->tuple[list[dict],dict[int,list]]: # its items as lm-eval's task reads them; lm-eval's requests for each
     "What a benchmark asks; no model is needed."
@@ -363,10 +363,10 @@ def flips(self:Experiment,
     "Items on which two models score differently, with prompts and answers in words."
     x, y = (self.items(m, task).set_index('doc_id') for m in (a, b))
     assert x['asked'].equals(y['asked']), f'{a} and {b} were asked different items of {task}'
-    docs, requests = self.asked(task)
+    docs, asked = self.requests(task)
     change = (y['score'] - x['score']).loc[lambda d: d != 0].sort_values(key=abs, ascending=False, kind='stable')
     rows = [{'doc_id': i, 'change': d, a: x.loc[i, 'score'], b: y.loc[i, 'score'], 'gold': _said(task, docs[i], x.loc[i])[1],
-             f'{a} says': _said(task, docs[i], x.loc[i])[0], f'{b} says': _said(task, docs[i], y.loc[i])[0], 'prompt': requests[i][0].args[0]} for i, d in change.items()]
+             f'{a} says': _said(task, docs[i], x.loc[i])[0], f'{b} says': _said(task, docs[i], y.loc[i])[0], 'prompt': asked[i][0].args[0]} for i, d in change.items()]
     return pd.DataFrame(rows, columns=['doc_id', 'change', a, b, 'gold', f'{a} says', f'{b} says', 'prompt'])
 
 @patch
@@ -419,7 +419,7 @@ def _headline(s:pd.DataFrame)->str:
 def _summary(exp:Experiment)->str:
     s = exp.status(); c = cost(s)
     built = lambda m: all(s.loc[s['stage'] == f'eval/{m}/{t}', 'state'].item() == 'built' for t in H6_TASKS)
-    tally = ', '.join(f'Table {n}: {sum(map(built, rows))} of {len(rows)}' for n in range(3, 8) for rows in [[*tables.models(n), *exp.own[n]]])
+    tally = ', '.join(f'Table {n}: {sum(map(built, rows))} of {len(rows)}' for n in range(3, 8) for rows in [[*tables.models(n), *exp.custom[n]]])
     missing = ', '.join(html.escape(n) for n in s.loc[s['state'] == 'missing', 'stage'])
     more = f'<details><summary>what is missing</summary>{missing}</details>' if missing else ''
     times = [c[k].map(lambda x: '?' if x != x or x is None else duration(x) if x else '') for k in ('seconds', 'left_s')]

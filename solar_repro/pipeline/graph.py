@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'SFT_ROWS', 'ULTRAFEEDBACK_CLEAN', 'SYNTH_MATH_ALIGNMENT', 'DPO_STARTS', 'AVERAGES',
-           'MODELS', 'PAIRS', 'DEQUANTIZED', 'Stage', 'custom_stages', 'build_graph', 'graph_figure']
+           'MODELS', 'PAIRS', 'DEQUANTIZED', 'Stage', 'machine_settings', 'must_be_in', 'custom_stages', 'bos_settings',
+           'task_settings', 'build_graph', 'graph_figure']
 
 # %% ../../nbs/pipeline/00_graph.ipynb #8d283622
 import difflib
@@ -46,13 +47,13 @@ MODELS = (*SFT_ROWS, 'SFT v3 + v4', 'DPO v1', 'DPO v2', 'DPO v1 + v2', 'DPO v3',
           'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4') # the rows of Tables 3 to 7
 
 # %% ../../nbs/pipeline/00_graph.ipynb #bf2bde83
-def _machine(p:Profile)->dict: return p.machine.model_dump()
+def machine_settings(p:Profile)->dict: return p.machine.model_dump()
 
 def _set(x)->dict: # of a section of the profile
     "What is set: a setting that is left out stands in no key."
     return x.model_dump(exclude_none=True)
 
-def _foreign_base(p:Profile)->Stage:
+def _external_base(p:Profile)->Stage:
     "A base from a folder, the Hub or a wheel; the folder's files are part of the key, not its path."
     from solar_repro.models.base_models import base_settings
     settings, file = base_settings(p.base.source, p.base.revision)
@@ -72,7 +73,7 @@ def _published_stages(p:Profile)->list[Stage]:
 # %% ../../nbs/pipeline/00_graph.ipynb #075d2294
 def _data_stages(p:Profile)->list[Stage]:
     if p.base.source in ('tiny', 'random'): base = Stage('base', 'base', dict(source=p.base.source), {})
-    else: base = _foreign_base(p)
+    else: base = _external_base(p)
     if p.base.source == 'tiny':
         base.settings['weights'] = json.loads((shipped_base()/'record.json').read_text())['weights']
     if p.data.source != 'tiny': return [base, *_published_stages(p)]
@@ -81,7 +82,7 @@ def _data_stages(p:Profile)->list[Stage]:
             *(Stage(f'bench/{t}', 'bench', dict(task=t, source=p.data.source, n=p.eval.n_items), {}) for t in H6_TASKS)]
 
 # %% ../../nbs/pipeline/00_graph.ipynb #0548c76a
-def _training(p:Profile)->dict: return dict(template=p.template.model_dump(), seed=p.seed, machine=_machine(p))
+def _training(p:Profile)->dict: return dict(template=p.template.model_dump(), seed=p.seed, machine=machine_settings(p))
 
 def _sft_stage(p:Profile, row:str)->Stage:
     return Stage(row, 'sft', dict(sft=_set(p.sft), **_training(p)), dict(base='base', **{d: f'data/{d}' for d in SFT_ROWS[row]}))
@@ -93,7 +94,7 @@ def _average(name:str)->Stage:
 # %% ../../nbs/pipeline/00_graph.ipynb #7105fd01
 def _ref(p:Profile, start:str, data:str)->Stage:
     numerics = {k: v for k, v in _set(p.dpo).items() if k in Numerics.model_fields}
-    return Stage(f'ref/{start}/{data}', 'ref', dict(numerics=numerics, template=p.template.model_dump(), machine=_machine(p)),
+    return Stage(f'ref/{start}/{data}', 'ref', dict(numerics=numerics, template=p.template.model_dump(), machine=machine_settings(p)),
                  dict(start=start, data=f'data/{data}'))
 
 def _dpo_step(p:Profile, row:str, name:str, start:str, sets:tuple[str,...])->list[Stage]:
@@ -111,7 +112,7 @@ def _dpo_stages(p:Profile, row:str)->list[Stage]:
 # %% ../../nbs/pipeline/00_graph.ipynb #2238f53a
 PAIRS = ULTRAFEEDBACK_CLEAN, SYNTH_MATH_ALIGNMENT
 
-def _must_be_in(where:str, what:str, name:str, names)->None:
+def must_be_in(where:str, what:str, name:str, names)->None:
     near = difflib.get_close_matches(name, names, 1, 0)
     if name not in names: raise ValueError(f'profile: {where} names the {what} {name!r}; did you mean {near[0]!r}? Expected one of {list(names)}.')
 
@@ -132,7 +133,7 @@ def _custom_row(p:Profile, name:str, pairs:dict[str,bool], models:list[str])->li
     row, where = p.rows[name], f'rows.{name!r}'
     if name in models: raise ValueError(f'profile: {where} has the name of another row; expected a new one. Rename it.')
     for m in row.weights or ([row.start] if row.start else []):
-        _must_be_in(where, 'model', m, models)
+        must_be_in(where, 'model', m, models)
         if m == 'Merge v4' or m in p.rows and p.rows[m].method == 'slerp' or m == row.start == 'base':
             raise ValueError(f'profile: {where} builds on {m!r}, which is no sum of adapters; expected an SFT or DPO model, or an average. Name another.')
     if row.weights:
@@ -140,7 +141,7 @@ def _custom_row(p:Profile, name:str, pairs:dict[str,bool], models:list[str])->li
         how = dict(method='slerp', t=wb, threshold=p.merge.slerp_threshold) if row.method == 'slerp' else dict(method='linear', weights=[wa, wb])
         return [Stage(name, 'merge', how, dict(a=a, b=b))]
     for d in row.sets:
-        _must_be_in(where, 'training set', d, pairs)
+        must_be_in(where, 'training set', d, pairs)
         if pairs[d] != bool(row.start): raise ValueError(f"profile: {where} trains on {d!r}, which holds {'pairs' if pairs[d] else 'answers'}; expected pairs for DPO (with a start) and answers for SFT.")
     own = {k: v for k in DpoRow.model_fields if (v := getattr(row, k)) is not None}
     if not row.start: return [Stage(name, 'sft', dict(sft=_set(p.sft.model_copy(update=own)), **_training(p)), dict(base='base', **{d: f'data/{d}' for d in row.sets}))]
@@ -162,11 +163,11 @@ def custom_stages(
     return stages
 
 # %% ../../nbs/pipeline/00_graph.ipynb #870ec83a
-def _bos(p:Profile)->dict:
+def bos_settings(p:Profile)->dict:
     "What an evaluation has to know of the protocol."
     return dict(add_bos=False) if p.eval.protocol == 'leaderboard-2023' and p.base.source not in ('tiny', 'random') else {}
 
-def _tasks(p:Profile)->dict:
+def task_settings(p:Profile)->dict:
     "Whose task definitions ask the items."
     return {} if p.data.source == 'tiny' else dict(tasks='lm-eval')
 
@@ -182,7 +183,7 @@ def _merged_onto(p:Profile, stages:list[Stage])->list[Stage]:
     whole = {'base', *(s.name for s in stages if s.settings.get('method') == 'slerp')} # models that need no base to stand on
     adds = lambda s: s.kind == 'merge' and s.name in whole or s.kind == 'eval' and s.inputs['model'] not in whole
     role = dict(merge_onto=DEQUANTIZED) if p.merge.merge_onto == 'dequantized' else {}
-    made = [Stage(DEQUANTIZED, 'base', dict(source='dequantized', compute_dtype=p.sft.compute_dtype, machine=_machine(p)), dict(base='base'))] if role else []
+    made = [Stage(DEQUANTIZED, 'base', dict(source='dequantized', compute_dtype=p.sft.compute_dtype, machine=machine_settings(p)), dict(base='base'))] if role else []
     out = [replace(s, settings={**s.settings, 'merge_onto': p.merge.merge_onto}, inputs={**s.inputs, **role}) if adds(s) else s for s in stages]
     return [*out[:1], *made, *out[1:]]
 
@@ -197,7 +198,7 @@ def build_graph(
     stages += custom_stages(p)
     stages.append(Stage('contamination', 'contamination', {}, {s.name: s.name for s in stages if s.kind in ('data', 'bench')}))
     shots = p.eval.num_fewshot.model_dump()
-    stages += [Stage(f'eval/{m}/{t}', 'eval', dict(task=t, num_fewshot=shots[t], batch_size=p.eval.batch_size, machine=_machine(p), **_bos(p), **_tasks(p)),
+    stages += [Stage(f'eval/{m}/{t}', 'eval', dict(task=t, num_fewshot=shots[t], batch_size=p.eval.batch_size, machine=machine_settings(p), **bos_settings(p), **task_settings(p)),
                      dict(model=m, bench=f'bench/{t}')) for m in ('base', *MODELS) for t in H6_TASKS]
     stages += [replace(s, name=s.name.replace('/base/', f'/{r}/', 1), inputs={**s.inputs, 'model': r}) for r in p.rows for s in stages if s.name.startswith('eval/base/')]
     graph = {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'A100_TFLOPS', 'CARDS', 'DEFAULT_CARD', 'READ_GB_S', 'NET_GB_S', 'Run', 'published', 'Card', 'card',
-           'calibrate', 'Hardware', 'look']
+           'calibrate', 'Hardware', 'detect']
 
 # %% ../../nbs/pipeline/04_hardware.ipynb #dc56b724
 import os
@@ -103,7 +103,7 @@ def calibrate(
     two, times = replace(s, n_layers=2, vocab=0), sorted(times[1:])
     rate = lambda t: train_flops(two, n_tok, p.sft.lora_r, False)*n_tok/t/1e12
     best, mid, worst = rate(times[0]), rate(times[len(times)//2]), rate(times[-1])
-    found = look(Path.cwd())
+    found = detect(Path.cwd())
     return Card(found.name, mid, found.gib, float('inf'), found.bf16, (best/mid, 1., .8*worst/mid), f'measured: {len(times)} steps of two layers, {n_tok} tokens')
 
 # %% ../../nbs/pipeline/04_hardware.ipynb #9bb3ec42
@@ -133,7 +133,7 @@ class Hardware:
     gpu: bool
     gib: float         # memory of the GPU, or of the machine where there is none
     bf16: bool         # arithmetic in bfloat16
-    nf4_fault: str     # why bitsandbytes cannot quantize here; empty: it can
+    nf4_problem: str     # why bitsandbytes cannot quantize here; empty: it can
     disk_gib: float    # free where the store lies
     ram_gib: float
     cpus: int
@@ -150,7 +150,7 @@ def _nf4_problem(device:str)->str:
         return '' if far < .2 else f'numbers come back {far:.2g} off'
     except Exception as e: return f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
 
-def look(
+def detect(
     folder:Path, # where results will lie; need not exist
 )->Hardware:
     "Look at the present machine."

@@ -18,10 +18,10 @@ import pandas as pd
 from ..core.config import Profile, profiles
 from ..paper import H6_TASKS, scores, standard_errors
 from .cost_model import (
-    _local_base, base_shape, count_items, eval_tokens, fetched, forward_flops, GIB, head_bytes, Lengths,
+    local_base, base_shape, count_items, eval_tokens, fetched, forward_flops, GIB, head_bytes, Lengths,
     lora_rank, set_lengths, Shape, train_flops, train_memory)
 from .graph import graph_figure, MODELS, Stage
-from .hardware import Card, card, Hardware, look, NET_GB_S, READ_GB_S
+from .hardware import Card, card, detect, Hardware, NET_GB_S, READ_GB_S
 
 # %% ../../nbs/pipeline/06_plan.ipynb #3a902931
 #| export
@@ -149,14 +149,14 @@ def make_plan(
 )->Plan:
     "Price every stage of a profile; nothing is built."
     from functools import cache
-    base, p, c = exp._find('base'), exp.profile, on or card(None, exp.profile)
+    base, p, c = exp.find('base'), exp.profile, on or card(None, exp.profile)
     s = base_shape(p, base.path if base else None)
     held = dict(lengths=cache(lambda d: set_lengths(exp, d)), items=cache(lambda t: count_items(exp, t)))
     rows = []
     for stage in exp.graph.values():
         w = WORK[stage.kind](exp, s, c, stage, held) if stage.kind in WORK else Cost()     # others compare texts: nothing to price
         low, mid, high = _hours(w, c)
-        rows.append(dict(stage=stage.name, kind=stage.kind, held=exp._find(stage.name) is not None, tokens=w.tokens[1], tokens_low=w.tokens[0], tokens_high=w.tokens[2],
+        rows.append(dict(stage=stage.name, kind=stage.kind, held=exp.find(stage.name) is not None, tokens=w.tokens[1], tokens_low=w.tokens[0], tokens_high=w.tokens[2],
                          pflop=w.flops[1]/1e15, hours_low=low, hours=mid, hours_high=high, gib=w.memory/GIB, disk_gib=w.disk/GIB, download_gib=w.download/GIB))
     return Plan(p.name, p.label, c, pd.DataFrame(rows), price)
 
@@ -233,7 +233,7 @@ def savings(
 )->pd.DataFrame: # what, hours; expected, of the stages still to do
     "Hours that could be saved without changing what is computed."
     m, c = plan.missing.set_index('stage'), plan.card
-    unpack, shared, read_h = 0., 0., _reading(base_bytes(exp.profile, base_shape(exp.profile, _local_base(exp))))[1]/3600
+    unpack, shared, read_h = 0., 0., _reading(base_bytes(exp.profile, base_shape(exp.profile, local_base(exp))))[1]/3600
     for name, r in m[m['kind'].isin(('sft', 'ref', 'dpo'))].iterrows():
         rate = c.tflops*1e12*c.shares[1]*3600/(r['pflop']*1e15/r['tokens'])      # tokens an hour
         unpack += r['hours'] - r['tokens']/rate - read_h
@@ -312,7 +312,7 @@ def actual(
     "Planned and measured, for what is built."
     rows = []
     for r in plan.stages[plan.stages['held']].to_dict('records'):
-        a = exp._find(r['stage'])
+        a = exp.find(r['stage'])
         log = a.path/'log.csv'
         seen = pd.read_csv(log)['tokens'].iloc[-1] if r['kind'] == 'sft' and log.is_file() else np.nan
         took, size = a.manifest['seconds']/3600, sum(f['bytes'] for f in a.manifest['files'].values())/GIB
@@ -339,7 +339,7 @@ def _hub_missing(p:Profile)->bool:
 def blockers(
     p:Profile, # what is to run
     plan:Plan, # what that takes
-    found:Hardware, # of `look`
+    found:Hardware, # of `detect`
     offline:bool=False, # weights or data are missing and may not be fetched
 )->list[str]: # one sentence each: what is there, what is needed, what to do
     "Why a machine cannot run what a plan says is missing."
@@ -353,8 +353,8 @@ def blockers(
                    f"Take {' or '.join(smaller) or 'fewer rows a pass (passes, or a smaller max_tokens_per_microbatch)'}{', or set activation_checkpointing = true' if gpu else ''}.")
     if found.gpu and gpu and not found.bf16 and 'bfloat16' in (p.sft.compute_dtype, p.dpo.compute_dtype):
         out.append(f'{found.name} has no arithmetic for bfloat16; the profile computes in it. Take a card of the Ampere generation (A100, RTX 30) or newer.')
-    if m['kind'].isin(('sft', 'ref', 'dpo')).any() and (p.sft.nf4 or p.dpo.nf4) and found.nf4_fault and (found.gpu or not gpu):
-        out.append(f'bitsandbytes cannot quantize here ({found.nf4_fault}); NF4 needs it. Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].')
+    if m['kind'].isin(('sft', 'ref', 'dpo')).any() and (p.sft.nf4 or p.dpo.nf4) and found.nf4_problem and (found.gpu or not gpu):
+        out.append(f'bitsandbytes cannot quantize here ({found.nf4_problem}); NF4 needs it. Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].')
     disk = m['disk_gib'].sum() + 3*m['disk_gib'].where(m['kind'].isin(('sft', 'dpo')), 0.).max()   # a checkpoint holds the optimizer's state too
     if disk > found.disk_gib: out.append(f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. Free some, or put the store elsewhere with --store or SOLAR_STORE.')
     if offline and {'base', 'data', 'bench'} & set(m['kind']):
@@ -370,7 +370,7 @@ def check_machine(
     "Refuse, in one message, a machine that cannot build what is missing."
     plan = make_plan(exp)
     if names is not None: plan = replace(plan, stages=plan.stages[plan.stages['stage'].isin(names)])
-    said = blockers(exp.profile, plan, look(exp.store.folder), _hub_missing(exp.profile))
+    said = blockers(exp.profile, plan, detect(exp.store.folder), _hub_missing(exp.profile))
     if said: raise ValueError(f'profile {exp.profile.name}: this machine cannot run it.\n  - ' + '\n  - '.join(said) + '\nNothing was started.')
 
 def doctor(
@@ -378,11 +378,11 @@ def doctor(
 )->str:
     "What this machine has, and which of the shipped profiles it can run."
     from solar_repro.pipeline.experiment import Experiment
-    f = look(store)
+    f = detect(store)
     kind = f'{f.name}, {f.gib:.0f} GiB' if f.gpu else f'no GPU, {f.cpus} CPU cores'
     by_fault = {}
     lines = [f"this machine: {kind}, {f.ram_gib:.0f} GiB of memory, {f.disk_gib:.0f} GiB of disk free; bfloat16: {'yes' if f.bf16 else 'no'}; "
-             f"NF4: {'works' if not f.nf4_fault else f.nf4_fault}"]
+             f"NF4: {'works' if not f.nf4_problem else f.nf4_problem}"]
     for name in profiles():
         exp = Experiment(name, store=store); plan = make_plan(exp)
         said, hours = blockers(exp.profile, plan, f, _hub_missing(exp.profile)), plan.missing['hours'].sum()

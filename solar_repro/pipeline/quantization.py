@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.config import Numerics, Profile, Template
 from ..paper import H6_TASKS
 from .artifacts import _read_rows, adapted_model
-from .graph import _bos, _machine, _must_be_in, _tasks, build_graph, Stage
+from .graph import bos_settings, machine_settings, must_be_in, task_settings, build_graph, Stage
 
 # %% ../../nbs/pipeline/02_quantization.ipynb #c324c985
 #| export
@@ -30,12 +30,12 @@ def quantization_stage(
     "The stage that measures a model's hand-over from four bits."
     graph = build_graph(p)
     trained = {n: s.settings[s.kind] for n, s in graph.items() if s.kind in ('sft', 'dpo')}
-    _must_be_in('handover', 'training', name, list(trained))
+    must_be_in('handover', 'training', name, list(trained))
     if not trained[name]['nf4']:
         raise ValueError(f'handover: {name!r} is trained on full weights (nf4 = false in profile {p.name}); expected four bits, or nothing is handed over. Set nf4 = true.')
     evals = {t: graph[f'eval/{name}/{t}'] for t in H6_TASKS if f'eval/{name}/{t}' in graph}
-    settings = dict(numerics={k: v for k, v in trained[name].items() if k in Numerics.model_fields}, template=p.template.model_dump(), machine=_machine(p), n_probe=n_probe,
-                    num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.merge_onto, **_bos(p), **_tasks(p))
+    settings = dict(numerics={k: v for k, v in trained[name].items() if k in Numerics.model_fields}, template=p.template.model_dump(), machine=machine_settings(p), n_probe=n_probe,
+                    num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.merge_onto, **bos_settings(p), **task_settings(p))
     inputs = {k: i for k, i in graph[name].inputs.items() if i.startswith('data/')} | {f'bench_{t}': f'bench/{t}' for t in H6_TASKS}
     return Stage(f'quantization/{name}', 'quantization', settings, dict(model=name, **inputs, **{f'eval_{t}': s.name for t, s in evals.items()}))
 

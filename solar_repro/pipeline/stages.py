@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from ..core.config import DpoStep, Numerics, Sft, Template
-from .artifacts import _parts, _read_rows, _write_adapted_model, merged_onto, adapted_model
+from .artifacts import base_and_terms, _read_rows, write_adapted_model, merged_onto, adapted_model
 from .quantization import build_quantization
 from ..tiny.world import shipped_base
 
@@ -99,7 +99,7 @@ def build_sft(out, settings, inputs, context):
     check_fit(inputs['base'].path, Template.model_validate(settings['template']), settings['sft']['max_length'])
     train_sft(inputs['base'].path, rows, out, Sft.model_validate(settings['sft']), Template.model_validate(settings['template']),
               settings['seed'], settings['machine']['device'], context.on_progress)
-    _write_adapted_model(out, inputs['base'], [[None, 1.]])
+    write_adapted_model(out, inputs['base'], [[None, 1.]])
 
 # %% ../../nbs/pipeline/03_stages.ipynb #49410ba2
 def build_ref(out, settings, inputs, context):
@@ -119,8 +119,8 @@ def build_dpo(out, settings, inputs, context):
     logps = pd.concat([pd.read_csv(inputs[f'ref_{d}'].path/'logps.csv') for d in sets], ignore_index=True)
     train_dpo(adapted_model(inputs['start'], context.store), rows, logps, out, DpoStep.model_validate(settings['dpo']),
               Template.model_validate(settings['template']), settings['seed'], settings['machine']['device'], context.on_progress)
-    base, _ = _parts(inputs['start'])
-    _write_adapted_model(out, base, [[None, 1.]])
+    base, _ = base_and_terms(inputs['start'])
+    write_adapted_model(out, base, [[None, 1.]])
 
 # %% ../../nbs/pipeline/03_stages.ipynb #16a430fa
 def average_terms(
@@ -143,10 +143,10 @@ def build_merge(out, settings, inputs, context):
         x, y = (merged_onto(adapted_model(m, context.store), inputs.get('merge_onto')) for m in (a, b))
         angles = slerp(x, y, settings['t'], settings['threshold'], out/'checkpoint')
         angles.to_csv(out/'angles.csv', index=False)
-        return _write_adapted_model(out, None, [])
-    (base, ta), (base_b, tb) = _parts(a), _parts(b)
+        return write_adapted_model(out, None, [])
+    (base, ta), (base_b, tb) = base_and_terms(a), base_and_terms(b)
     if base != base_b: raise ValueError(f'merge: {a.manifest["name"]} and {b.manifest["name"]} have different bases; expected one base.')
-    _write_adapted_model(out, base, average_terms([ta, tb], settings['weights']))
+    write_adapted_model(out, base, average_terms([ta, tb], settings['weights']))
 
 # %% ../../nbs/pipeline/03_stages.ipynb #bfaec03b
 def build_eval(out, settings, inputs, context):

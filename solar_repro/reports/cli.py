@@ -25,7 +25,7 @@ def run(exp:Experiment)->None:
     from solar_repro import tables
     exp.run()
     runs = {s: l.scores() for s, l in exp.repeated().items()}
-    for f in tables.publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.own, exp.records(), runs): print(f)
+    for f in tables.publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom, exp.samples(), runs): print(f)
 
 def status(exp:Experiment)->None:
     "Say what is built and what is missing."
@@ -106,7 +106,7 @@ def export(exp:Experiment, name:str, folder:Path, adapter:bool)->None:
     "Write a model as a checkpoint for transformers, or as one adapter for PEFT."
     from solar_repro.merging.export import check_target, export
     check_target(folder)
-    print(export(exp.point(name), folder, name, adapter, exp.label))
+    print(export(exp.model(name), folder, name, adapter, exp.label))
 
 def compare(a:Path, b:Path, base:Path|None, tensors:bool)->None:
     "Print how far two checkpoints are apart: norms, distance, cosine and angle, by layer or by tensor."
@@ -148,7 +148,7 @@ def plan(exp:Experiment, card:str|None, calibrate:bool, price:float|None, budget
     "Print what the profile takes: tokens, hours, memory, disk, price; what a budget buys; and after a run, planned beside measured."
     from solar_repro.pipeline import plan as planning
     if card and calibrate: raise ValueError('plan: --card and --calibrate name two machines; expected one. Leave one out.')
-    base = exp._find('base')
+    base = exp.find('base')
     on = planning.calibrate(exp.profile, planning.base_shape(exp.profile, base.path if base else None)) if calibrate else planning.card(card, exp.profile)
     made = planning.make_plan(exp, on, price)
     print(f'{made.name} ({made.label}) on {on.name}: {on.source}')
@@ -172,7 +172,7 @@ def ledger(exp:Experiment)->None:
     from solar_repro.paper import H6_TASKS
     found = exp.overlaps()
     for n in (13, 8): print(f'items that share {n} words in a row with a training row, {exp.label}'); print(overlap_counts(found, n, SETS, H6_TASKS).to_string())
-    done = [m for m in exp.models if all(exp._find(f'eval/{m}/{t}') for t in H6_TASKS)]
+    done = [m for m in exp.models if all(exp.find(f'eval/{m}/{t}') for t in H6_TASKS)]
     if done: print(exp.clean_scores(done).to_string(index=False, float_format='%.4f'))
 
 def weights(profile:str, seed:int|None, store:Path|None)->None:

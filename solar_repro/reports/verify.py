@@ -128,13 +128,13 @@ def _recount(exp:Experiment, model:str, task:str, of:list[dict], asked:dict[int,
 
 def recounted(
     exp:Experiment, # evaluations that are not built are left out
-)->tuple[pd.DataFrame,pd.DataFrame,pd.DataFrame]: # scores as `Experiment.scores`, records as `Experiment.records`; faults: where, what, recorded, found
+)->tuple[pd.DataFrame,pd.DataFrame,pd.DataFrame]: # scores as `Experiment.scores`, records as `Experiment.samples`; faults: where, what, recorded, found
     "All scores from the answers, and what is recorded otherwise."
     from solar_repro.eval import request_hash
     rows, records, faults, by_task = [], [], [], defaultdict(list)
     for m, t in evaluated(exp): by_task[t].append(m)
     for t, models in by_task.items():
-        of, asked = exp.asked(t)
+        of, asked = exp.requests(t)
         asked = {i: request_hash(r) for i, r in asked.items()}
         for m in models:
             items, s, wrong = _recount(exp, m, t, of, asked)
@@ -160,7 +160,7 @@ def table_faults(
     if not made: return 0, pd.DataFrame(columns=FAULT)
     if lacking: return 0, pd.DataFrame([(n, 'all', 'a table', f'no evaluations of {", ".join(lacking[:3])} in the store') for n in made], columns=FAULT)
     with TemporaryDirectory() as d:
-        files = tables.write_tables(scores, Path(d), exp.label, exp.own, records if 'comparisons.csv' in made else None, runs)
+        files = tables.write_tables(scores, Path(d), exp.label, exp.custom, records if 'comparisons.csv' in made else None, runs)
         want = {f.name: f.read_text(encoding='utf-8').splitlines() for f in files}
     out = [(n, 'all', 'a table', 'nothing that makes it') for n in made.keys() - want.keys()]
     for n in sorted(made.keys() & want.keys()):
@@ -237,7 +237,7 @@ def export_results(
     out, files = Path(out), []
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'export_results: {out} is a file or holds files; expected a new or empty folder. Choose another.')
     scores = exp.scores(names).set_index(['model', 'task'])
-    asked = {t: exp.asked(t) for t in H6_TASKS}
+    asked = {t: exp.requests(t) for t in H6_TASKS}
     for model in scores.index.unique('model'):
         stages = {t: exp.show(f'eval/{model}/{t}') for t in H6_TASKS}
         when, name = max(m['started'] for m in stages.values()).replace(':', '-').rstrip('Z'), re.sub(r'[^\w.+-]+', '_', model)
