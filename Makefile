@@ -23,7 +23,7 @@ setup:
 
 tables: export SOLAR_DATA := $(or $(DATA),$(SOLAR_DATA))
 tables: setup
-	@$(BIN)/solar-repro weights --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
+	@$(BIN)/solar-repro fetch-base --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 	@$(BIN)/python -m solar_repro.reports.notebooks --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 
 test: setup

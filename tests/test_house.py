@@ -87,10 +87,17 @@ def test_modules_are_short_and_say_what_they_are_for():
     assert not wrong, '\n'.join(wrong)
 
 
+def written(p: Path) -> list[tuple[int, str]]:
+    "The lines of a file, less the list of names that nbdev puts at the head of a module."
+    lines = list(enumerate(p.read_text(encoding='utf-8').splitlines(), 1))
+    head = [n for n, s in lines if s.startswith('# %% ')][:2]
+    return [x for x in lines if not (len(head) == 2 and head[0] <= x[0] < head[1] and lines[head[0] - 1][1] == '# %% auto #0')]
+
+
 def code() -> list[tuple[str, int, str]]:
     "Every line of code that people write: of the library, tests, tools, benchmarks, and of the notebooks' cells."
     files = [p for d in ('solar_repro', 'tests', 'tools', 'benchmarks') for p in sorted((ROOT / d).rglob('*.py')) if p.name != '_modidx.py']
-    lines = [(str(p.relative_to(ROOT)), n, s) for p in [*files, ROOT / 'setup.py'] for n, s in enumerate(p.read_text(encoding='utf-8').splitlines(), 1)]
+    lines = [(str(p.relative_to(ROOT)), n, s) for p in [*files, ROOT / 'setup.py'] for n, s in written(p)]
     for p in NOTEBOOKS:
         cells = json.loads(p.read_text(encoding='utf-8'))['cells']
         lines += [(f"{p.relative_to(ROOT)}#{c['id']}", n, s) for c in cells if c['cell_type'] == 'code' for n, s in enumerate(''.join(c['source']).splitlines(), 1)]

@@ -305,8 +305,8 @@ def test_readme_command_is_one_that_works(command):
     words = words[next(k for k, w in enumerate(words) if not re.fullmatch(r'[A-Z_]+=\S+', w)):]           # VAR=value before it
     name, args = words[0], words[1:]
     if name == 'solar-repro':
-        from solar_repro.reports.cli import _parser
-        _parser().parse_args(args)
+        from solar_repro.reports.cli import parse
+        parse(args)
     elif name == 'make':
         assert run('make', '-n', *args).returncode == 0
     elif name == 'papermill':
