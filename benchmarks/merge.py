@@ -209,7 +209,7 @@ def fixed(folder: Path, env: dict) -> dict:
     def seconds(code): return float(subprocess.run([sys.executable, '-c', f'{code}\n{cpu}'], env=env, capture_output=True, text=True, check=True).stdout)
     cached(folder, keep=True)
     files = [str(f) for f in sorted(folder.glob('[AB]/*.safetensors'))]
-    return dict(hash_s=round(seconds(f'from solar_repro.core.store import file_hash\nfor f in {files}: file_hash(f)') - seconds('from solar_repro.core.store import file_hash'), 2),
+    return dict(hash_s=round(seconds(f'from solar_repro.core.files import file_hash\nfor f in {files}: file_hash(f)') - seconds('from solar_repro.core.files import file_hash'), 2),
                 import_s=round(seconds('from solar_repro.exp import merging'), 2), cores=len(os.sched_getaffinity(0)))
 
 

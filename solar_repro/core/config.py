@@ -253,8 +253,8 @@ def _absolute(
 
 # %% ../../nbs/core/00_config.ipynb #66729873
 _SHIPPED = Path(find_spec('solar_repro').origin).parent/'profiles'
-_RENAMED = dict(pass_tokens='max_tokens_per_microbatch', passes='microbatches', handover='merge_onto', # keys and values
-                full='original', dequantised='dequantized')                                            # of earlier versions
+_RENAMED = dict(pass_tokens='max_tokens_per_microbatch', passes='microbatches', handover='merge_onto',
+                full='original', dequantised='dequantized') # keys and values of earlier versions
 
 def profiles()->list[str]: # names
     "The shipped profiles."

@@ -8,14 +8,13 @@ __all__ = ['MATH_SUBJECTS', 'TRAIN_FILES', 'BENCH_FILES', 'FILES', 'ENDINGS', 'R
 
 # %% ../../nbs/core/03_data_files.ipynb #f6b11358
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .store import file_hash
+from .files import file_hash, whole, write_whole
 
 # %% ../../nbs/core/03_data_files.ipynb #0eff8af5
 @dataclass(frozen=True)
@@ -212,15 +211,6 @@ def file_digest(path:Path)->str: # sha256, hex
 def _digest(path:str, size:int, changed:int)->str:
     return file_hash(Path(path))
 
-def _put(write:Callable, path:Path)->None:
-    "Write a file so that it is whole or absent."
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(part, 'w', encoding='utf-8', newline='\n') as f:
-            write(f); f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 # %% ../../nbs/core/03_data_files.ipynb #a68bf9a2
 def _commit(name:str, revisions:dict[str,str], hub:Path|None)->str: return 'local' if hub else revisions.get(name, FILES[name].revision)
 
@@ -235,12 +225,11 @@ def fetch_file(
     f, count = FILES[name], dict(rows=0, left_out=0)
     path = Path(to)/f.folder/f'{f.stems[0]}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
-    def write(out):
+    with whole(path) as private, open(private, 'w', encoding='utf-8') as out:
         for i, row in enumerate(hub_rows(name, revisions, hub), 1):
             count['rows' if row else 'left_out'] += 1
             if row: out.write(json.dumps(row, ensure_ascii=False) + '\n')
             if i % 10_000 == 0: on_progress(i)
-    _put(write, path)
     return dict(file=f'{f.folder}/{path.name}', sha256=file_digest(path), **count, hub=f.hub, revision=_commit(name, revisions, hub))
 
 # %% ../../nbs/core/03_data_files.ipynb #1f744a42
@@ -261,6 +250,6 @@ def fetch(
             say(f"{k} of {len(names)}: {have['file']} is there"); continue
         say(f'{k} of {len(names)}: {name} from {FILES[name].hub} at {commit[:7]}')
         record[name] = fetch_file(name, to, revisions, hub, lambda n: say(f'  {n} rows'))
-        _put(lambda f: f.write(json.dumps(record, indent=1) + '\n'), to/RECORD)
+        write_whole(to/RECORD, json.dumps(record, indent=1) + '\n')
         say(f"  {record[name]['rows']} rows, {record[name]['left_out']} left out as empty")
     return record

@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..core.store import file_hash
+from ..core.files import file_hash
 from .arithmetic import (
     _at, _Pad, fill_changes, fill_sum, gram, Mix, mix_for, SLERP_THRESHOLD, SLICE, smallest_kept)
 from .config import MergeConfig, setting, to_yaml

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.store import file_hash
+from ..core.files import file_hash
 from .arithmetic import mix_for
 from .config import MergeConfig, to_yaml
 from .engine import _beside, _card, _private, _publish

@@ -183,7 +183,7 @@ def _make(self:Experiment, s:Stage, progress:Progress)->Artifact:
     inputs = {r: self._built[i] for r, i in s.inputs.items()}
     tools = BuildContext(self.store, progress.on_progress, self.materialized, s.file)
     return self.store.build(s.kind, self._key(s), lambda out: BUILDERS[s.kind](out, s.settings, inputs, tools), settings=s.settings,
-                            inputs=inputs, name=s.name, epoch=CODE_VERSIONS[s.kind], seed=s.settings.get('seed'))
+                            inputs=inputs, name=s.name, code_version=CODE_VERSIONS[s.kind], seed=s.settings.get('seed'))
 
 @patch
 def _progress(self:Experiment, missing:list[str])->Progress:

@@ -32,7 +32,7 @@ PROBLEM = ['where', 'what', 'recorded', 'found']
 def _read_manifest(path:Path)->dict:
     try: m = json.loads((path/'manifest.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
-    return m if {'kind', 'key', 'name', 'files', 'inputs', 'content', 'settings', 'epoch'} <= m.keys() else {}
+    return m if {'kind', 'key', 'name', 'files', 'inputs', 'content', 'settings', 'code_version'} <= m.keys() else {}
 
 def _problems_of(
     store:Store,
@@ -48,7 +48,7 @@ def _problems_of(
     for i in m['inputs'].values():
         pairs.append((f"input {i['name']}", i['content'], content.get((i['kind'], i['key']), i['content'])))
     inputs = {role: SimpleNamespace(content=i['content']) for role, i in m['inputs'].items()}
-    key = store.key(m['kind'], m['epoch'], m['settings'], inputs)
+    key = store.key(m['kind'], m['code_version'], m['settings'], inputs)
     wrong_key = [('key', m['key'], key)] if (m['key'], path.name) != (key, key[:32]) else []
     return wrong_key + [(what, a, b) for what, a, b in pairs if a != b]
 
