@@ -279,7 +279,7 @@ def _hashed_ahead(
     folders:list[Path], # of checkpoints
 ): # yields a function: weight file -> sha256, hex; waits for it
     "Hash weight files, in order, beside what follows."
-    file_hash = library('core.store').file_hash
+    file_hash = library('core.files').file_hash
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     as_it_is = lambda f: (f.resolve(), f.stat().st_mtime_ns)   # a file that was written to since is hashed again
     known = {as_it_is(f): pool.submit(file_hash, f) for d in folders for f in sorted(d.glob('*.safetensors'))}
