@@ -98,7 +98,7 @@ def one(case, base):
     which, kind, nf4, dtype, passes, rows, length, dropout, again, *budget = case
     device = 'cuda' if which == 'solar' else 'cpu'
     p = load_profile('tiny')
-    common = dict(nf4=nf4, compute_dtype=dtype, passes=passes, batch_size=rows, max_length=length, activation_checkpointing=again,
+    common = dict(nf4=nf4, compute_dtype=dtype, microbatches=passes, batch_size=rows, max_length=length, activation_checkpointing=again,
                   max_tokens_per_microbatch=budget[0] if budget else None)
     sft = p.sft.model_copy(update=dict(**common, lora_dropout=dropout, lora_r=RANK[which], lora_alpha=16))
     dpo = p.dpo.model_copy(update=common)
@@ -114,7 +114,7 @@ def one(case, base):
             with live: train_sft(Path(base), data, d, sft, p.template, 0, device)
         else:
             data = [dict(prompt=say(20), chosen=say(length - 40), rejected=say(length - 40)) for _ in range(2*rows)]
-            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, passes=1, max_tokens_per_microbatch=None)), p.template, 0, device)
+            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, microbatches=1, max_tokens_per_microbatch=None)), p.template, 0, device)
             point = AdaptedModel(Path(base), ((d/'sft'/'adapter', 1.),))
             ref = reference_logps(point, data, dpo, p.template, device)
             before, live = resident('VmRSS'), meter(device)

@@ -10,7 +10,8 @@ import pytest
 from solar_repro.reports.cli import main
 from solar_repro.pipeline.cost_model import BENCH, LENGTHS, SHAPES, eval_tokens, forward_flops, train_memory
 from solar_repro.pipeline.hardware import CARDS, Hardware
-from solar_repro.pipeline.plan import actual, arithmetic, bought, hours_figure, make_plan, blockers, share_for, table, telling
+from solar_repro.pipeline import machine
+from solar_repro.pipeline.plan import actual, blockers, make_plan, table
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.experiment import Experiment
 
@@ -19,10 +20,13 @@ BIG = 'a100', 'a100-bf16', 'gpu-48gib', 'gpu-24gib'
 GOOD = Hardware('card', True, 80., True, '', 900., 100., 16)
 
 
+def planned(exp): return make_plan(exp.profile, exp.graph, exp.find)
+
+
 @pytest.fixture(scope='module')
 def plans(tmp_path_factory):
     d = tmp_path_factory.mktemp('none')
-    return {n: (Experiment(n, store=d/n), make_plan(Experiment(n, store=d/n))) for n in BIG}
+    return {n: (exp := Experiment(n, store=d/n), planned(exp)) for n in BIG}
 
 
 def test_paper_scale_is_the_papers(plans):
@@ -37,14 +41,14 @@ def test_paper_scale_is_the_papers(plans):
     assert len(hyper) > 25 and not [l for l in hyper if '[' not in l.partition('#')[2] and not l.startswith(own)], 'a hyper-parameter without its source'
 
 
-def test_a_step_is_whole_passes_and_a_key_of_ones_own_changes_the_plan(tmp_path):
+def test_a_step_is_whole_microbatches_and_a_key_of_ones_own_changes_the_plan(tmp_path):
     f = tmp_path/'x.toml'
-    f.write_text('extends = "tiny"\n[dpo]\npasses = 3\n')
+    f.write_text('extends = "tiny"\n[dpo]\nmicrobatches = 3\n')
     with pytest.raises(ValueError, match='divide batch_size'): load_profile(f)
-    f.write_text('extends = "a100"\n[dpo]\npasses = 4\n')
+    f.write_text('extends = "a100"\n[dpo]\nmicrobatches = 4\n')
     with pytest.raises(ValueError, match='not both'): load_profile(f)
     f.write_text('extends = "a100"\n[sft]\nnf4 = false\nactivation_checkpointing = true\n')
-    t = make_plan(Experiment(f, store=tmp_path/'s')).stages.set_index('stage')
+    t = planned(Experiment(f, store=tmp_path/'s')).stages.set_index('stage')
     assert 20 < t.loc['SFT v1', 'gib'] < 40                                # two bytes a weight, hardly any activations
 
 
@@ -68,7 +72,7 @@ def test_totals_are_sums_and_a_store_counts(plans, tmp_path):
     assert 50 < flops/(CARDS['A100-80GB'].tflops*1e12*CARDS['A100-80GB'].shares[1])/3600 < 100
     assert plan.stages['hours_low'].sum() < plan.stages['hours'].sum() < plan.stages['hours_high'].sum()
     half = replace(plan, stages=plan.stages.assign(held=plan.stages['kind'] == 'sft'))
-    assert share_for(half, 72.) < share_for(plan, 72.) and 'total' in arithmetic(half)
+    assert half.missing['hours'].sum() < plan.missing['hours'].sum() and 'still to do' in table(half).splitlines()[-1]
 
 
 def test_what_differs_between_profiles_differs_in_the_plan(plans):
@@ -89,22 +93,11 @@ def test_evaluation_is_what_the_leaderboard_asks():
     assert forward_flops(SHAPES['upstage/SOLAR-10.7B-v1.0'], 0) == pytest.approx(2*10.6e9, rel=.02)
 
 
-def test_a_budget_buys_whole_rows_in_order(plans):
-    exp, plan = plans['a100']
-    order = list(telling()['row'])
-    assert order.index('SFT v4') < order.index('Merge v3') and order.index('DPO v1') < order.index('DPO v3')
-    small, large = bought(exp, plan, 10.), bought(exp, plan, 40.)
-    got = lambda b: set(b.loc[b['bought'], 'row'])
-    assert got(small) and got(small) < got(large) and large['sum'].max() <= 40
-    held = replace(plan, stages=plan.stages.assign(held=True))
-    assert bought(exp, held, 0.)['bought'].all()                          # what the store holds costs nothing
-
-
 def test_a_budget_of_tokens_computes_prompts_once_and_unpacks_less_often(plans):
     exp, plan = plans['a100']
     p = exp.profile
     single = Experiment(p.model_copy(update=dict(dpo=p.dpo.model_copy(update=dict(max_tokens_per_microbatch=None, microbatches=32)))), store=exp.store.folder)
-    a, b = (make_plan(x).stages.set_index('stage') for x in (exp, single))
+    a, b = (planned(x).stages.set_index('stage') for x in (exp, single))
     for n in ('DPO v1', 'ref/SFT v3/ultrafeedback_clean'):
         assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(60_800*LENGTHS['ultrafeedback_clean'].prompt)
         assert a.loc[n, 'hours'] < .85*b.loc[n, 'hours']
@@ -117,24 +110,18 @@ def test_lengths_have_provenance():
 
 @pytest.mark.parametrize('case', [0, 3, 14])       # the last in passes of a budget of tokens, once planned with a tile of logits that it does not have
 def test_planned_memory_is_within_15_percent(case):
-    r = subprocess.run([sys.executable, ROOT/'benchmarks'/'memory.py', '--compare', str(case)], capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, ROOT/'benchmarks'/'memory.py', '--compare', str(case)], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     out = json.loads(r.stdout.splitlines()[-1])
     assert out['measured_mib'] > 50 and .85 < out['ratio'] < 1.15, out
-
-
-def test_plan_of_a_card_too_slow_to_ever_fit(plans):
-    _, plan = plans['a100']
-    assert share_for(plan, .1) == float('inf')
-    assert 'are not kept' in arithmetic(plan, 10.) and 'more than' in arithmetic(plan, 10.)
 
 
 def test_command_line_prints_plan_doctor_and_errors(tmp_path, capsys):
     def call(*words):
         code = main([*words, '--store', str(tmp_path/'s')])
         return code, *capsys.readouterr()
-    code, out, err = call('plan', '--profile', 'a100', '--price', '2', '--budget-hours', '24')
-    assert code == 0 and 'SFT v3' in out and 'price' in out and '24 hours buy' in out and 'TFLOP/s' in out
+    code, out, err = call('plan', '--profile', 'a100', '--price', '2')
+    assert code == 0 and 'SFT v3' in out and 'price' in out and 'A100-80GB' in out
     assert not (tmp_path/'s').exists(), 'a plan must build nothing'
     code, out, err = call('plan', '--profile', 'smoke', '--actual'); assert code == 2 and 'solar-repro run' in err
     code, out, err = call('plan', '--card', 'A100-80GB', '--calibrate'); assert code == 2 and '--calibrate' in err
@@ -142,9 +129,8 @@ def test_command_line_prints_plan_doctor_and_errors(tmp_path, capsys):
 
 
 def test_the_card_is_checked_before_a_run(tmp_path, monkeypatch):
-    import solar_repro.pipeline.plan as planning
     exp = Experiment('a100', store=tmp_path/'s')
-    monkeypatch.setattr(planning, 'detect', lambda folder: replace(GOOD, gib=16., bf16=False, nf4_problem='CUDA driver too old', disk_gib=5.))
+    monkeypatch.setattr(machine, 'detect', lambda folder: replace(GOOD, gib=16., bf16=False, nf4_problem='CUDA driver too old', disk_gib=5.))
     with pytest.raises(ValueError) as e: exp.run()
     said = str(e.value)
     assert all(w in said for w in ('16 GiB', 'bfloat16', 'CUDA driver too old', '5 GiB of disk', 'Nothing was started')), said
@@ -154,15 +140,14 @@ def test_the_card_is_checked_before_a_run(tmp_path, monkeypatch):
 def test_planned_beside_measured(tmp_path):
     exp = Experiment('smoke', store=tmp_path/'s')
     exp.run(['data/openorca', 'SFT v3 + v4'])
-    x = actual(exp, make_plan(exp)).set_index('stage')
+    x = actual(planned(exp), exp.find).set_index('stage')
     assert {'SFT v3', 'SFT v4', 'base'} <= set(x.index) and (x['measured_hours'] >= 0).all()
     assert (x.loc[['SFT v3', 'SFT v4'], 'measured_tokens'] >= x.loc[['SFT v3', 'SFT v4'], 'tokens']).all()
-    fig = hours_figure(exp, make_plan(exp)); assert fig.axes
 
 
 def test_memory_parts_add_what_they_say():
     s = SHAPES['HuggingFaceTB/SmolLM2-135M']
-    m = lambda **k: train_memory(**{**dict(s=s, nf4=True, compute_dtype='bfloat16', lora_r=16, dropout=0., n_tok=1024, passes=1, again=False, device='cuda'), **k})
-    assert m(n_tok=2048)['activations'] == 2*m()['activations'] and m(passes=2)['gradients'] == 4*s.lora(16) and m()['gradients'] == 0
+    m = lambda **k: train_memory(**{**dict(s=s, nf4=True, compute_dtype='bfloat16', lora_r=16, dropout=0., n_tok=1024, microbatches=1, again=False, device='cuda'), **k})
+    assert m(n_tok=2048)['activations'] == 2*m()['activations'] and m(microbatches=2)['gradients'] == 4*s.lora(16) and m()['gradients'] == 0
     assert m(dropout=.1)['activations'] > m()['activations'] > m(again=True)['activations']
     assert m(nf4=False)['weights'] == 2*(s.linear + s.other)

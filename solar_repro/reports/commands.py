@@ -144,7 +144,7 @@ def contamination(exp)->None:
 # %% ../../nbs/reports/02_commands.ipynb #2c527d1c
 def plan(exp,
     *,
-    card:str|None=None, # a recorded card, such as A100-80GB or H100-80GB (default: that of the profile)
+    card:str|None=None, # a recorded card, A100-80GB or A100-40GB (default: A100-80GB)
     calibrate:bool=False, # measure the present machine instead, for a minute
     price:float|None=None, # of an hour
     actual:bool=False, # after a run: planned beside measured
@@ -159,10 +159,11 @@ def plan(exp,
     if card and calibrate:
         raise ValueError('plan: --card and --calibrate name two machines; expected one. Leave one out.')
     base = exp.find('base')
-    if calibrate: on = planning.calibrate(exp.profile, planning.base_shape(exp.profile, base.path if base else None))
+    shape = planning.base_shape(exp.profile, base.path if base else None) if calibrate else None
+    if calibrate: on = library('pipeline.machine').calibrate(exp.profile, shape)
     else: on = planning.card(card, exp.profile)
-    made = planning.make_plan(exp, on, price)
-    measured = planning.actual(exp, made) if actual else None
+    made = planning.make_plan(exp.profile, exp.graph, exp.find, on, price)
+    measured = planning.actual(made, exp.find) if actual else None
     if json_:
         about = dict(profile=made.name, label=made.label, card=on.name, source=on.source, price=price)
         return _print_json(about | dict(stages=_as_records(made.stages if measured is None else measured)))
@@ -174,7 +175,7 @@ def doctor(exp)->None:
 
     solar-repro doctor
     """
-    print(library('pipeline.plan').doctor(exp.store.folder))
+    print(library('pipeline.doctor').doctor(exp.store.folder))
 
 # %% ../../nbs/reports/02_commands.ipynb #a31f23df
 def fetch_base(profile)->None:
