@@ -264,12 +264,12 @@ def mean_of_groups(
 
 # %% ../nbs/05_eval.ipynb #0fcc87f0
 def allowed(
-    coder:RequestEncoder, # what the requests were encoded with
+    encoder:RequestEncoder, # what the requests were encoded with
 )->tuple[str,...]: # of `PROTOCOLS`
     "The protocols under which answers can be counted."
-    plain, default = (coder.tokenizer('a', **kw)['input_ids'] for kw in (dict(add_special_tokens=False), {}))
+    plain, default = (encoder.tokenizer('a', **kw)['input_ids'] for kw in (dict(add_special_tokens=False), {}))
     if plain == default: return PROTOCOLS
-    return PROTOCOLS[1:] if coder.add_bos is False else PROTOCOLS[:1]
+    return PROTOCOLS[1:] if encoder.add_bos is False else PROTOCOLS[:1]
 
 # %% ../nbs/05_eval.ipynb #5d29f0c5
 def score_as(
@@ -306,7 +306,7 @@ def evaluate(
         lm = SharedPrefixLM(materialize(point, device) if model is None else model, _encoder(point.base, add_bos), batch_size, scratch=scratch, on_progress=on_progress)
         answer(lm, task, asked)
         records = collect(task, asked)
-    by = {p: dict(zip(('score', 'se'), score_as(p, task, records))) for p in allowed(lm.coder)}
+    by = {p: dict(zip(('score', 'se'), score_as(p, task, records))) for p in allowed(lm.encoder)}
     out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(records), protocols=by)
     if 'plain' in records[0]: out['plain'], out['plain_se'] = mean_se([r['plain'] for r in records])
     return out, records

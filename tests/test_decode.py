@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from solar_repro.data import load_benchmark
 from solar_repro.eval import build_requests
-from solar_repro.models import resident as backend
+from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
 from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM, stopper
 from solar_repro.inference.generation import PromptLookup, chain_batches, generate, width
 from solar_repro.inference.prefix_tree import Limits
@@ -59,30 +59,30 @@ def run(model, contexts, n, done=lambda t: False, x=ROOM):
     return [got[i] for i in range(len(contexts))]
 
 def count_passes(monkeypatch):
-    passes, one = [], backend.decode_pass
-    monkeypatch.setattr(backend, 'decode_pass', lambda m, x, drafts: passes.append((len(drafts), out := one(m, x, drafts))) or out)
+    passes, one = [], generation_module.decode_pass
+    monkeypatch.setattr(generation_module, 'decode_pass', lambda m, x, drafts: passes.append((len(drafts), out := one(m, x, drafts))) or out)
     return passes
 
 # ---- guesses ----------------------------------------------------------------------------------------------------------
 
 def test_right_guesses_are_all_kept(model, contexts, truth, monkeypatch):
-    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth)); passes = count_passes(monkeypatch)
+    monkeypatch.setattr(generation_module, 'PromptLookup', oracle(truth)); passes = count_passes(monkeypatch)
     assert run(model, contexts, 48) == [truth[c][:48] for c in contexts]
     assert len(passes) == 3 and all(len(t) == 16 for _, out in passes for t in out)
 
 @pytest.mark.parametrize('wrong', (lambda row, place: True, lambda row, place: place % 3 == row % 3, lambda row, place: row % 2 and place % 7 == 0))
 def test_wrong_guesses_leave_no_trace(wrong, model, contexts, truth, monkeypatch):
     "Rows of one batch keep different numbers of tokens in each pass."
-    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth, wrong)); passes = count_passes(monkeypatch)
+    monkeypatch.setattr(generation_module, 'PromptLookup', oracle(truth, wrong)); passes = count_passes(monkeypatch)
     assert run(model, contexts, 48) == [truth[c][:48] for c in contexts]
     assert len(passes) > 3 and any(len({len(t) for t in out}) > 1 for _, out in passes) == (not wrong(0, 1))
 
 def test_nothing_is_generated_past_the_last_token(model, contexts, truth, monkeypatch):
-    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth))
+    monkeypatch.setattr(generation_module, 'PromptLookup', oracle(truth))
     for n in (0, 1, 7, 16, 17): assert run(model, contexts, n) == [truth[c][:n] for c in contexts]
 
 def test_a_stop_string_amid_right_guesses_ends_the_text_there(tok, model, contexts, truth, monkeypatch):
-    monkeypatch.setattr(backend, 'PromptLookup', oracle(truth)); passes = count_passes(monkeypatch)
+    monkeypatch.setattr(generation_module, 'PromptLookup', oracle(truth)); passes = count_passes(monkeypatch)
     stop = [tok.decode([truth[c][k]]).strip() for c, k in zip(contexts, (4, 21, 9))]
     assert all(stop)
     done = stopper(tok, stop, {truth[contexts[3]][12]})
@@ -91,6 +91,16 @@ def test_a_stop_string_amid_right_guesses_ends_the_text_there(tok, model, contex
     assert len({len(t) for t in expected}) >= 3 and min(map(len, expected)) <= 5
     assert run(model, contexts, 48, done) == expected
     assert passes[-1][0] < passes[0][0]                         # rows that were done early have left
+
+def test_a_row_that_is_done_leaves_room_for_the_drafts_of_others(model, tok, monkeypatch):
+    "One row of twelve is done after three passes and stays; the others go on a token a pass, each with a whole draft."
+    contexts = [tuple(tok.encode(f'the {a} {b}')) for a in ('red', 'old', 'blue', 'green') for b in ('pot', 'box', 'rope')]
+    alone = lambda c: model.generate(torch.tensor([c]), attention_mask=torch.ones(1, len(c), dtype=torch.long), max_new_tokens=60, min_new_tokens=60, do_sample=False)
+    truth = {c: alone(c)[0, len(c):].tolist() for c in contexts}
+    monkeypatch.setattr(generation_module, 'PromptLookup', oracle(truth, lambda row, place: row > 0))
+    passes = count_passes(monkeypatch)
+    assert run(model, contexts, 32, x=Limits(256, 256, 16, 4096, 64, 10**6)) == [truth[c][:32] for c in contexts]
+    assert len(passes) == 32 and all(n == 12 for n, _ in passes)
 
 def test_no_requests_no_passes(tok, model, monkeypatch):
     passes = count_passes(monkeypatch)
@@ -125,15 +135,15 @@ def test_heads_that_share_keys_attend_as_before(model, monkeypatch):
     torch.manual_seed(0)
     ids, seen = torch.randint(9, 200, (3, 7)), torch.rand(3, 1, 7, 7) < .6
     mask = torch.zeros(3, 1, 7, 7).masked_fill(~(seen | torch.eye(7, dtype=torch.bool)), torch.finfo(torch.float32).min)
-    ask = lambda: backend.forward(model, ids, torch.arange(21), mask=mask)
+    ask = lambda: forward_module.forward(model, ids, torch.arange(21), mask=mask)
     with torch.inference_mode():
         assert n_shared(model) == 2
         ours = ask()
-        monkeypatch.setattr(backend, 'n_shared', lambda m: 1)
+        monkeypatch.setattr(forward_module, 'n_shared', lambda m: 1)
         plain = ask()
     assert torch.allclose(ours, plain, atol=1e-4) and plain.std() > 1
     monkeypatch.undo()
-    with pytest.raises(RuntimeError): backend.forward(model, ids, torch.arange(21), mask=mask[..., :5])
+    with pytest.raises(RuntimeError): forward_module.forward(model, ids, torch.arange(21), mask=mask[..., :5])
     assert model.config._attn_implementation == 'sdpa'           # also after an error
 
 @pytest.mark.parametrize('task', H6_TASKS)
@@ -141,10 +151,10 @@ def test_products_by_onednn_give_the_same_answers(task, tok, model, monkeypatch)
     requests = [r for t in build_requests(task, load_benchmark(task, 'tiny', 4), SHOTS[task]).tasks for r in t.instances]
     ask = lambda lm: getattr(lm, requests[0].request_type)(requests, disable_tqdm=True)
     with quiet(): theirs = ask(HFLM(pretrained=model, tokenizer=tok, batch_size=8))
-    monkeypatch.setattr(backend, 'PACK_BYTES', 0)
+    monkeypatch.setattr(forward_module, 'PACK_BYTES', 0)
     used = []
-    one = backend.packed
-    monkeypatch.setattr(backend, 'packed', lambda m, *block: used.append(len(backend._packable(m))) or one(m, *block))
+    one = lm_module.packed
+    monkeypatch.setattr(lm_module, 'packed', lambda m, *block: used.append(len(forward_module._packable(m))) or one(m, *block))
     ours = ask(SharedPrefixLM(model, RequestEncoder(tok)))
     assert used == [2*7 + 1]
     if task == 'gsm8k': assert ours == theirs
@@ -152,7 +162,7 @@ def test_products_by_onednn_give_the_same_answers(task, tok, model, monkeypatch)
         for (a, g), (b, h) in zip(ours, theirs, strict=True): assert a == pytest.approx(b, abs=1e-4) and g == h
 
 def test_copies_of_weights_are_gone_afterwards(tok, model, monkeypatch):
-    monkeypatch.setattr(backend, 'PACK_BYTES', 0)
+    monkeypatch.setattr(forward_module, 'PACK_BYTES', 0)
     before = list(vars(model.lm_head))
     with pytest.raises(KeyError), packed(model): raise KeyError
     assert list(vars(model.lm_head)) == before
@@ -162,5 +172,5 @@ def test_copies_of_weights_are_gone_afterwards(tok, model, monkeypatch):
     lm.loglikelihood(requests)
     other.load_state_dict(model.state_dict())                    # the next model in the same memory
     assert lm.loglikelihood(requests)[0][0] == pytest.approx(SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)[0][0], abs=1e-4)
-    monkeypatch.setattr(backend, 'PACK_BYTES', 2**27)
-    assert backend._packable(model) == []                        # small models multiply as before
+    monkeypatch.setattr(forward_module, 'PACK_BYTES', 2**27)
+    assert forward_module._packable(model) == []                        # small models multiply as before

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from solar_repro.data import load_benchmark, write_rows
 from solar_repro.eval import PROTOCOLS, allowed, build_requests, evaluate, score_as
-from solar_repro.models import resident as backend
+from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
+from solar_repro.models import resident as resident_module
 from solar_repro.inference.lm import RequestEncoder, AnswerCache, SharedPrefixLM, encode_pairs, stopper
 from solar_repro.inference.prefix_tree import Limits, Request, batches, divide, grow, halved
 from solar_repro.models.resident import Resident, weights_digest
@@ -167,8 +168,8 @@ def test_only_scored_positions_have_logits(model, tok, monkeypatch):
 
 def test_rows_that_are_done_leave(model, tok, monkeypatch):
     widths = []
-    run = backend.forward
-    monkeypatch.setattr(backend, 'forward', lambda m, ids, *a, **k: widths.append(ids.shape[0]) or run(m, ids, *a, **k))
+    run = forward_module.forward
+    monkeypatch.setattr(generation_module, 'forward', lambda m, ids, *a, **k: widths.append(ids.shape[0]) or run(m, ids, *a, **k))
     texts = [f'the {w} pot' for w in 'red blue green big old new small'.split()]
     ask = lambda until: [Instance('generate_until', {}, (t, dict(until=until, max_gen_toks=30)), i) for i, t in enumerate(texts)]
     free = SharedPrefixLM(model, RequestEncoder(tok)).generate_until(ask([]))
@@ -212,16 +213,16 @@ def test_answers_do_not_depend_on_the_limits(limits, model, tok):
 # ---- memory and interruptions -----------------------------------------------------------------------------------------
 
 def test_too_little_memory_halves_the_batches(model, tok, monkeypatch):
-    requests, run, refused = requests_of('hellaswag', 6), backend.forward, []
+    requests, run, refused = requests_of('hellaswag', 6), forward_module.forward, []
     expected = SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
     def small(m, ids, *a, **k):
         if ids.numel() > 150: refused.append(ids.shape); raise torch.OutOfMemoryError('no')
         return run(m, ids, *a, **k)
-    monkeypatch.setattr(backend, 'forward', small)
+    monkeypatch.setattr(forward_module, 'forward', small)
     lm = SharedPrefixLM(model, RequestEncoder(tok)); before = lm.limits
     assert [x for x, _ in lm.loglikelihood(requests)] == pytest.approx([x for x, _ in expected], abs=CLOSE)
     assert refused and lm.limits.n_tok < before.n_tok
-    monkeypatch.setattr(backend, 'forward', lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError('never')))
+    monkeypatch.setattr(forward_module, 'forward', lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError('never')))
     with pytest.raises(MemoryError, match='smaller model'): SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
 
 @pytest.mark.parametrize('task', ('truthfulqa', 'gsm8k'))
@@ -233,7 +234,7 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(task, model, tok, tmp
     def stop(done, total):
         if done >= total/2: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): ask(SharedPrefixLM(model, RequestEncoder(tok), 2, scratch=tmp_path, on_progress=stop), requests)
-    first = sum(len(json.loads(l)) for f in tmp_path.iterdir() for l in f.read_text().splitlines())
+    first = sum(len(json.loads(l.split(' ', 1)[1])) for f in tmp_path.iterdir() for l in f.read_text().splitlines())
     assert len(requests)/2 <= first < len(requests)
     progress = []
     lm = SharedPrefixLM(model, RequestEncoder(tok), 2, scratch=tmp_path, on_progress=lambda done, total: progress.append(done))
@@ -243,10 +244,43 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(task, model, tok, tmp
     before = len(list(tmp_path.iterdir())); ask(other, requests)
     assert len(list(tmp_path.iterdir())) == before + 1          # another window has a file of its own
 
+DAMAGE = {'a changed digit': lambda line: line.replace(b'1.5', b'9.5'), 'a torn line': lambda line: line[:len(line)//2],
+          'no UTF-8': lambda line: b'\xff\xfe' + line, 'JSON of another shape': lambda line: b'{"0": 1.5}\n',
+          'another shape, rightly summed': lambda line: lm_module._checksum(b'[1, 2]') + b' [1, 2]\n', 'a line without end': lambda line: line[:-1],
+          'an empty line': lambda line: b'\n', 'another line ending': lambda line: line[:-1] + b'\r\n'}
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('at', (0, 1, 2))
+def test_a_line_that_is_not_as_it_was_written_is_computed_again(damage, at, tmp_path):
+    file = tmp_path/'answers.jsonl'
+    kept = AnswerCache(file, every_s=-1)
+    for i in range(3): kept.add([(i, (-1.5, True))])
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole, lines[at] = list(lines), DAMAGE[damage](lines[at])
+    assert lines[at] != whole[at]
+    file.write_bytes(b''.join(lines))
+    again = AnswerCache(file, every_s=-1)
+    torn = {at, at + 1} if not lines[at].endswith(b'\n') else {at}         # a line that ran into the next one takes it along
+    assert again.known == {i: (-1.5, True) for i in range(3) if i not in torn}
+    again.add([(i, (-1.5, True)) for i in range(3) if i in torn])
+    assert AnswerCache(file).known == {i: (-1.5, True) for i in range(3)}
+
+def test_memory_that_torch_holds_and_does_not_use_is_free(monkeypatch):
+    for name, got in dict(mem_get_info=(5, 100), memory_reserved=40, memory_allocated=30).items(): monkeypatch.setattr(torch.cuda, name, lambda d, got=got: got)
+    assert forward_module.free_bytes(torch.device('cuda')) == 5 + 40 - 30
+
+def test_a_card_takes_more_logits_at_a_time_than_eight_rows_of_hellaswag(model, monkeypatch):
+    monkeypatch.setattr(forward_module, 'free_bytes', lambda d: 60*2**30)
+    here = limits_of(model, 64)
+    class OnCard:
+        config, dtype, device = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=8), torch.bfloat16, torch.device('cuda')
+    card = limits_of(OnCard, 64)
+    assert card.n_logits >= 64*4*30 and card.n_logits*8*32000 <= 4*2**30 and here.n_tok == 4096
+
 def test_plans_are_made_once_for_all_models(model, tok, monkeypatch):
     requests = requests_of('winogrande', 7)
     SharedPrefixLM(model, RequestEncoder(tok)).loglikelihood(requests)
-    monkeypatch.setattr(backend, 'grow', lambda *a: pytest.fail('planned again'))
+    monkeypatch.setattr(lm_module, 'grow', lambda *a: pytest.fail('planned again'))
     monkeypatch.setattr(RequestEncoder, 'encode', lambda *a, **k: pytest.fail('encoded again'))
     other = shaped(len(tok) + 1, tied=True)
     SharedPrefixLM(other, RequestEncoder(tok)).loglikelihood(requests)
@@ -276,8 +310,8 @@ def test_fifteen_models_cost_one_load_and_the_base_comes_back(dtype, base, tok, 
     expected = {p: weights_digest(materialize(p)) for p in (plain, *points)}
     assert len(set(expected.values())) == 5
     loads = []
-    load = backend.materialize
-    monkeypatch.setattr(backend, 'materialize', lambda *x: loads.append(x) or load(*x))
+    load = resident_module.materialize
+    monkeypatch.setattr(resident_module, 'materialize', lambda *x: loads.append(x) or load(*x))
     resident = Resident()
     for p in (plain, *points, plain, *reversed(points), plain):
         got = resident.become(p)
@@ -287,15 +321,15 @@ def test_fifteen_models_cost_one_load_and_the_base_comes_back(dtype, base, tok, 
 def test_a_model_half_written_is_written_again(base, tmp_path, monkeypatch):
     m = materialize(AdaptedModel(base))
     one, two = (AdaptedModel(base, ((adapter(tmp_path/f'{i}', m, i), 1.),)) for i in range(2))
-    resident, write, left = Resident(), backend.add_delta, [5]
+    resident, write, left = Resident(), resident_module.add_delta, [5]
     resident.become(one)
     def stop(*x):
         left[0] -= 1
         if not left[0]: raise KeyboardInterrupt
         return write(*x)
-    monkeypatch.setattr(backend, 'add_delta', stop)
+    monkeypatch.setattr(resident_module, 'add_delta', stop)
     with pytest.raises(KeyboardInterrupt): resident.become(two)
-    monkeypatch.setattr(backend, 'add_delta', write)
+    monkeypatch.setattr(resident_module, 'add_delta', write)
     for p in (one, AdaptedModel(base), two): assert weights_digest(resident.become(p)) == weights_digest(materialize(p))
 
 def test_a_checkpoint_of_its_own_takes_the_same_memory(base, tmp_path):

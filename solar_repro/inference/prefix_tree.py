@@ -29,8 +29,8 @@ def as_request(
 )->Request:
     "A request as lm-eval feeds it: cut from the left if longer than the window."
     if not 0 < len(continuation) <= window:
-        raise ValueError(f'inference: a continuation of {len(continuation)} tokens; expected 1 to {window}, the context of the model. '
-                         'Shorten the choice.')
+        raise ValueError(f'inference: a continuation of {len(continuation)} tokens; expected 1 to {window}, '
+                         'the context of the model. Shorten the choice.')
     return Request(tuple([*context, *continuation][-(window + 1):][:-1]), tuple(continuation))
 
 # %% ../../nbs/inference/00_prefix_tree.ipynb #1ffde768
