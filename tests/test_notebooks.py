@@ -1,4 +1,4 @@
-"The book: what runs, what is skipped, what a failure or an interruption leaves; and all of it once, for real, at smoke scale."
+"The notebook runner: what runs, what is skipped, what a failure or an interruption leaves; and all of it once, for real, at smoke scale."
 import csv
 import json
 import os
@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from solar_repro.reports import notebooks as book
+from solar_repro.reports import notebooks as runner
 from solar_repro.pipeline.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def project(tmp_path, monkeypatch) -> Path:
     "A project of two small notebooks that note when they run."
     (tmp_path/'settings.ini').write_text(INI)
     notebook(tmp_path/'nbs'/'00_one.ipynb', "open('../ran.txt', 'a').write(f'one {profile} {seed}\\n')", parameters="profile = 'tiny'\nseed = 0")
-    notebook(tmp_path/'nbs'/'lab'/'00_two.ipynb', "open('../../ran.txt', 'a').write('two\\n')", '1 + 1')
+    notebook(tmp_path/'nbs'/'core'/'00_two.ipynb', "open('../../ran.txt', 'a').write('two\\n')", '1 + 1')
     notebook(tmp_path/'nbs'/'index.ipynb', 'raise RuntimeError("the front page is not run")')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SOLAR_STORE', str(tmp_path/'store'))
@@ -60,7 +60,7 @@ def run_notebooks(cwd: Path, *args: str, code: Path = ROOT, **env: str) -> subpr
 # ---- which notebooks run
 
 def test_story_order():
-    nbs = [p.relative_to(ROOT/'nbs').as_posix() for p in book.notebooks(ROOT/'nbs')]
+    nbs = [p.relative_to(ROOT/'nbs').as_posix() for p in runner.notebooks(ROOT/'nbs')]
     assert nbs[:7] == [f'0{i}_{n}.ipynb' for i, n in enumerate(('paper', 'data', 'sft', 'dpo', 'merge', 'eval', 'tables'))]
     assert set(nbs) == {p.relative_to(ROOT/'nbs').as_posix() for p in (ROOT/'nbs').rglob('*.ipynb')
                         if p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts}
@@ -69,41 +69,41 @@ def test_story_order():
 def test_only_what_changed_runs_again(project, capsys):
     "One test, so that the two notebooks are executed no more often than needed."
     out = project/'runs'/'smoke'/'notebooks'
-    assert book.run_notebooks('smoke') == [out/'00_one.ipynb', out/'lab'/'00_two.ipynb']
+    assert runner.run_notebooks('smoke') == [out/'00_one.ipynb', out/'core'/'00_two.ipynb']
     assert ran(project) == ['one smoke 0', 'two']
     said = capsys.readouterr().out
-    assert '[1/2] 00_one.ipynb' in said and '[2/2] lab/00_two.ipynb' in said and 'unchanged' not in said
-    two = nbformat.read(out/'lab'/'00_two.ipynb', 4)
+    assert '[1/2] 00_one.ipynb' in said and '[2/2] core/00_two.ipynb' in said and 'unchanged' not in said
+    two = nbformat.read(out/'core'/'00_two.ipynb', 4)
     assert two.cells[-1].outputs[0]['data']['text/plain'] == '2'
     assert not [p for p in out.rglob('*') if '.part' in p.name or '.failed' in p.name] and not (project/'runs'/'smoke'/'progress.jsonl').exists()
 
-    began = time.time(); book.run_notebooks('smoke')
+    began = time.time(); runner.run_notebooks('smoke')
     assert ran(project) == [] and time.time() - began < 5 and capsys.readouterr().out.count('unchanged') == 2
 
     one = json.loads((project/'nbs'/'00_one.ipynb').read_text())
     one['cells'][1]['outputs'] = [dict(output_type='stream', name='stdout', text='new')]
     (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
-    book.run_notebooks('smoke')
+    runner.run_notebooks('smoke')
     assert ran(project) == []                                # outputs are no source
 
     one['cells'][-1]['source'] = "open('../ran.txt', 'a').write('changed\\n')"
     (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
-    book.run_notebooks('smoke')
+    runner.run_notebooks('smoke')
     assert ran(project) == ['changed']
 
-    (out/'lab'/'00_two.ipynb').write_text('{"cells": [')     # damaged
-    book.run_notebooks('smoke')
-    assert ran(project) == ['two'] and nbformat.read(out/'lab'/'00_two.ipynb', 4)
+    (out/'core'/'00_two.ipynb').write_text('{"cells": [')     # damaged
+    runner.run_notebooks('smoke')
+    assert ran(project) == ['two'] and nbformat.read(out/'core'/'00_two.ipynb', 4)
 
     (out/'00_one.ipynb').unlink()
-    book.run_notebooks('smoke')
+    runner.run_notebooks('smoke')
     assert ran(project) == ['changed'] and (out/'00_one.ipynb').exists()
 
     (project/'solar_repro').mkdir(); (project/'solar_repro'/'new.py').write_text('x = 1')
-    book.run_notebooks('smoke')
-    assert ran(project) == ['changed', 'two']                # the library is part of every stamp
+    runner.run_notebooks('smoke')
+    assert ran(project) == ['changed', 'two']                # the library is part of every fingerprint
 
-    book.run_notebooks('smoke', 3)
+    runner.run_notebooks('smoke', 3)
     assert ran(project) == ['changed', 'two'] and (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').exists()
     assert 'seed = 3' in (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').read_text()
 
@@ -111,11 +111,11 @@ def test_only_what_changed_runs_again(project, capsys):
 def test_results_that_left_the_store_are_made_again(project):
     "An executed notebook counts only as long as the store holds what it saw."
     exp = Experiment('smoke'); nb = project/'nbs'/'00_one.ipynb'
-    record = dict(stamp=book.stamp(nb, exp), output=book._digest(nb), results={'data/openorca': 'abc'}, made={})
-    assert book._unchanged(record, nb, nb, exp, {'data/openorca': 'abc', 'base': 'def'})
-    assert not book._unchanged(record, nb, nb, exp, {'data/openorca': 'other'})
-    assert not book._unchanged(record, nb, nb, exp, {})
-    assert not book._unchanged(None, nb, nb, exp, {})
+    record = dict(fingerprint=runner.fingerprint(nb, exp), output=runner._digest(nb), results={'data/openorca': 'abc'}, made={})
+    assert runner._unchanged(record, nb, nb, exp, {'data/openorca': 'abc', 'base': 'def'})
+    assert not runner._unchanged(record, nb, nb, exp, {'data/openorca': 'other'})
+    assert not runner._unchanged(record, nb, nb, exp, {})
+    assert not runner._unchanged(None, nb, nb, exp, {})
 
 
 def test_a_profile_of_ones_own_keeps_its_seed(project):
@@ -123,29 +123,29 @@ def test_a_profile_of_ones_own_keeps_its_seed(project):
     text = (ROOT/'solar_repro'/'profiles'/'smoke.toml').read_text(encoding='utf-8')
     own = project/'own.toml'
     own.write_text(re.sub('^seed = 0', 'seed = 5', text, flags=re.M).replace('name = "smoke"', 'name = "own"'))
-    shutil.rmtree(project/'nbs'/'lab')
-    book.run_notebooks('own.toml')                                # a path is meant from where one stands
+    shutil.rmtree(project/'nbs'/'core')
+    runner.run_notebooks('own.toml')                                # a path is meant from where one stands
     assert (project/'runs'/'own-seed5'/'notebooks'/'00_one.ipynb').exists()
     assert ran(project) == [f'one {own} 5']
 
 
 def test_unknown_parameter(project):
     with pytest.raises(ValueError, match=r"00_one.ipynb has no parameter 'profil'; it knows \['profile', 'seed'\]"):
-        book.execute(project/'nbs'/'00_one.ipynb', project/'out.ipynb', dict(profil='smoke'))
+        runner.execute(project/'nbs'/'00_one.ipynb', project/'out.ipynb', dict(profil='smoke'))
     assert ran(project) == [] and not (project/'out.ipynb').exists()
 
 
 def test_no_notebooks(tmp_path):
-    with pytest.raises(FileNotFoundError, match='inside the project'): book.notebooks(tmp_path)
+    with pytest.raises(FileNotFoundError, match='inside the project'): runner.notebooks(tmp_path)
 
 
 # ---- failures
 
 def test_a_failing_notebook(project):
     "Exit status 1, a traceback, the notebook as far as it came; the next run goes on there."
-    bad = notebook(project/'nbs'/'lab'/'00_two.ipynb', "print('got here')", 'def f(): return 1/0', 'f()')
+    bad = notebook(project/'nbs'/'core'/'00_two.ipynb', "print('got here')", 'def f(): return 1/0', 'f()')
     done = run_notebooks(project)
-    failed = project/'runs'/'smoke'/'notebooks'/'lab'/'00_two.failed.ipynb'
+    failed = project/'runs'/'smoke'/'notebooks'/'core'/'00_two.failed.ipynb'
     assert done.returncode == 1, done.stderr
     assert 'ZeroDivisionError' in done.stderr and 'f()' in done.stderr and '*.failed.ipynb' in done.stderr
     assert 'got here' in failed.read_text() and not failed.with_name('00_two.ipynb').exists()
@@ -157,7 +157,7 @@ def test_a_failing_notebook(project):
 
 def test_execute_raises_what_papermill_raises(project):
     nb = notebook(project/'nbs'/'01_bad.ipynb', "raise KeyError('lost')")
-    with pytest.raises(PapermillExecutionError, match='lost'): book.execute(nb, project/'out.ipynb', {})
+    with pytest.raises(PapermillExecutionError, match='lost'): runner.execute(nb, project/'out.ipynb', {})
     assert (project/'out.failed.ipynb').exists() and not (project/'out.ipynb').exists() and not (project/'out.part.ipynb').exists()
 
 
@@ -184,10 +184,10 @@ def wait_for(condition, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize('how', ['Ctrl-C', 'SIGINT to the book alone', 'kill -9'])
+@pytest.mark.parametrize('how', ['Ctrl-C', 'SIGINT to the runner alone', 'kill -9'])
 def test_interrupted(project, how):
     "Ctrl-C reaches every process of the terminal, `kill -INT` the one; either way the next run goes on."
-    slow = notebook(project/'nbs'/'lab'/'00_two.ipynb', "import os, time\nopen('../../pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(100)")
+    slow = notebook(project/'nbs'/'core'/'00_two.ipynb', "import os, time\nopen('../../pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(100)")
     p = subprocess.Popen([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
     try:
@@ -199,10 +199,10 @@ def test_interrupted(project, how):
         _, err = p.communicate(timeout=30)
         if how == 'kill -9': assert p.returncode == -signal.SIGKILL
         else: assert p.returncode == 130 and 'interrupted' in err and 'again' in err and 'Traceback' not in err, err
-        assert wait_for(lambda: not alive(kernel), 15), 'the kernel outlived the book'
+        assert wait_for(lambda: not alive(kernel), 15), 'the kernel outlived the runner'
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
-    assert ran(project) == ['one smoke 0'] and not (project/'runs'/'smoke'/'notebooks'/'lab'/'00_two.ipynb').exists()
+    assert ran(project) == ['one smoke 0'] and not (project/'runs'/'smoke'/'notebooks'/'core'/'00_two.ipynb').exists()
     notebook(slow, "open('../../ran.txt', 'a').write('two\\n')")
     done = run_notebooks(project)
     assert done.returncode == 0, done.stderr
@@ -210,13 +210,13 @@ def test_interrupted(project, how):
 
 
 def test_the_machinery_goes_two_at_a_time_and_is_interrupted_together(project):
-    "Each of two notebooks waits for the other; then an interrupt of the book alone ends both, and a third has not begun."
+    "Each of two notebooks waits for the other; then an interrupt of the runner alone ends both, and a third has not begun."
     meet = """import os, pathlib, time
 open(f'../../{{}}.pid', 'w').write(str(os.getpid()))
 end = time.time() + 30
 while not pathlib.Path('../../{}.pid').exists(): assert time.time() < end; time.sleep(.05)
 open('../../{{}}.met', 'w').close(); time.sleep(100)"""
-    for a, b in (('00_two', '01_three'), ('01_three', '00_two')): notebook(project/'nbs'/'lab'/f'{a}.ipynb', meet.format(b).replace('{}', a))
+    for a, b in (('00_two', '01_three'), ('01_three', '00_two')): notebook(project/'nbs'/'core'/f'{a}.ipynb', meet.format(b).replace('{}', a))
     notebook(project/'nbs'/'tiny'/'00_four.ipynb', "open('../../ran.txt', 'a').write('four\\n')")
     p = subprocess.Popen([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
@@ -225,7 +225,7 @@ open('../../{{}}.met', 'w').close(); time.sleep(100)"""
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=30)
         assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err, err
-        assert wait_for(lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid')), 15), 'a kernel outlived the book'
+        assert wait_for(lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid')), 15), 'a kernel outlived the runner'
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
     assert ran(project) == ['one smoke 0'] and [x.name for x in (project/'runs'/'smoke'/'notebooks').rglob('0*.ipynb') if 'failed' not in x.name] == ['00_one.ipynb']
@@ -240,10 +240,10 @@ class Smoke:
         for d in ('nbs', 'solar_repro'): shutil.copytree(ROOT/d, self.code/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
         shutil.copy(ROOT/'settings.ini', self.code)
         self.before = self.files()
-        self.first = self.book()
+        self.first = self.run()
         self.out = self.code/'runs'/'smoke'
 
-    def book(self): return run_notebooks(self.code, code=self.code, SOLAR_STORE=str(self.store))
+    def run(self): return run_notebooks(self.code, code=self.code, SOLAR_STORE=str(self.store))
 
     def files(self) -> dict[Path, bytes]:
         return {p: p.read_bytes() for d in ('nbs', 'solar_repro') for p in (self.code/d).rglob('*') if p.is_file() and '__pycache__' not in p.parts}
@@ -264,7 +264,7 @@ def smoke(tmp_path_factory):
 
 def test_every_notebook_runs(smoke):
     assert smoke.first.returncode == 0, smoke.first.stderr[-3000:]
-    nbs = [p.relative_to(smoke.code/'nbs') for p in book.notebooks(smoke.code/'nbs')]
+    nbs = [p.relative_to(smoke.code/'nbs') for p in runner.notebooks(smoke.code/'nbs')]
     assert {p.relative_to(smoke.out/'notebooks') for p in (smoke.out/'notebooks').rglob('*.ipynb')} == set(nbs)
     assert f'[{len(nbs)}/{len(nbs)}]' in smoke.first.stdout and 'stage 1 of ' in smoke.first.stdout and 'report.html' in smoke.first.stdout
     assert 'Traceback' not in smoke.first.stderr
@@ -289,8 +289,8 @@ def test_figures_and_report_of_the_run(smoke):
 
 def test_a_second_run_finds_everything(smoke):
     tables = {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()}
-    began = time.time(); again = smoke.book(); seconds = time.time() - began
-    n = len(book.notebooks(smoke.code/'nbs'))
+    began = time.time(); again = smoke.run(); seconds = time.time() - began
+    n = len(runner.notebooks(smoke.code/'nbs'))
     assert again.returncode == 0 and again.stdout.count(': unchanged') == n and 'stage' not in again.stdout, again.stdout
     assert seconds < 15
     assert {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()} == tables
@@ -299,7 +299,7 @@ def test_a_second_run_finds_everything(smoke):
 def test_deleted_tables_come_back(smoke):
     "Tables and report are results as much as the executed notebooks are."
     shutil.rmtree(smoke.out/'tables'); (smoke.out/'report.html').unlink()
-    again = smoke.book()
+    again = smoke.run()
     assert again.returncode == 0 and (smoke.out/'tables'/'table7.csv').exists() and (smoke.out/'report.html').exists()
     assert 'stage' not in again.stdout                       # nothing is computed anew
 
