@@ -1,6 +1,7 @@
 # make tables   rebuild Tables 3 to 7, results in runs/PROFILE/; PROFILE=tiny, SEED=the profile's own (0)
 #               PROFILE=smol DATA=DIR: real weights and the published rows in DIR (solar_repro.core.data_files says how it is laid out)
-# make test     notebooks in sync with the library, every notebook, every test
+# make test     notebooks in sync with the library, every notebook, the tests
+# make test-all make test, and the tests that take minutes
 # make lab      explore in JupyterLab
 # make docs     the documentation site, in _docs/, with the outputs of runs/PROFILE/ where that was run
 # make notebooks  make tables, then keep the executed notebooks' outputs in nbs/
@@ -16,7 +17,7 @@ DATA    ?=
 BIN     := .venv/bin
 
 .DEFAULT_GOAL := tables
-.PHONY: setup tables test lab docs notebooks record check clean
+.PHONY: setup tables test test-all lab docs notebooks record check clean
 
 setup:
 	@PYTHON='$(PYTHON)' sh tools/setup.sh
@@ -28,6 +29,9 @@ tables: setup
 
 test: setup
 	@sh tools/test.sh
+
+test-all: setup
+	@sh tools/test.sh all
 
 lab: setup
 	@$(BIN)/python -m jupyterlab nbs

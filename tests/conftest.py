@@ -1,5 +1,7 @@
 "What every test stands on: no network, no display, and threads that do not fight over two cores."
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,11 +32,32 @@ def no_network(monkeypatch):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+BUILD = """
+import shutil, sys
+from solar_repro.pipeline.experiment import Experiment
+exp = Experiment('smoke', store=sys.argv[1])
+ours = {a.path for n in exp.graph if (a := exp.find(n))}
+for a in exp.store.entries():
+    if a.path not in ours: shutil.rmtree(a.path)     # the notebooks made more than the graph of the profile
+exp.run()
+"""
+
+
 @pytest.fixture(scope='session')
 def full(tmp_path_factory):
-    "A store with the whole recipe in it at smoke scale, built by a process of its own. Read only."
-    store = tmp_path_factory.mktemp('run')/'store'
-    code = f"from solar_repro.pipeline.experiment import Experiment; Experiment('smoke', store={str(store)!r}).run()"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    """A store with all stages of the smoke profile, and no others, built by a process of its own. Read only.
+
+    One for all workers: the first to come builds it, from what the notebooks left where `make test` ran them before (SMOKE_STORE).
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if os.environ.get('PYTEST_XDIST_WORKER') else base
+    store, done, made = folder/'full'/'store', folder/'full'/'done', os.environ.get('SMOKE_STORE')
+    store.parent.mkdir(exist_ok=True)
+    with open(store.parent/'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            if made and os.path.isdir(made) and not store.exists(): shutil.copytree(made, store)
+            built = subprocess.run([sys.executable, '-c', BUILD, str(store)], capture_output=True, text=True)
+            assert built.returncode == 0, built.stderr
+            done.touch()
     return store
