@@ -65,7 +65,7 @@ def main() -> int:
     kind = 'tiny' if profile.data.source == 'tiny' else 'lm-eval'
     rows = []
     for t in a.tasks or H6_TASKS:
-        bench, shots = exp.build(f'bench/{t}').path, getattr(profile.eval.num_fewshot, t)
+        bench, shots = exp.build(f'bench/{t}').path, profile.eval.num_fewshot[t]
         began = time.perf_counter()
         ours, records = evaluate(exp.model('base'), t, bench, shots, profile.eval.batch_size, model=model, tasks=kind)
         middle = time.perf_counter()

@@ -137,7 +137,7 @@ def invented(a: argparse.Namespace) -> tuple:
 def of_profile(a: argparse.Namespace) -> tuple:
     "Tokenizer, a profile's base, (task, items) -> requests about the first items of the profile and their shots, and what this is."
     import torch
-    from solar_repro.data import read_rows
+    from solar_repro.core.data_files import read_rows
     from solar_repro.eval import build_requests
     from solar_repro.models.loading import load_tokenizer
     from solar_repro.models.adapters import materialize

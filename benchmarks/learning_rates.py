@@ -40,11 +40,11 @@ def answer_loss(point, rows: list[dict], template) -> float:
 def main(profile: str, seed: int) -> None:
     import torch
 
-    from solar_repro.data import load_rows
     from solar_repro.dpo import reference_logps, train_dpo
     from solar_repro.models.adapters import AdaptedModel
     from solar_repro.core.config import load_profile
-    from solar_repro.pipeline.graph import SFT_ROWS, ULTRAFEEDBACK_CLEAN
+    from solar_repro.pipeline.graph import DPO_STARTS, SFT_ROWS
+    from solar_repro.pipeline.sources import source_of
     from solar_repro.sft import train_sft
     from solar_repro.tiny.world import shipped_base
     p, base = load_profile(profile), AdaptedModel(shipped_base())
@@ -54,11 +54,11 @@ def main(profile: str, seed: int) -> None:
         "As many rows as the profile trains on, and half as many others."
         train, fresh = [], []
         for name in sets:
-            n = getattr(p.data.rows, name)
-            drawn = load_rows(name, p.data.source, n + n//2, seed)
+            n = p.data.rows[name]
+            drawn = source_of(p.data.source).rows(name, n + n//2, seed).rows
             train += drawn[:n]; fresh += drawn[n:]
         return train, fresh
-    (train, fresh), (pairs, fresh_pairs) = split(SFT_ROWS['SFT v3']), split([ULTRAFEEDBACK_CLEAN])
+    (train, fresh), (pairs, fresh_pairs) = split(SFT_ROWS['SFT v3']), split(DPO_STARTS['DPO v1'][1])
     with TemporaryDirectory() as d:
         d = Path(d)
         print(f'{"SFT v3, rate":<16}{"loss, trained rows":>20}{"loss, fresh rows":>18}')

@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from solar_repro.data import SETS, TEST_SETS, candidates, item_text, read_rows
 from solar_repro.core.contamination import BREAK
+from solar_repro.core.data_files import read_rows
+from solar_repro.data import BENCHMARKS, SETS, item_text
+from solar_repro.pipeline.sources import Published
 
 ROWS, PROMISE_S, PROMISE_GIB = 300_000, 300, 4.
 # words of the fields of a row as in samples of the published sets; of an item: its question and one choice
@@ -57,10 +59,9 @@ class Maker:
 class Drawer:
     "Published texts of a folder, drawn with replacement."
     def __init__(self, seed: int, folder: Path):
-        from solar_repro.data import _published
-        self.rng = random.Random(seed)
-        self.rows = {s: [r for _, r in candidates(s, str(folder), max_broken=2)[0]] for s in SETS}
-        self.items = {t: [r for _, r in _published(f'{t}/test', str(folder), {}, 2)] for t in TEST_SETS}
+        self.rng, source = random.Random(seed), Published(folder, max_broken=2)
+        self.rows = {s: [r for _, r in source.candidates(s)[0]] for s in SETS}
+        self.items = {t: [r for _, r in source.read(b.files[-1])] for t, b in BENCHMARKS.items()}
 
     def row(self, name: str) -> dict: return dict(self.rng.choice(self.rows[name]))
     def item(self, task: str) -> dict: return self.rng.choice(self.items[task])
@@ -68,10 +69,10 @@ class Drawer:
 
 def make(folder: Path, source: Maker|Drawer, n_rows: int, n_items: int) -> dict:
     "Write the inputs of the stage; what was planted, and how much text there is."
-    rng, all_used, all_items = random.Random(1), sum(s.n_used for s in SETS.values()), sum(b.n_paper for b in TEST_SETS.values())
+    rng, all_used, all_items = random.Random(1), sum(s.n_used for s in SETS.values()), sum(b.sizes.n for b in BENCHMARKS.values())
     items, planted, words, at = {}, [], 0, 0
-    for t, b in TEST_SETS.items():
-        items[t] = [source.item(t) for _ in range(b.n_paper*n_items//all_items)]
+    for t, b in BENCHMARKS.items():
+        items[t] = [source.item(t) for _ in range(b.sizes.n*n_items//all_items)]
         (folder/'bench'/t).mkdir(parents=True)
         with open(folder/'bench'/t/'test.jsonl', 'w', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in items[t])
     findable = [(t, i) for t, rows in items.items() for i, r in enumerate(rows) if max(len(x.split()) for x in item_text(t, r).split(BREAK)) >= 26]
@@ -131,14 +132,14 @@ def main() -> int:
     a = p.parse_args()
     import pandas as pd
     with tempfile.TemporaryDirectory() as d:
-        n_items = sum(b.n_paper for b in TEST_SETS.values())*a.rows//ROWS
+        n_items = sum(b.sizes.n for b in BENCHMARKS.values())*a.rows//ROWS
         made = make(Path(d)/'in', Drawer(0, a.data) if a.data else Maker(0), a.rows, n_items)
         (Path(d)/'out').mkdir()
         context = multiprocessing.get_context('spawn'); answer = context.Queue()
         child = context.Process(target=timed, args=(f'{d}/in', f'{d}/out', answer)); child.start()
         seconds, peak, before = answer.get(timeout=1800); child.join()
         found = pd.read_parquet(f'{d}/out/overlaps.parquet')
-        texts = {t: [item_text(t, r) for r in read_rows(Path(d)/'in'/'bench'/t/'test.jsonl')] for t in TEST_SETS}
+        texts = {t: [item_text(t, r) for r in read_rows(Path(d)/'in'/'bench'/t/'test.jsonl')] for t in BENCHMARKS}
     have = set(found.loc[found['n'] == 13, ['set', 'task', 'doc_id']].itertuples(index=False, name=None))
     out = dict(rows=made['rows'], items=sum(map(len, texts.values())), words=made['words'], seconds=seconds, peak_gib=peak, start_gib=before, planted=len(made['planted']),
                found=sum(x in have for x in made['planted']),

@@ -122,7 +122,7 @@ def measure(profile: str, seed: int | None, each: bool) -> None:
         print('-'*len(head))
     line('imports', 1, imports)
     for kind, seen in kinds.items(): line(kind, sum(s[1] == kind for s in stages), sum(s[2] for s in stages if s[1] == kind), seen)
-    for task in exp.profile.eval.num_fewshot.model_dump():
+    for task in exp.profile.eval.num_fewshot:
         of = [s for s in stages if s[1] == 'eval' and s[0].endswith('/' + task)]
         line(f'  of eval: {task}', len(of), sum(s[2] for s in of), sum((s[3] for s in of), Counter()))
     line('tables, figures, report', 1, publish)

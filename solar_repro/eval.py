@@ -30,7 +30,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from .data import read_rows, write_rows
+from .core.data_files import read_rows, write_rows
+from .data import BENCHMARKS
 from .inference.lm import RequestEncoder, SharedPrefixLM
 from .models.adapters import materialize, AdaptedModel
 from .models.loading import load_tokenizer, quiet
@@ -56,7 +57,7 @@ def mc2(
     return dict(mc2=true_mass(lls, true), plain=true_mass(lls[plain], true[plain]))
 
 # %% ../nbs/05_eval.ipynb #7daa63cc
-METRICS = dict(arc='acc_norm', hellaswag='acc_norm', mmlu='acc', truthfulqa='mc2', winogrande='acc', gsm8k='exact_match')
+METRICS = {task: b.metric for task, b in BENCHMARKS.items()}
 
 def _parts(task:str, bench:dict[str,list[dict]])->dict[str,tuple[list[int],dict]]:
     "Name of each lm-eval task -> which test items are its own, and its rows."
@@ -67,8 +68,7 @@ def _parts(task:str, bench:dict[str,list[dict]])->dict[str,tuple[list[int],dict]
             for s in subjects}
 
 # %% ../nbs/05_eval.ipynb #0d1d7693
-LM_EVAL_TASKS = dict(arc='arc/arc_challenge.yaml', hellaswag='hellaswag/hellaswag.yaml', mmlu='mmlu/default/mmlu_{subject}.yaml',
-                     truthfulqa='truthfulqa/truthfulqa_mc2.yaml', winogrande='winogrande/default.yaml', gsm8k='gsm8k/gsm8k.yaml')
+LM_EVAL_TASKS = {task: b.lm_eval for task, b in BENCHMARKS.items()}
 
 def _published_parts(task:str, bench:dict[str,list[dict]])->dict[str,tuple[list[int],dict]]:
     "Name of each of lm-eval's own tasks -> which test items are its own, and its rows."
@@ -77,8 +77,8 @@ def _published_parts(task:str, bench:dict[str,list[dict]])->dict[str,tuple[list[
 
 def _published_config(task:str, name:str, where:dict[str,str])->dict:
     "What is changed in lm-eval's own task file: where the rows come from."
-    split = dict(arc='test', hellaswag='validation', mmlu='test', truthfulqa='validation', winogrande='validation', gsm8k='test')[task]
-    shots = 'dev' if task == 'mmlu' else 'train'
+    *train, test = BENCHMARKS[task].files
+    shots, split = train[0].split if train else 'train', test.split
     yaml = Path(lm_eval.__file__).parent/'tasks'/LM_EVAL_TASKS[task].format(subject=name.removeprefix('mmlu_'))
     if not yaml.is_file(): raise ValueError(f'eval: lm-eval has no task file {yaml.name}; expected a subject of MMLU. Correct the field subject of the items.')
     data = {dict(train=shots, test=split)[k]: v for k, v in where.items()}

@@ -7,7 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from solar_repro.data import load_benchmark
+from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.eval import build_requests
 from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
 from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM, stopper
@@ -117,7 +117,7 @@ def test_guesses_follow_what_was_said_before():
 @pytest.mark.parametrize('rows', (1, 64))
 def test_texts_of_the_shipped_model_are_the_same_without_guesses(rows, tok, monkeypatch):
     base = materialize(AdaptedModel(shipped_base()))
-    requests = [r for t in build_requests('gsm8k', load_benchmark('gsm8k', 'tiny', 12), 2).tasks for r in t.instances]
+    requests = [r for t in build_requests('gsm8k', TinyWorld().items('gsm8k', 12)[0], 2).tasks for r in t.instances]
     if rows == 1: requests = requests[:4]
     slow, fast = SharedPrefixLM(base, RequestEncoder(tok), rows), SharedPrefixLM(base, RequestEncoder(tok), rows)
     slow.limits = replace(slow.limits, n_idle=0)
@@ -148,7 +148,7 @@ def test_heads_that_share_keys_attend_as_before(model, monkeypatch):
 
 @pytest.mark.parametrize('task', H6_TASKS)
 def test_products_by_onednn_give_the_same_answers(task, tok, model, monkeypatch):
-    requests = [r for t in build_requests(task, load_benchmark(task, 'tiny', 4), SHOTS[task]).tasks for r in t.instances]
+    requests = [r for t in build_requests(task, TinyWorld().items(task, 4)[0], SHOTS[task]).tasks for r in t.instances]
     ask = lambda lm: getattr(lm, requests[0].request_type)(requests, disable_tqdm=True)
     with quiet(): theirs = ask(HFLM(pretrained=model, tokenizer=tok, batch_size=8))
     monkeypatch.setattr(forward_module, 'PACK_BYTES', 0)

@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from solar_repro.data import load_benchmark, write_rows
+from solar_repro.core.data_files import write_rows
+from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.eval import FEWSHOT_SEED, METRICS, answer, build_requests, collect, evaluate, mc2, task_folder
 from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
 from solar_repro.models.adapters import AdaptedModel, materialize
@@ -37,7 +38,7 @@ def model(point): return materialize(point)
 def tok(point): return load_tokenizer(point.base)
 
 @pytest.fixture(scope='module')
-def bench(): return {t: load_benchmark(t, 'tiny', N) for t in H6_TASKS}
+def bench(): return {t: TinyWorld().items(t, N)[0] for t in H6_TASKS}
 
 # ---- a second, independent account of what is asked and scored --------------------------------------------------------
 
@@ -229,10 +230,10 @@ import json, socket, sys
 def no(*a, **k): raise RuntimeError('network')
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = no
 from pathlib import Path
-from solar_repro.data import load_benchmark
+from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.eval import evaluate
 from solar_repro.models.adapters import AdaptedModel
-for t in ('arc', 'gsm8k'): evaluate(AdaptedModel(Path(sys.argv[1])), t, load_benchmark(t, 'tiny', 3), 1, 4)
+for t in ('arc', 'gsm8k'): evaluate(AdaptedModel(Path(sys.argv[1])), t, TinyWorld().items(t, 3)[0], 1, 4)
 """
 
 def test_nothing_is_fetched_written_at_home_or_left_behind(point, tmp_path):

@@ -12,7 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from solar_repro.data import load_benchmark, write_rows
+from solar_repro.core.data_files import write_rows
+from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.eval import PROTOCOLS, allowed, build_requests, evaluate, score_as
 from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
 from solar_repro.models import resident as resident_module
@@ -60,7 +61,7 @@ def theirs(model, tok, **kwargs):
     with quiet(): return HFLM(pretrained=model, tokenizer=tok, logits_cache=False, **kwargs)
 
 def requests_of(task, n=8):
-    return [r for t in build_requests(task, load_benchmark(task, 'tiny', n), SHOTS[task]).tasks for r in t.instances]
+    return [r for t in build_requests(task, TinyWorld().items(task, n)[0], SHOTS[task]).tasks for r in t.instances]
 
 def same(requests, model, tok, batch, add_bos=None, window=None):
     ours = SharedPrefixLM(model, RequestEncoder(tok, add_bos), batch, window)

@@ -354,12 +354,11 @@ def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsy
 
 def test_licences_and_citation_are_those_of_the_package():
     from configparser import ConfigParser
-    from solar_repro.data import SETS, TEST_SETS
-    from solar_repro.core.data_files import FILES
+    from solar_repro.data import BENCHMARKS, FILES, SETS
     readme, ini = (ROOT / 'README.md').read_text(encoding='utf-8'), ConfigParser(delimiters=['='], interpolation=None)
     ini.read(ROOT / 'settings.ini')
     rows = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', readme[readme.index('## Licences'):], flags=re.M))
-    titles = {t: x.title for t, x in TEST_SETS.items()} | {x.files[0]: x.title for x in SETS.values()} | dict(metamath='MetaMathQA', math='MATH')
+    titles = {t: x.title for t, x in BENCHMARKS.items()} | {x.files[0].name: x.title for x in SETS.values()} | dict(metamath='MetaMathQA', math='MATH')
     for name, f in FILES.items():
         title = titles[name.split('/')[0]]
         assert any(k.split(',')[0] == f.licence and title in v for k, v in rows.items()), f'{title}: {f.licence}'

@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from solar_repro.data import STAND_IN, candidates, draw, draw_items, item_text, stamps
-from solar_repro.core import data_files as sources
+from solar_repro.core import data_files
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import build_graph
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.core.data_files import BENCH_FILES, FILES, MATH_SUBJECTS, fetch, fetch_file, located, present, read_file, requests
+from solar_repro.core.data_files import fetch, fetch_file, located, present, read_file, requests
+from solar_repro.data import BENCHMARKS, FILES, MATH_SUBJECTS, SETS, item_text
+from solar_repro.pipeline.sources import STAND_IN, Published
 from solar_repro.models.base_models import base_settings, check_base, check_fit, fetch_wheel, take_base
 from solar_repro.paper import H6_TASKS
 
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 def test_json_lines_and_parquet_say_the_same(name, tmp_path):
     f = FILES[name]
     for ending in ('.jsonl', '.parquet'): put(tmp_path/ending, name, rows_of(name), ending)
-    a, b = ([r for _, r in read_file(located(tmp_path/e, name), f.fields, f.blank)] for e in ('.jsonl', '.parquet'))
+    a, b = ([r for _, r in read_file(located(tmp_path/e, f), f.fields, f.blank)] for e in ('.jsonl', '.parquet'))
     assert len(a) == 12 and [{k: r[k] for k in s} for r, s in zip(a, b)] == b
 
 
@@ -92,45 +93,47 @@ def test_a_cut_line_is_an_error_unless_the_profile_allows_it(folder, tmp_path, c
 
 
 def test_the_draw_follows_the_seed_and_says_where_rows_came_from(folder):
-    one, same, other = draw('alpaca_gpt4', str(folder), 5, 0), draw('alpaca_gpt4', str(folder), 5, 0), draw('alpaca_gpt4', str(folder), 5, 1)
+    source = Published(folder)
+    one, same, other = (source.rows('alpaca_gpt4', 5, seed) for seed in (0, 0, 1))
     assert one == same and one.ids != other.ids and len(set(one.ids)) == 5
     raw = rows_of('alpaca_gpt4')
     for i, r in zip(one.ids, one.rows): assert r['prompt'] == raw[int(i.rsplit(':', 1)[1]) - 1]['instruction']
-    assert draw('ultrafeedback_clean', str(folder), 4, 0, fits=lambda r: '7' not in r['prompt']).n_long <= 1
+    assert source.rows('ultrafeedback_clean', 4, 0, fits=lambda r: '7' not in r['prompt']).n_long <= 1
 
 
 def test_math_alignment_is_joined_and_the_stand_in_is_declared(folder, tmp_path):
-    found, rule = candidates('synth_math_alignment', str(folder))
+    found, rule = Published(folder).candidates('synth_math_alignment')
     assert len(found) == 6 and rule == '' and all(r['rejected'].startswith('We get') and r['chosen'].startswith('It is') for _, r in found)
     for n in ('math', 'gsm8k/train'): put(tmp_path, n, rows_of(n))
-    found, rule = candidates('synth_math_alignment', str(tmp_path))
+    found, rule = Published(tmp_path).candidates('synth_math_alignment')
     assert len(found) == 24 and rule == STAND_IN and all('<<' not in r['chosen'] for _, r in found)
     assert {r['rejected'] for _, r in found} == {f'The answer is {i}.' for i in range(13)}
 
 
 def test_openorca_rows_made_from_a_benchmark_are_left_out(folder, tmp_path):
-    for n in BENCH_FILES: put(tmp_path, n, rows_of(n))
+    for b in BENCHMARKS.values():
+        for f in b.files: put(tmp_path, f.name, rows_of(f.name))
     item = item_text('gsm8k', rows_of('gsm8k/test')[3]).split('\x00')[0]
     made = dict(id='cot.1', system_prompt='', question='Solve! ' + item.upper(), response='four')
     plain = [dict(id=f'cot.{i}', system_prompt='', question=f'Sing of {i} birds', response='tweet') for i in range(2, 6)]
     put(tmp_path, 'openorca', [made, *plain])
-    got = draw('openorca', str(tmp_path), 4, 0)
+    got = Published(tmp_path).rows('openorca', 4, 0)
     assert got.n_derived <= 1 and all('Solve' not in r['prompt'] for r in got.rows)
-    with pytest.raises(ValueError, match='1 made from a benchmark'): draw('openorca', str(tmp_path), 5, 0)
+    with pytest.raises(ValueError, match='1 made from a benchmark'): Published(tmp_path).rows('openorca', 5, 0)
 
 
 def test_the_hub_is_asked_for_pinned_revisions_only(folder, monkeypatch):
     import datasets
-    asked = [r for n in FILES for r in requests(n)]
+    asked = [r for f in FILES.values() for r in requests(f)]
     assert all(len(r['revision']) == 40 and set(r['revision']) <= set('0123456789abcdef') and r['path'].count('/') == 1 for r in asked)
-    assert {r['name'] for r in requests('math')} == set(MATH_SUBJECTS)
-    assert requests('openorca', dict(openorca='a'*40))[0]['revision'] == 'a'*40      # [data.revisions] of a profile
+    assert {r['name'] for r in requests(FILES['math'])} == set(MATH_SUBJECTS)
+    assert requests(FILES['openorca'], dict(openorca='a'*40))[0]['revision'] == 'a'*40      # [data.revisions] of a profile
     calls = []
     class Hardware(list):
         column_names = ['question', 'answer']
         def select_columns(self, columns): return self
     monkeypatch.setattr(datasets, 'load_dataset', lambda **kw: calls.append(kw) or Hardware(rows_of('gsm8k/test')))
-    bench, ids = draw_items('gsm8k', 'hub', 4)
+    bench, ids = Published().items('gsm8k', 4)
     assert [(c['path'], c['name'], c['split'], c['revision']) for c in calls] == [('openai/gsm8k', 'main', s, FILES['gsm8k/test'].revision) for s in ('test', 'train')]
     assert len(bench['test']) == 4 and all(i.startswith('openai/gsm8k/test:') for i in ids)
 
@@ -150,8 +153,7 @@ def test_of_the_hubs_rows_an_empty_one_is_left_out_and_a_wrong_one_is_an_error(m
 
 
 def _published_rows(name):
-    from solar_repro.data import _published
-    return zip(*_published(name, 'hub', {}))
+    return zip(*Published().read(FILES[name]))
 
 
 def hub_of(to, names):
@@ -178,44 +180,45 @@ def test_fetch_fills_a_folder_that_the_recipe_can_use(tmp_path, monkeypatch):
     names = ['arc/train', 'arc/test', 'mmlu/train', 'mmlu/test', 'math', 'openorca', 'ultrafeedback', 'winogrande/test']
     hub_of(tmp_path/'hub', names)
     said = []
-    record = fetch(tmp_path/'out', hub=tmp_path/'hub', names=names, say=said.append)
+    files = [FILES[n] for n in names]
+    record = fetch(tmp_path/'out', files, hub=tmp_path/'hub', say=said.append)
     assert set(record) == set(names) and record == json.loads((tmp_path/'out'/'fetched.json').read_text())
     for n in names:
-        assert (tmp_path/'out'/record[n]['file']) == present(tmp_path/'out', n)
-        assert len(read_file(located(tmp_path/'out', n), FILES[n].fields, FILES[n].blank)) == record[n]['rows'] > 0
-    assert stamps(['math'], str(tmp_path/'out')) == {'math': record['math']['sha256']}
+        assert (tmp_path/'out'/record[n]['file']) == present(tmp_path/'out', FILES[n])
+        assert len(read_file(located(tmp_path/'out', FILES[n]), FILES[n].fields, FILES[n].blank)) == record[n]['rows'] > 0
+    assert Published(tmp_path/'out').fingerprint(FILES['math']) == record['math']['sha256']
     asked = []
-    real = sources.fetch_file
-    monkeypatch.setattr(sources, 'fetch_file', lambda n, *a: asked.append(n) or real(n, *a))
+    real = data_files.fetch_file
+    monkeypatch.setattr(data_files, 'fetch_file', lambda f, *a: asked.append(f.name) or real(f, *a))
     (tmp_path/'out'/record['math']['file']).unlink()
     (tmp_path/'out'/record['arc/test']['file']).write_text('{"cut')
-    assert fetch(tmp_path/'out', hub=tmp_path/'hub', names=names, say=said.append) == record and sorted(asked) == ['arc/test', 'math']
+    assert fetch(tmp_path/'out', files, hub=tmp_path/'hub', say=said.append) == record and sorted(asked) == ['arc/test', 'math']
 
 
 def test_another_commit_is_fetched_anew(tmp_path, monkeypatch):
     asked = []
-    def of(name, revisions, hub): asked.append(revisions.get(name)); yield from rows_of(name)
-    monkeypatch.setattr(sources, 'hub_rows', of)
-    get = lambda commit: fetch(tmp_path, {'math': commit} if commit else {}, names=['math'], say=lambda line: None)['math']['revision']
+    def of(file, revisions, hub): asked.append(revisions.get(file.name)); yield from rows_of(file.name)
+    monkeypatch.setattr(data_files, 'hub_rows', of)
+    get = lambda commit: fetch(tmp_path, [FILES['math']], {'math': commit} if commit else {}, say=lambda line: None)['math']['revision']
     assert [get(c) for c in (None, None, 'b'*40, 'b'*40)] == [FILES['math'].revision]*2 + ['b'*40]*2 and asked == [None, 'b'*40]
 
 
 def test_the_command_fetches_what_a_profile_pins(tmp_path, monkeypatch, capsys):
     from solar_repro.reports.cli import main
-    monkeypatch.setattr(sources, 'hub_rows', lambda name, revisions, hub: iter(rows_of(name)))
+    monkeypatch.setattr(data_files, 'hub_rows', lambda file, revisions, hub: iter(rows_of(file.name)))
     (tmp_path/'mine.toml').write_text('extends = "smol"\n[data.revisions]\nopenorca = "abc"\n')
     assert main(['fetch', '--profile', str(tmp_path/'mine.toml'), '--to', str(tmp_path/'data')]) == 0
     record = json.loads((tmp_path/'data'/'fetched.json').read_text())
     assert list(record) == list(FILES) and record['openorca']['revision'] == 'abc' and record['metamath']['revision'] == FILES['metamath'].revision
-    assert 'mmlu/test from cais/mmlu' in capsys.readouterr().err and all(present(tmp_path/'data', n) for n in FILES)
+    assert 'mmlu/test from cais/mmlu' in capsys.readouterr().err and all(present(tmp_path/'data', f) for f in FILES.values())
 
 
 def test_an_interrupted_fetch_leaves_nothing_half_written(tmp_path, monkeypatch):
     def cut(*a):
         yield from rows_of('gsm8k/test')[:3]
         raise OSError('the network is gone')
-    monkeypatch.setattr(sources, 'hub_rows', cut)
-    with pytest.raises(OSError, match='gone'): fetch_file('gsm8k/test', tmp_path, hub=tmp_path)
+    monkeypatch.setattr(data_files, 'hub_rows', cut)
+    with pytest.raises(OSError, match='gone'): fetch_file(FILES['gsm8k/test'], tmp_path, hub=tmp_path)
     assert not [p for p in tmp_path.rglob('*') if p.is_file()]
 
 
@@ -299,7 +302,7 @@ def test_which_rows_were_drawn_is_part_of_the_keys(folder, tmp_path):
     moved = tmp_path/'moved'; shutil.move(data, moved); profile_of(tmp_path, base, moved)
     two = Experiment(path, store=tmp_path/'store')
     assert two.find('data/alpaca_gpt4').content == one.build('data/alpaca_gpt4').content       # moving a folder rebuilds nothing
-    f = present(moved, 'alpaca_gpt4'); rows = rows_of('alpaca_gpt4')
+    f = present(moved, FILES['alpaca_gpt4']); rows = rows_of('alpaca_gpt4')
     f.unlink(); put(moved, 'alpaca_gpt4', [rows[-1], *rows[:-1]], f.suffix)                      # the same rows on other lines
     three = Experiment(path, store=tmp_path/'store')
     assert three.find('data/alpaca_gpt4') is None and three.find('bench/gsm8k')
@@ -311,7 +314,7 @@ def test_odd_line_ends_inside_a_text_break_no_row(folder, tmp_path):
     import shutil
     shutil.copytree(folder, tmp_path/'data')
     odd = 'one\u2028two\x85three'
-    f = present(tmp_path/'data', 'alpaca_gpt4'); f.unlink()
+    f = present(tmp_path/'data', FILES['alpaca_gpt4']); f.unlink()
     put(tmp_path/'data', 'alpaca_gpt4', [r | dict(output=odd) for r in rows_of('alpaca_gpt4')], f.suffix)
     exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
     assert {r['completion'] for r in exp.rows('data/alpaca_gpt4')} == {odd}
@@ -327,7 +330,7 @@ def test_our_scores_equal_lm_evals_own_backend_on_its_own_tasks(folder, tmp_path
     model = materialize(AdaptedModel(base)); hf = HFLM(pretrained=model, tokenizer=load_tokenizer(base), batch_size=1, device='cpu')
     names = set()
     for t in H6_TASKS:
-        bench, _ = draw_items(t, str(folder), 4)
+        bench, _ = Published(folder).items(t, 4)
         shots = 0 if t == 'truthfulqa' else 2
         ours, records = evaluate(AdaptedModel(base), t, bench, shots, 4, model=model, tasks='lm-eval')
         asked = build_requests(t, bench, shots, 'lm-eval'); names |= {x.config.task for x in asked.tasks}
@@ -409,7 +412,7 @@ def test_data_from_a_folder_puts_the_wheel_in_the_hubs_place(tmp_path, monkeypat
 def test_the_ledger_finds_what_is_planted(folder, tmp_path):
     exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base'), folder), store=tmp_path/'store')
     from solar_repro.core.contamination import ledger
-    items = {'gsm8k': [item_text('gsm8k', r) for r in draw_items('gsm8k', str(folder), 6)[0]['test']]}
+    items = {'gsm8k': [item_text('gsm8k', r) for r in Published(folder).items('gsm8k', 6)[0]['test']]}
     found = ledger({'set': ['nothing', f"so {items['gsm8k'][2]}"]}, items, (13,))
     assert found[['set', 'task', 'doc_id', 'row']].values.tolist() == [['set', 'gsm8k', 2, 1]]
     exp.run(['contamination', *(f'eval/base/{t}' for t in H6_TASKS)])
@@ -420,9 +423,10 @@ def test_the_ledger_finds_what_is_planted(folder, tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the folder of published rows is not at hand')
 def test_published_rows_of_the_shared_folder():
+    source = Published(SHARED, max_broken=2)
     for t in H6_TASKS:
-        bench, ids = draw_items(t, str(SHARED), 20, {}, 2)
+        bench, ids = source.items(t, 20)
         assert len(ids) == 20 == len(set(ids)) and (t == 'truthfulqa') == (not bench['train'])
-    for s in ('alpaca_gpt4', 'openorca', 'synth_math_instruct', 'ultrafeedback_clean', 'synth_math_alignment'):
-        got = draw(s, str(SHARED), 20, 0, max_broken=2)
-        assert len(got.rows) == 20 and bool(got.rule) == (s.startswith('synth') and present(SHARED, 'metamath') is None)
+    for s in SETS:
+        got = source.rows(s, 20, 0)
+        assert len(got.rows) == 20 and bool(got.rule) == (s.startswith('synth') and present(SHARED, FILES['metamath']) is None)

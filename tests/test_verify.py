@@ -15,7 +15,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from solar_repro import paper, tables
-from solar_repro.data import choices
+from solar_repro.data import BENCHMARKS
 from solar_repro.eval import correct_2023, h6_se, mean_of_groups, mean_se
 from solar_repro.core import stats as ours
 from solar_repro.reports.cli import main
@@ -162,7 +162,7 @@ def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
     exp.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
     said, found = verify(exp, tmp_path/'none')
     assert found.empty and '12 scores counted again from 48 answers' in said, found.to_string()
-    assert any('[' not in c for d in exp.requests('hellaswag')[0] for c in choices('hellaswag', d))
+    assert any('[' not in c for d in exp.requests('hellaswag')[0] for c in BENCHMARKS['hellaswag'].choices(d))
     for t in H6_TASKS: assert all(isinstance(x, str) for x in exp.flips('base', 'SFT v4', t)[['gold', 'base says', 'prompt']].to_numpy().flat)
     file = next(f for f in export_results(exp, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
     assert '[header]' not in json.loads(file.read_text().splitlines()[0])['arguments']['gen_args_0']['arg_1']
@@ -456,6 +456,6 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
 @pytest.mark.parametrize('task', [t for t in H6_TASKS if t != 'gsm8k'])
 def test_every_benchmark_names_its_choices(task):
     "One was once lost behind a comment."
-    from solar_repro.data import load_benchmark
-    found = choices(task, load_benchmark(task, 'tiny', 2)['test'][0])
+    from solar_repro.pipeline.sources import TinyWorld
+    found = BENCHMARKS[task].choices(TinyWorld().items(task, 2)[0]['test'][0])
     assert len(found) > 1 and all(isinstance(c, str) and c for c in found)

@@ -58,5 +58,5 @@ class BuildContext:
     file: Path | None = None            # the stage's own
 
 def _read_rows(a:Artifact)->list[dict]:
-    from solar_repro.data import read_rows
+    from solar_repro.core.data_files import read_rows
     return read_rows(a.path/'rows.jsonl')

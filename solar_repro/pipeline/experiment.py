@@ -20,10 +20,11 @@ from .. import tables
 from ..core import display as view
 from ..core.config import load_profile, Profile, root
 from ..core.store import Artifact, Store
-from ..data import choices, read_rows
-from ..paper import H6_TASKS
+from ..core.data_files import read_rows
+from ..data import BENCHMARKS
+from ..paper import MODELS
 from .artifacts import merged_onto, adapted_model, BuildContext
-from .graph import DEQUANTIZED, CODE_VERSIONS, MODEL_KINDS, MODELS, build_graph, Stage
+from .graph import DEQUANTIZED, benchmarks, CODE_VERSIONS, MODEL_KINDS, build_graph, Stage
 from .progress import _in_notebook, duration, Progress, RELATIVE_COST
 from .quantization import quantization_stage, quantization_table
 from .stages import BUILDERS
@@ -199,7 +200,7 @@ def _check_prompts(self:Experiment)->None:
     "Raise if a foreign base cannot read the benchmarks' prompts: before it is trained, not after."
     from lm_eval.models.utils import normalize_gen_kwargs
     from solar_repro.models.base_models import check_prompts
-    for t in H6_TASKS:
+    for t in self.tasks:
         args = [r.args for rs in self.requests(t)[1].values() for r in rs]
         room = max((normalize_gen_kwargs(kw)['max_gen_toks'] for _, kw in args if isinstance(kw, dict)), default=0)
         check_prompts(self.build('base').path, t, [c if isinstance(x, dict) else c + x for c, x in args], room)
@@ -238,6 +239,11 @@ def build(self:Experiment, name:str)->Artifact:
 def models(self:Experiment)->list[str]:
     "The base, the rows of Tables 3 to 7, and the profile's own."
     return ['base', *MODELS, *self.profile.rows]
+
+@patch(as_prop=True)
+def tasks(self:Experiment)->list[str]:
+    "The benchmarks that are asked: the six of H6, and others that the profile names."
+    return benchmarks(self.profile)
 
 @patch(as_prop=True)
 def custom(self:Experiment)->dict[int,list[str]]:
@@ -286,10 +292,10 @@ def scores(self:Experiment,
 )->pd.DataFrame: # model, task, metric, score, se, n; fractions; 'truthfulqa_plain' counts plainly worded answers only
     "Scores of models, built where missing."
     names = self.models if names is None else list(names)
-    self.run([f'eval/{m}/{t}' for m in names for t in H6_TASKS])
+    self.run([f'eval/{m}/{t}' for m in names for t in self.tasks])
     rows = []
     for m in names:
-        for t in H6_TASKS:
+        for t in self.tasks:
             s = json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())
             s |= s['protocols'][self.profile.eval.protocol]
             rows.append(dict(model=m, task=t, **{k: s[k] for k in ('metric', 'score', 'se', 'n')}))
@@ -303,7 +309,7 @@ def samples(self:Experiment,
     "What each item scored, for paired tests."
     names = self.models if names is None else list(names)
     self.scores(names)
-    return pd.concat([self.items(m, t)[['doc_id', 'score']].assign(model=m, task=t) for m in names for t in H6_TASKS], ignore_index=True)
+    return pd.concat([self.items(m, t)[['doc_id', 'score']].assign(model=m, task=t) for m in names for t in self.tasks], ignore_index=True)
 
 @patch
 def table(self:Experiment, n:int)->pd.DataFrame:
@@ -334,12 +340,12 @@ def protocols(self:Experiment,
     names = ['base', *MODELS] if names is None else list(names)
     self.scores(names)
     read = lambda m, t: json.loads((self._built[f'eval/{m}/{t}'].path/'score.json').read_text())['protocols']
-    return pd.DataFrame([dict(model=m, task=t, **{p: s['score'] for p, s in read(m, t).items()}) for m in names for t in H6_TASKS])
+    return pd.DataFrame([dict(model=m, task=t, **{p: s['score'] for p, s in read(m, t).items()}) for m in names for t in self.tasks])
 
 # %% ../../nbs/pipeline/11_experiment.ipynb #168f8343
 @patch
 def requests(self:Experiment,
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `tasks`
 )->tuple[list[dict],dict[int,list]]: # its items as lm-eval's task reads them; lm-eval's requests for each
     "What a benchmark asks; no model is needed."
     from solar_repro.eval import build_requests, by_item
@@ -351,14 +357,14 @@ def requests(self:Experiment,
 
 def _said(task:str, doc:dict, item)->tuple[str,str]: # item: its record, or a row of `items`; the model's answer, and what is right
     "An answer in words."
-    if task == 'gsm8k': return item['text'], str(item['gold'])
-    words, gold = choices(task, doc), item['gold']
+    if BENCHMARKS[task].choices is None: return item['text'], str(item['gold'])
+    words, gold = BENCHMARKS[task].choices(doc), item['gold']
     return words[int(item['prediction'])], ' / '.join(words[int(k)] for k in (gold if hasattr(gold, '__len__') else [gold]))
 
 @patch
 def flips(self:Experiment,
     a:str, b:str, # models
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `tasks`
 )->pd.DataFrame: # doc_id, change (b - a), score of each, gold, what each says, prompt; the largest change first
     "Items on which two models score differently, with prompts and answers in words."
     x, y = (self.items(m, task).set_index('doc_id') for m in (a, b))
@@ -389,7 +395,7 @@ def label(self:Experiment)->str:
 def _stand_in(self:Experiment)->str:
     "Names the rule that fills the math sets where a folder has no MetaMathQA."
     if 'gsm8k/train' not in self.graph['data/synth_math_instruct'].settings.get('files', {}): return ''
-    from solar_repro.data import STAND_IN
+    from solar_repro.pipeline.sources import STAND_IN
     return f', {STAND_IN}'
 
 @patch(as_prop=True)
@@ -418,7 +424,7 @@ def _headline(s:pd.DataFrame)->str:
 
 def _summary(exp:Experiment)->str:
     s = exp.status(); c = cost(s)
-    built = lambda m: all(s.loc[s['stage'] == f'eval/{m}/{t}', 'state'].item() == 'built' for t in H6_TASKS)
+    built = lambda m: all(s.loc[s['stage'] == f'eval/{m}/{t}', 'state'].item() == 'built' for t in exp.tasks)
     tally = ', '.join(f'Table {n}: {sum(map(built, rows))} of {len(rows)}' for n in range(3, 8) for rows in [[*tables.models(n), *exp.custom[n]]])
     missing = ', '.join(html.escape(n) for n in s.loc[s['state'] == 'missing', 'stage'])
     more = f'<details><summary>what is missing</summary>{missing}</details>' if missing else ''

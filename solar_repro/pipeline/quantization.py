@@ -35,7 +35,7 @@ def quantization_stage(
         raise ValueError(f'handover: {name!r} is trained on full weights (nf4 = false in profile {p.name}); expected four bits, or nothing is handed over. Set nf4 = true.')
     evals = {t: graph[f'eval/{name}/{t}'] for t in H6_TASKS if f'eval/{name}/{t}' in graph}
     settings = dict(numerics={k: v for k, v in trained[name].items() if k in Numerics.model_fields}, template=p.template.model_dump(), machine=machine_settings(p), n_probe=n_probe,
-                    num_fewshot=p.eval.num_fewshot.model_dump(), batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.merge_onto, **bos_settings(p), **task_settings(p))
+                    num_fewshot={t: p.eval.num_fewshot[t] for t in H6_TASKS}, batch_size=4*p.eval.batch_size, protocol=p.eval.protocol, known=p.merge.merge_onto, **bos_settings(p), **task_settings(p))
     inputs = {k: i for k, i in graph[name].inputs.items() if i.startswith('data/')} | {f'bench_{t}': f'bench/{t}' for t in H6_TASKS}
     return Stage(f'quantization/{name}', 'quantization', settings, dict(model=name, **inputs, **{f'eval_{t}': s.name for t, s in evals.items()}))
 

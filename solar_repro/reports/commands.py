@@ -134,7 +134,7 @@ def contamination(exp)->None:
 
     solar-repro contamination
     """
-    found, tasks = exp.overlaps(), library('paper').H6_TASKS
+    found, tasks = exp.overlaps(), exp.tasks
     for n in (13, 8):
         print(f'items that share {n} words in a row with a training row, {exp.label}')
         print(library('core.contamination').overlap_counts(found, n, library('data').SETS, tasks).to_string())
@@ -194,7 +194,7 @@ def fetch(profile,
 
     solar-repro fetch --profile a100 --to data
     """
-    library('core.data_files').fetch(to, profile.data.revisions)
+    library('core.data_files').fetch(to, library('data').FILES.values(), profile.data.revisions)
     print(f'{to} is filled. Use it: source = "{to}" in [data] of a profile, '
           f'or make tables PROFILE={profile.name} DATA={to}')
 

@@ -21,7 +21,7 @@ from .. import tables
 from ..core.display import lineage, View
 from ..core.files import content_hash, folder_files, whole
 from ..core.store import Store
-from ..data import choices
+from ..data import BENCHMARKS
 from ..eval import mean_se, METRICS, request_hash, score_as
 from ..paper import H6_TASKS
 from ..pipeline.experiment import Experiment
@@ -86,14 +86,8 @@ def _judge_truthfulqa(doc:dict, lls:np.ndarray)->dict:
     out = dict(gold=np.flatnonzero(true).tolist(), prediction=int(lls.argmax()), score=_mass(lls, true))
     return out | (dict(plain=_mass(lls[plain], true[plain])) if len(plain) else {})
 
-_GOLD = dict( # index of the right choice
-    arc=lambda doc: doc['choices']['label'].index(doc['answerKey']),
-    hellaswag=lambda doc: int(doc['label']),
-    mmlu=lambda doc: int(doc['answer']),
-    winogrande=lambda doc: int(doc['answer']) - 1)
-
 def judged(
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
     doc:dict, # the item
     answer:dict, # its record: loglikelihoods, or text
 )->dict: # gold, prediction, score; truthfulqa of the tiny world: plain
@@ -101,8 +95,9 @@ def judged(
     if task == 'gsm8k': return _judge_gsm8k(doc, answer['text'])
     lls = np.array(answer['loglikelihoods'], float)
     if task == 'truthfulqa': return _judge_truthfulqa(doc, lls)
-    per = [len(c) for c in choices(task, doc)] if task in ('arc', 'hellaswag') else 1
-    gold, said = _GOLD[task](doc), int((lls/per).argmax())
+    b = BENCHMARKS[task]
+    per = [len(c) for c in b.choices(doc)] if b.metric == 'acc_norm' else 1
+    gold, said = b.gold(doc), int((lls/per).argmax())
     return dict(gold=gold, prediction=said, score=float(said == gold))
 
 # %% ../../nbs/reports/00_verify.ipynb #11e9173f
@@ -240,11 +235,11 @@ def verify(
 def score_record(
     exp:Experiment, # of the run
     model:str, # a row of the tables, or the base
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
 )->dict: # model, task, label, protocol, metric, score, se, n; made_from: stage -> manifest
     "One score, and the manifests of all that it was made from."
-    if task not in H6_TASKS:
-        raise ValueError(f'show: no benchmark {task!r}; expected one of {H6_TASKS}. Correct the name.')
+    if task not in exp.tasks:
+        raise ValueError(f'show: no benchmark {task!r}; expected one of {exp.tasks}. Correct the name.')
     if model not in exp.models:
         raise ValueError(f'show: {model!r} is no model; expected one of {exp.models}. Name a row of the tables.')
     name, protocol = f'eval/{model}/{task}', exp.profile.eval.protocol
@@ -262,7 +257,7 @@ def _in_short(stage, m:dict)->str: # of a stage and its manifest
 def number(
     exp:Experiment, # of the run
     model:str, # a row of the tables, or the base
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
 )->View:
     "The lineage of one score."
     s, graph = score_record(exp, model, task), exp.graph
@@ -274,14 +269,14 @@ def number(
 # %% ../../nbs/reports/00_verify.ipynb #f3aa596a
 def _results(exp:Experiment, model:str, scores:pd.DataFrame, stages:dict[str,dict])->dict: # stages: task -> manifest
     "A model's scores in lm-eval's form."
-    rows, how = {t: scores.loc[(model, t)] for t in H6_TASKS}, exp.profile.eval
+    rows, how = {t: scores.loc[(model, t)] for t in exp.tasks}, exp.profile.eval
     metrics = {t: {'alias': t, f"{r['metric']},none": float(r['score']), f"{r['metric']}_stderr,none": float(r['se'])}
                for t, r in rows.items()}
     config = dict(model='solar_repro', model_args=f'name={model},seed={exp.profile.seed}', batch_size=how.batch_size,
                   device=exp.profile.machine.device)
     return {'results': metrics, 'versions': {t: 1.0 for t in rows},
             'higher_is_better': {t: {r['metric']: True} for t, r in rows.items()},
-            'n-shot': {t: getattr(how.num_fewshot, t) for t in rows},
+            'n-shot': {t: how.num_fewshot[t] for t in rows},
             'n-samples': {t: dict(original=int(r['n']), effective=int(r['n'])) for t, r in rows.items()},
             'config': config, 'model_name': model, 'label': exp.label, 'protocol': how.protocol,
             'versions_of_libraries': stages['arc']['versions'], 'artifacts': {t: m['key'] for t, m in stages.items()}}
@@ -314,12 +309,12 @@ def export_results(
                          'expected a new or empty folder. Choose another.')
     out.mkdir(parents=True, exist_ok=True)
     scores = exp.scores(names).set_index(['model', 'task'])
-    requests = {t: exp.requests(t) for t in H6_TASKS}
+    requests = {t: exp.requests(t) for t in exp.tasks}
     for model in scores.index.unique('model'):
-        stages = {t: exp.show(f'eval/{model}/{t}') for t in H6_TASKS}
+        stages = {t: exp.show(f'eval/{model}/{t}') for t in exp.tasks}
         when = max(m['started'] for m in stages.values()).replace(':', '-').rstrip('Z')
         text = {f'results_{when}.json': json.dumps(_results(exp, model, scores, stages), indent=1, allow_nan=False)}
-        for t in H6_TASKS:
+        for t in exp.tasks:
             metric = scores.loc[(model, t), 'metric']
             text[f'samples_{t}_{when}.jsonl'] = _samples_text(exp, model, t, metric, *requests[t])
         folder = out/re.sub(r'[^\w.+-]+', '_', model)
