@@ -14,12 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from solar_repro.merging import engine as merging
+from solar_repro.merging import arithmetic, engine as merging, shards
 from solar_repro.models.checkpoints import compare, open_checkpoint, together
 from solar_repro.reports.cli import main
 from solar_repro.merging.config import from_yaml, merge_config, to_yaml
 from solar_repro.merging.arithmetic import kept_at_random
-from solar_repro.merging.engine import merge
+from solar_repro.merging.engine import are_adapters, merge
+from solar_repro.merging.export import merge_adapters
+from solar_repro.merging.shards import fingerprint, private_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
@@ -135,7 +137,7 @@ def test_dare_is_the_same_however_it_is_cut(tmp_path, method, monkeypatch):
     base = write(tmp_path/'C', C)
     make = lambda name, seed, **kw: read(merge(merge_config(method, paths, base=base, density=.3, seed=seed), tmp_path/name, **kw))
     one = make('one', 5)
-    monkeypatch.setattr(merging, 'CHUNK', 1 << 16); monkeypatch.setattr(merging, 'PIECE', 1000)
+    monkeypatch.setattr(shards, 'CHUNK', 1 << 16); monkeypatch.setattr(arithmetic, 'PIECE', 1000)
     two, other = make('two', 5, threads=3, shard_bytes=300_000), make('other', 6)
     assert all(torch.equal(one[n], two[n]) for n in C) and not torch.equal(one['lm_head.weight'], other['lm_head.weight'])
     if method == 'dare_linear':
@@ -225,8 +227,8 @@ def test_killed_and_run_again(tmp_path):
         time.sleep(.01)
     p.send_signal(signal.SIGKILL); p.communicate()
     assert 3 <= len(done) < 12 and not (tmp_path/'out').exists(), p.returncode
-    finished = {f.with_suffix('').name: f.with_suffix('').stat().st_mtime_ns for f in done}
     [private] = tmp_path.glob('.out.*.merging')
+    finished = {f.stem: (private/'model'/f.stem).stat().st_mtime_ns for f in done}
     (private/'model-00012-of-00012.safetensors.part').write_bytes(b'half')
     assert run(*words, tmp_path/'out').returncode == 0
     assert finished and all((tmp_path/'out'/f).stat().st_mtime_ns == t for f, t in finished.items())     # not written again
@@ -246,7 +248,7 @@ def test_what_another_merge_left_is_not_taken_for_this_one(tmp_path, pair):
 def test_an_input_that_changed_is_read_again(tmp_path, pair, monkeypatch):
     r = merge_config('linear', pair, [.5, .5])
     with monkeypatch.context() as m:
-        m.setattr(merging, '_publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))              # stopped at the very end
+        m.setattr(merging, 'publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))              # stopped at the very end
         with pytest.raises(KeyboardInterrupt): merge(r, tmp_path/'out')
     B = {n: w*2 for n, w in read(pair[1]).items()}
     save_file(B, pair[1]/'model.safetensors')
@@ -260,7 +262,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         (tmp_path/m).mkdir(); (tmp_path/m/'config.json').write_text('{}')
         n, header = 1 << 28, json.dumps({'layers.0.w': dict(dtype='BF16', shape=[1 << 14, 1 << 14], data_offsets=[0, 1 << 29])}).encode()
         with open(tmp_path/m/'model.safetensors', 'wb') as f: f.write(len(header).to_bytes(8, 'little') + header); f.truncate(8+len(header)+2*n)
-    code = ("import re; from pathlib import Path; from solar_repro.merging.engine import merge, merge_config\n"
+    code = ("import re; from pathlib import Path; from solar_repro.merging.config import merge_config; from solar_repro.merging.engine import merge\n"
             "anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024\n"
             "peak, before = [0], anon()\n"
             "def on_progress(done, total): peak[0] = max(peak[0], anon())\n"
@@ -355,17 +357,14 @@ def test_target_and_space_refused(tmp_path, pair, capsys, monkeypatch):
     assert code == 2 and 'Make it first' in err
     code, _, err = said(capsys, 'merge', '--method', 'linear', tmp_path/'nowhere', pair[0], tmp_path/'out')
     assert code == 2 and 'nowhere' in err and 'hf download' in err
-    monkeypatch.setattr(merging.shutil, 'disk_usage', lambda p: type('Usage', (), dict(free=10_000)))
+    monkeypatch.setattr(shards.shutil, 'disk_usage', lambda p: type('Usage', (), dict(free=10_000)))
     code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'out')
     assert code == 2 and '0.01 GB to write' in err and 'Free some space' in err and not (tmp_path/'out').exists()
 
 
 def test_two_processes_do_not_write_one_target(tmp_path, pair):
     r = merge_config('linear', pair)
-    stamps = merging._stamps([open_checkpoint(p) for p in pair])
-    _, lock = merging._private(tmp_path/'out', dict(format=2, recipe=to_yaml(r), inputs=stamps, shard_bytes=2_000_000_000))
-    with pytest.raises(OSError, match='another process'): merge(r, tmp_path/'out')
-    lock.close()
+    with private_folder(tmp_path/'out', dict(of='another merge')), pytest.raises(OSError, match='another process'): merge(r, tmp_path/'out')
     assert len(read(merge(r, tmp_path/'out'))) == 6
 
 
@@ -438,6 +437,11 @@ def test_compare_prints_and_returns(tmp_path, pair, capsys, llamas):
 
 # ---- adapters and export
 
+def merge_any(r, out: Path) -> Path:
+    "As the command line chooses."
+    return merge_adapters(r, out) if are_adapters(r) else merge(r, out)
+
+
 def test_adapters_of_one_base(tmp_path, llamas):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -450,8 +454,8 @@ def test_adapters_of_one_base(tmp_path, llamas):
         return save_adapter(t, r, 16, tmp_path/name)
     one, two = adapter('one', 4), adapter('two', 8)
     load = lambda a: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), a).merge_and_unload().state_dict()
-    start, x, y, got = AutoModelForCausalLM.from_pretrained(base).state_dict(), load(one), load(two), load(merge(merge_config('linear', [one, two], [.3, .7]), tmp_path/'mean'))
-    summed = load(merge(merge_config('task_arithmetic', [one, two], [1, -.5], base=base, lam=2), tmp_path/'sum'))
+    start, x, y, got = AutoModelForCausalLM.from_pretrained(base).state_dict(), load(one), load(two), load(merge_any(merge_config('linear', [one, two], [.3, .7]), tmp_path/'mean'))
+    summed = load(merge_any(merge_config('task_arithmetic', [one, two], [1, -.5], base=base, lam=2), tmp_path/'sum'))
     changed = [n for n in x if not torch.equal(x[n], y[n])]
     assert len(changed) == 2
     for n in x:
@@ -459,7 +463,7 @@ def test_adapters_of_one_base(tmp_path, llamas):
         assert torch.allclose(summed[n], start[n]+2*(x[n]-start[n])-(y[n]-start[n]), atol=1e-5), n
     for r, heard in ((merge_config('slerp', [one, two]), 'only ones whose result is an adapter'), (merge_config('linear', [one, adapter('gate', 4, 'gate_proj')]), 'is absent in'),
                      (merge_config('linear', [one, two], [.5, .6]), 'sum to 1.1'), (merge_config('linear', [one, base]), 'expected one kind')):
-        with pytest.raises(ValueError, match=heard): merge(r, tmp_path/'refused')
+        with pytest.raises(ValueError, match=heard): merge_any(r, tmp_path/'refused')
 
 
 def test_export_loads_in_one_line(tmp_path, full, capsys):

@@ -70,14 +70,17 @@ def locked(
     path:Path, # the lock, a file; made where there is none
     on_wait:Callable[[],None]|None=None, # called before waiting; None: BlockingIOError instead of waiting
 )->Iterator[None]:
-    "Hold a lock while the body runs."
-    with open(path, 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if on_wait is None: raise
-            on_wait()
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    "Hold a lock while the body runs; one whose file was removed meanwhile is none, and is made again."
+    while True:
+        with open(path, 'w') as f:
+            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is None: raise
+                on_wait()
+                fcntl.flock(f, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+                yield
+                return
 
 # %% ../../nbs/core/01_files.ipynb #82a12d9a
 def file_hash(

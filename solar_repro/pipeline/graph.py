@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..core.config import DpoRow, Numerics, Profile
 from ..data import BENCHMARKS, SETS
+from ..merging.methods import METHODS, row_settings
 from ..paper import H6_TASKS, MODELS, origin
 from .sources import source_of
 from ..tiny.world import shipped_base
@@ -155,12 +156,11 @@ def _custom_row(p:Profile, name:str, pairs:dict[str,bool], models:list[str])->li
     if name in models: raise ValueError(f'profile: {where} has the name of another row; expected a new one. Rename it.')
     for m in row.weights or ([row.start] if row.start else []):
         must_be_in(where, 'model', m, models)
-        if m == 'Merge v4' or m in p.rows and p.rows[m].method == 'slerp' or m == row.start == 'base':
+        if m == 'Merge v4' or m in p.rows and not METHODS[p.rows[m].method].of_adapters or m == row.start == 'base':
             raise ValueError(f'profile: {where} builds on {m!r}, which is no sum of adapters; expected an SFT or DPO model, or an average. Name another.')
     if row.weights:
         (a, wa), (b, wb) = row.weights.items()
-        how = dict(method='slerp', t=wb, threshold=p.merge.slerp_threshold) if row.method == 'slerp' else dict(method='linear', weights=[wa, wb])
-        return [Stage(name, 'merge', how, dict(a=a, b=b))]
+        return [Stage(name, 'merge', row_settings(row.method, (wa, wb), p.merge.slerp_threshold), dict(a=a, b=b))]
     for d in row.sets:
         must_be_in(where, 'training set', d, pairs)
         if pairs[d] != bool(row.start): raise ValueError(f"profile: {where} trains on {d!r}, which holds {'pairs' if pairs[d] else 'answers'}; expected pairs for DPO (with a start) and answers for SFT.")
@@ -201,7 +201,7 @@ def _merged_onto(p:Profile, stages:list[Stage])->list[Stage]:
     if not (p.sft.nf4 and p.dpo.nf4) and p.merge.merge_onto == 'dequantized':
         raise ValueError(f'profile: merge.merge_onto is {p.merge.merge_onto!r}, sft.nf4 {p.sft.nf4} and dpo.nf4 {p.dpo.nf4}; expected both trainings in four bits, or '
                          "there is no one base that both saw. Set merge_onto = 'original', or nf4 = true in both.")
-    whole = {'base', *(s.name for s in stages if s.settings.get('method') == 'slerp')} # models that need no base to stand on
+    whole = {'base', *(s.name for s in stages if s.kind == 'merge' and not METHODS[s.settings['method']].of_adapters)} # models that need no base to stand on
     adds = lambda s: s.kind == 'merge' and s.name in whole or s.kind == 'eval' and s.inputs['model'] not in whole
     role = dict(merge_onto=DEQUANTIZED) if p.merge.merge_onto == 'dequantized' else {}
     made = [Stage(DEQUANTIZED, 'base', dict(source='dequantized', compute_dtype=p.sft.compute_dtype, machine=machine_settings(p)), dict(base='base'))] if role else []

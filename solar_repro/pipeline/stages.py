@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'build_base', 'build_data', 'build_bench', 'build_contamination', 'build_sft', 'build_ref', 'build_dpo',
-           'average_terms', 'build_merge', 'build_eval']
+           'build_merge', 'build_eval']
 
 # %% ../../nbs/pipeline/03_stages.ipynb #e4b06ce6
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.config import DpoStep, Numerics, Sft, Template
@@ -16,6 +17,8 @@ from ..core.data_files import read_rows, write_rows
 from .artifacts import base_and_terms, _read_rows, write_adapted_model, merged_onto, adapted_model
 from .quantization import build_quantization
 from .sources import stage_source
+from ..core.store import Artifact
+from ..merging.methods import METHODS, numbers_of
 from ..tiny.world import shipped_base
 
 # %% ../../nbs/pipeline/03_stages.ipynb #c4647159
@@ -95,31 +98,26 @@ def build_dpo(out, settings, inputs, context):
     base, _ = base_and_terms(inputs['start'])
     write_adapted_model(out, base, [[None, 1.]])
 
-# %% ../../nbs/pipeline/03_stages.ipynb #16a430fa
-def average_terms(
-    parts:list[list], # of each model: [[adapter, coefficient], ...]
-    weights:list[float], # one for each model
-)->list: # [[adapter, coefficient], ...], equal adapters combined
-    "Terms of the weighted average of sums of adapters."
-    out = {}
-    for terms, w in zip(parts, weights):
-        for ref, c in terms:
-            k = json.dumps(ref, sort_keys=True); out[k] = out.get(k, 0.) + w*c
-    return [[json.loads(k), c] for k, c in out.items() if c]
-
 # %% ../../nbs/pipeline/03_stages.ipynb #b47586ee
+def _by_reference(a:Artifact): # AdaptedModel, whose folders are references as text
+    from solar_repro.models.adapters import AdaptedModel
+    base, terms = base_and_terms(a)
+    text = lambda ref: json.dumps(ref, sort_keys=True)
+    return AdaptedModel(text(base), tuple((text(ref), w) for ref, w in terms))
+
 def build_merge(out, settings, inputs, context):
-    "A weighted average as a point, or SLERP as a checkpoint with its tensors' angles."
-    a, b = inputs['a'], inputs['b']
-    if settings['method'] == 'slerp':
-        from solar_repro.merge import slerp
-        x, y = (merged_onto(adapted_model(m, context.store), inputs.get('merge_onto')) for m in (a, b))
-        angles = slerp(x, y, settings['t'], settings['threshold'], out/'checkpoint')
-        angles.to_csv(out/'angles.csv', index=False)
-        return write_adapted_model(out, None, [])
-    (base, ta), (base_b, tb) = base_and_terms(a), base_and_terms(b)
-    if base != base_b: raise ValueError(f'merge: {a.manifest["name"]} and {b.manifest["name"]} have different bases; expected one base.')
-    write_adapted_model(out, base, average_terms([ta, tb], settings['weights']))
+    "A sum of adapters where the method gives one, else a checkpoint with its tensors' angles."
+    from solar_repro.merge import merge_models
+    from solar_repro.models.adapters import average
+    method, x, models = METHODS[settings['method']], numbers_of(settings), [inputs['a'], inputs['b']]
+    if method.of_adapters:
+        parts = [_by_reference(a) for a in models]
+        base = [replace(parts[0], terms=())] if method.on_base else []
+        merged = average(base+parts, method.weigh(x))
+        return write_adapted_model(out, json.loads(merged.base), [[json.loads(ref), w] for ref, w in merged.terms])
+    parts = [merged_onto(adapted_model(a, context.store), inputs.get('merge_onto')) for a in models]
+    merge_models(parts, settings['method'], x, out/'checkpoint').to_csv(out/'angles.csv', index=False)
+    write_adapted_model(out, None, [])
 
 # %% ../../nbs/pipeline/03_stages.ipynb #bfaec03b
 def build_eval(out, settings, inputs, context):

@@ -298,7 +298,7 @@ def _read_recipe(file:Path, options:dict): # MergeConfig
 def _from_options(models:list[Path], options:dict): # MergeConfig
     config, method, t = library('merging.config'), options['method'], options['t']
     if not method:
-        raise ValueError(f'merge: no --method for {[str(p) for p in models]}; expected one of {config.METHODS}, '
+        raise ValueError(f'merge: no --method for {[str(p) for p in models]}; expected one of {tuple(config.METHODS)}, '
                          'or CONFIG.yml OUT. Name one.')
     if t is not None and method != 'slerp':
         raise ValueError(f'merge: --t {t} with {method}; expected it with slerp only. Give --weights.')
@@ -345,7 +345,9 @@ def merge(
     with _hashed_ahead(read) as digest, _bar(unit='B', unit_scale=True) as bar:
         config = _read_recipe(inputs[0], options) if in_file else _from_options(inputs, options)
         on_progress = lambda done, total: _advance(bar, done, total)
-        made = library('merging.engine').merge(config, out, int(shard_size*1e9), threads, device, on_progress, digest)
+        engine = library('merging.engine')
+        if engine.are_adapters(config): made = library('merging.export').merge_adapters(config, out)
+        else: made = engine.merge(config, out, int(shard_size*1e9), threads, device, on_progress, digest)
     print(made)
 
 # %% ../../nbs/reports/02_commands.ipynb #24cfbfc3
