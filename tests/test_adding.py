@@ -1,0 +1,134 @@
+"Adding something is one place: what CONTRIBUTING says is done in a copy of the package, and runs at smoke scale."
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SET = '''
+def from_pairs(row): return dict(prompt=row['ask'].strip(), completion=row['say'].strip())
+
+def _row_opposites(rng, world):
+    a, b = rng.choice((('up', 'down'), ('hot', 'cold'), ('old', 'new')))
+    return dict(ask=f'What is the opposite of {a}?', say=f'{b}.')
+
+OPPOSITES = File('opposites', 'me/opposites', (None,), 'train', 'a'*40, 'MIT', 'opposites', _STEMS,
+                 dict(ask=str, say=str))
+'''
+SET_ENTRY = '''    opposites=DataSet(
+        'Opposites', 'instruction', 'a word and its opposite', 3, 3, (OPPOSITES,), _each(from_pairs),
+        Lengths(3, 12., 1., (12,)*21, 'counted by hand'), 1e3, tiny=_row_opposites),
+'''
+BENCH = '''
+def _items_directions(world, n, seed):
+    rng = random.Random(f'directions {seed}')
+    def item(i): return dict(question=f'Where is thing {i}?', options=['up', 'down'], right=rng.choice(('up', 'down')))
+    return dict(train=[item(i) for i in range(100, 110)], test=[item(i) for i in range(n)])
+'''
+BENCH_ENTRY = '''    directions=Benchmark(
+        'Directions', 'acc',
+        bench_files('directions', 'me/directions', None, 'b'*40, 'MIT', 'directions',
+                    dict(question=str, options=list, right=str), train=('train', 'train'), test=('test', 'test')),
+        '', ItemSizes(100, 10, 8, 2, 0), 1e3, choices=lambda item: item['options'], answer='right',
+        answers=lambda item: item['options'], tiny=_items_directions, leaks=lambda item: [item['question']]),
+'''
+TASK = '''task: tiny_directions
+dataset_path: json
+test_split: test
+fewshot_split: train
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{options.index(right)}}"
+doc_to_choice: "{{options}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+'''
+
+
+@pytest.fixture
+def package(tmp_path):
+    "A copy of the package, without its tests and notebooks."
+    shutil.copytree(ROOT/'solar_repro', tmp_path/'solar_repro', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    return tmp_path
+
+
+def add(package: Path, before: str, functions: str, entry: str) -> None:
+    "Functions in front of a registry of `data`, and one entry at its end."
+    module = package/'solar_repro'/'data.py'
+    text = module.read_text(encoding='utf-8')
+    head, rest = text.split(f'\n{before} = dict(\n')
+    inside, after = rest.split('\n)\n', 1)
+    module.write_text(f'{head}\n{functions}\n{before} = dict(\n{inside}\n{entry})\n{after}', encoding='utf-8')
+
+
+def run(package: Path, profile: str, code: str) -> None:
+    "Python in the copy; `exp` is the run of the profile."
+    (package/'mine.toml').write_text(f'extends = "smoke"\n{profile}')
+    head = ('from pathlib import Path\nfrom solar_repro.pipeline.experiment import Experiment\n'
+            'exp = Experiment("mine.toml", store=Path("store"))\n')
+    env = os.environ | dict(PYTHONPATH=str(package))
+    got = subprocess.run([sys.executable, '-c', head + code], cwd=package, env=env, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr[-3000:]
+
+
+def test_a_training_set_is_one_entry(package):
+    add(package, 'SETS', SET, SET_ENTRY)
+    run(package, '[data.rows]\nopposites = 8\n[rows."SFT v5"]\nsets = ["opposites"]\n', '''
+import solar_repro
+assert solar_repro.__file__.startswith(str(Path.cwd())), solar_repro.__file__
+from solar_repro.data import FILES
+from solar_repro.pipeline.plan import make_plan
+rows = exp.rows('data/opposites')
+assert len(rows) == 8 and all(r['prompt'].startswith('What is the opposite') for r in rows), rows
+assert len(exp.log('SFT v5')) and 'data/opposites' in exp.graph['contamination'].inputs
+assert FILES['opposites'].licence == 'MIT'
+assert 'data/opposites' in set(make_plan(exp.profile, exp.graph).stages['stage'])
+''')
+
+
+def test_a_benchmark_is_one_entry_and_its_task_file(package):
+    add(package, 'BENCHMARKS', BENCH, BENCH_ENTRY)
+    (package/'solar_repro'/'tasks'/'directions.yaml').write_text(TASK)
+    run(package, '[eval.num_fewshot]\ndirections = 2\n', '''
+from solar_repro.paper import H6_TASKS
+from solar_repro.reports.verify import judged
+from solar_repro.tables import with_h6
+assert exp.tasks == [*H6_TASKS, 'directions'] and 'directions' not in H6_TASKS
+s = exp.scores(['base'])
+assert set(s['task']) == {*exp.tasks, 'truthfulqa_plain'}
+six = s.set_index('task')['score'].drop('truthfulqa_plain').to_dict()
+h6 = with_h6(s).loc[('base', 'h6'), 'score']
+assert abs(h6 - sum(six[t] for t in H6_TASKS)/6) < 1e-9   # the seventh is shown, not counted
+docs, _ = exp.requests('directions')
+for x in exp.items('base', 'directions').to_dict('records'):
+    again = judged('directions', docs[x['doc_id']], x)
+    assert again == {k: x[k] for k in ('gold', 'prediction', 'score')}, (again, x)
+assert 'bench/directions' in exp.graph['contamination'].inputs
+''')
+
+
+def test_the_shipped_profiles_ask_the_papers_six():
+    from solar_repro.core.config import load_profile, profiles
+    from solar_repro.paper import H6_TASKS
+    from solar_repro.pipeline.graph import benchmarks
+    for name in profiles(): assert tuple(benchmarks(load_profile(name))) == H6_TASKS
+
+
+@pytest.mark.parametrize('text,says', [
+    ('[data.rows]\nopenroca = 4\n', "data.rows names the training set 'openroca'; did you mean 'openorca'"),
+    ('[eval.num_fewshot]\nmmul = 4\n', "eval.num_fewshot names the benchmark 'mmul'; did you mean 'mmlu'"),
+    ('[eval.num_fewshot]\nmmlu = 6\n', 'eval.num_fewshot.mmlu is 6; expected at most 5')])
+def test_names_in_a_profile_are_those_of_entries(tmp_path, text, says):
+    from solar_repro.core.config import load_profile
+    from solar_repro.pipeline.graph import build_graph
+    (tmp_path/'mine.toml').write_text(f'extends = "smoke"\n{text}')
+    with pytest.raises(ValueError, match=says): build_graph(load_profile(tmp_path/'mine.toml'))
