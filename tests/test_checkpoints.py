@@ -21,7 +21,7 @@ from solar_repro.merging.config import from_yaml, merge_config, to_yaml
 from solar_repro.merging.arithmetic import kept_at_random
 from solar_repro.merging.engine import are_adapters, merge
 from solar_repro.merging.export import merge_adapters
-from solar_repro.merging.shards import fingerprint, private_folder
+from solar_repro.merging.shards import private_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
@@ -256,6 +256,55 @@ def test_an_input_that_changed_is_read_again(tmp_path, pair, monkeypatch):
     assert all(torch.equal(got[n], ((A[n].double()+B[n].double())/2).bfloat16()) for n in A)
 
 
+@pytest.fixture
+def stopped(tmp_path, pair, monkeypatch):
+    "A merge into two files that was stopped when both were finished: its configuration, and the private folder."
+    r = merge_config('linear', pair, [.5, .5])
+    with monkeypatch.context() as m:
+        m.setattr(merging, 'publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): merge(r, tmp_path/'out', shard_bytes=11_000_000)
+    [private] = tmp_path.glob('.out.*.merging')
+    return r, private
+
+
+@pytest.mark.parametrize('how', ['flip', 'cut', 'gone', 'record flipped', 'record cut', 'stray'])
+def test_a_damaged_finished_file_is_not_published(tmp_path, pair, stopped, how):
+    r, private = stopped
+    file = sorted((private/'model').glob('*.safetensors'))[-1]
+    record = private/f'{file.name}.json'
+    damaged = record if how.startswith('record') else file
+    data = bytearray(damaged.read_bytes())
+    if how.endswith('flip') or how.endswith('flipped'): data[len(data)//2] ^= 1
+    if how.endswith('cut'): data = data[:-9]
+    if how == 'stray': (private/'model'/'other.safetensors').write_bytes(b'stray')
+    elif how == 'gone': damaged.unlink()
+    else: damaged.write_bytes(data)
+    got, whole = merge(r, tmp_path/'out', shard_bytes=11_000_000), merge(r, tmp_path/'whole', shard_bytes=11_000_000)
+    assert {f.name: f.read_bytes() for f in got.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+
+
+def test_an_input_changed_with_its_size_and_time_is_read_again(tmp_path, pair, stopped):
+    r, private = stopped
+    file = pair[1]/'model.safetensors'
+    was = file.stat()
+    save_file({n: w*2 for n, w in read(pair[1]).items()}, file, metadata=dict(format='pt'))
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert file.stat().st_size == was.st_size and file.stat().st_mtime_ns == was.st_mtime_ns
+    A, B, got = read(pair[0]), read(pair[1]), read(merge(r, tmp_path/'out', shard_bytes=11_000_000))
+    assert all(torch.equal(got[n], ((A[n].double()+B[n].double())/2).bfloat16()) for n in A)
+
+
+def test_four_equal_merges_at_once_leave_one_folder(tmp_path, pair):
+    words = [*SHELL, 'merge', '--method', 'linear', *map(str, pair), str(tmp_path/'out')]
+    several = [subprocess.Popen(words, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    heard = [p.communicate()[1] for p in several]
+    assert sorted(p.returncode for p in several) == [0, 2, 2, 2], heard
+    assert sum('another process' in e or 'exists' in e for e in heard) == 3, heard
+    alone = merge(merge_config('linear', pair), tmp_path/'alone')
+    assert sorted(f.name for f in (tmp_path/'out').iterdir()) == sorted(f.name for f in alone.iterdir())
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['A', 'B', 'alone', 'out']
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path):
     "Half a gigabyte each, of zeros that take no place on the disk."
     for m in 'AB':
@@ -410,6 +459,31 @@ tokenizer_source: base
                                merge_config('task_arithmetic', ['A', 'B'], [1, -.5], base='C', lam=.7), merge_config('ties', ['A', 'B'], base='C', density=.2),
                                merge_config('dare_linear', ['A'], base='C', density=.1, seed=9), merge_config('dare_ties', ['A', 'B'], [.5, .5], base='C', density=.1)], ids=lambda r: r.method)
 def test_yaml_there_and_back(r): assert from_yaml(to_yaml(r)) == r
+
+
+@pytest.mark.parametrize('layers', [1, 40])
+def test_part_of_the_layers_is_refused(tmp_path, pair, capsys, layers):
+    sources = ', '.join(f'{{model: {p}, layer_range: [0, {layers}]}}' for p in pair)
+    (tmp_path/'r.yml').write_text(f'{{slices: [{{sources: [{sources}]}}], merge_method: slerp, base_model: {pair[0]}, parameters: {{t: 0.5}}}}')
+    code, _, err = said(capsys, 'merge', tmp_path/'r.yml', tmp_path/'out')
+    assert code == 2 and f'layer_range [0, {layers}] of models with 3 layers' in err and not (tmp_path/'out').exists()
+
+
+def test_slerp_runs_from_its_base_however_it_is_written(tmp_path, pair):
+    a, b = pair
+    recipe = f'{{merge_method: slerp, base_model: {b}, models: [{{model: {a}}}, {{model: {b}/}}], parameters: {{t: 0}}}}'
+    got, B = read(merge(from_yaml(recipe), tmp_path/'out')), read(b)
+    assert all(torch.equal(got[n], B[n]) for n in B)
+
+
+@pytest.mark.parametrize('text, heard', [
+    ('models:\n\t- model: A\nmerge_method: slerp\n', 'no YAML'), ('models:\nmerge_method: linear\n', 'expected a list'),
+    ('{slices: [{sources: [{model: A}, {model: B}]}], merge_method: slerp, base_model: A, parameters: {t: 0.5}}', 'layer_range is None'),
+    ('{models: [{model: A}], merge_method: dare_ties, base_model: B, parameters: {seed: abc, weight: 1}}', 'seed')])
+def test_slips_in_a_recipe_are_one_line(tmp_path, capsys, text, heard):
+    (tmp_path/'r.yml').write_text(text)
+    code, _, err = said(capsys, 'merge', tmp_path/'r.yml', tmp_path/'out')
+    assert code == 2 and heard in err and err.count('\n') == 1, err
 
 
 def test_recipe_and_options_do_not_mix(tmp_path, capsys):
