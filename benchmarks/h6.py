@@ -184,7 +184,7 @@ def compare(a: argparse.Namespace) -> dict:
         same = [x == y for x, y in zip(got[best]['answers'], ours['answers'])] if t == 'gsm8k' else [x[1] == y[1] for x, y in zip(got[best]['answers'], ours['answers'])]
         gap = 0. if t == 'gsm8k' else max(abs(x[0] - y[0]) for x, y in zip(got[best]['answers'], ours['answers']))
         lines.append(dict(task=t, shots=shots, items=n_items, requests=len(requests), hf_batch=best, hf_s=got[best]['seconds'], ours_s=ours['seconds'], no_guesses_s=plain['seconds'], no_guesses_cpu_s=plain['cpu_s'],
-                          ratio=got[best]['seconds']/ours['seconds'], hf_cpu_s=got[best]['cpu_s'], ours_cpu_s=ours['cpu_s'], cpu_ratio=got[best]['cpu_s']/ours['cpu_s'], hf_tok=got[best]['tokens'], ours_tok=ours['tokens'], hf_passes=got[best]['microbatches'], ours_passes=ours['microbatches'], no_guesses_passes=plain['microbatches'], hf_logits=got[best]['logits'],
+                          ratio=got[best]['seconds']/ours['seconds'], hf_cpu_s=got[best]['cpu_s'], ours_cpu_s=ours['cpu_s'], cpu_ratio=got[best]['cpu_s']/ours['cpu_s'], hf_tok=got[best]['tokens'], ours_tok=ours['tokens'], hf_passes=got[best]['passes'], ours_passes=ours['passes'], no_guesses_passes=plain['passes'], hf_logits=got[best]['logits'],
                           ours_logits=ours['logits'], max_difference_nats=gap, equal=sum(same), hf_s_by_batch={n: g['seconds'] for n, g in got.items()}))
         print(f'  {t}: ours: {ours["seconds"]:.1f} s, ratio {lines[-1]["ratio"]:.2f}', file=sys.stderr, flush=True)
         rates |= {bucket(s) for side in sides[t] for s in side['seen']}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LM_EVAL_TASKS', 'FEWSHOT_SEED', 'PROTOCOLS', 'true_mass', 'mc2', 'task_folder', 'Requests',
-           'build_requests', 'answer', 'request_hash', 'by_item', 'collect', 'mean_se', 'correct_2023',
-           'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'h6_se']
+           'build_requests', 'run_requests', 'request_hash', 'by_item', 'collect', 'mean_se', 'correct_2023',
+           'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'h6_se', 'plot_scores']
 
 # %% ../nbs/05_eval.ipynb #2a353266
 import hashlib
@@ -24,7 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import lm_eval.utils
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
@@ -36,6 +38,7 @@ from .inference.lm import RequestEncoder, SharedPrefixLM
 from .models.adapters import materialize, AdaptedModel
 from .models.loading import load_tokenizer, quiet
 from .paper import H6_TASKS
+from .tables import style
 
 # %% ../nbs/05_eval.ipynb #dd515b00
 def true_mass(
@@ -64,27 +67,31 @@ def _parts(task:str, bench:dict[str,list[dict]])->dict[str,tuple[list[int],dict]
     if task != 'mmlu': return {f'tiny_{task}': (list(range(len(bench['test']))), bench)}
     subjects = sorted({r['subject'] for r in bench['test']})
     of = lambda split, s: [r for r in bench[split] if r['subject'] == s]
-    return {f'tiny_mmlu_{s}': ([i for i, r in enumerate(bench['test']) if r['subject'] == s], {k: of(k, s) for k in ('train', 'test')})
-            for s in subjects}
+    ids = lambda s: [i for i, r in enumerate(bench['test']) if r['subject'] == s]
+    return {f'tiny_mmlu_{s}': (ids(s), {k: of(k, s) for k in ('train', 'test')}) for s in subjects}
 
 # %% ../nbs/05_eval.ipynb #0d1d7693
 LM_EVAL_TASKS = {task: b.lm_eval for task, b in BENCHMARKS.items()}
 
 def _published_parts(task:str, bench:dict[str,list[dict]])->dict[str,tuple[list[int],dict]]:
     "Name of each of lm-eval's own tasks -> which test items are its own, and its rows."
-    return {n.removeprefix('tiny_') if task == 'mmlu' else Path(LM_EVAL_TASKS[task]).stem.replace('default', 'winogrande'): x
-            for n, x in _parts(task, bench).items()}
+    own = Path(LM_EVAL_TASKS[task]).stem.replace('default', 'winogrande')
+    return {n.removeprefix('tiny_') if task == 'mmlu' else own: x for n, x in _parts(task, bench).items()}
 
 def _published_config(task:str, name:str, where:dict[str,str])->dict:
     "What is changed in lm-eval's own task file: where the rows come from."
     *train, test = BENCHMARKS[task].files
     shots, split = train[0].split if train else 'train', test.split
     yaml = Path(lm_eval.__file__).parent/'tasks'/LM_EVAL_TASKS[task].format(subject=name.removeprefix('mmlu_'))
-    if not yaml.is_file(): raise ValueError(f'eval: lm-eval has no task file {yaml.name}; expected a subject of MMLU. Correct the field subject of the items.')
+    if not yaml.is_file():
+        raise ValueError(f'eval: lm-eval has no task file {yaml.name}; expected a subject of MMLU. '
+                         'Correct the field subject of the items.')
     data = {dict(train=shots, test=split)[k]: v for k, v in where.items()}
-    out = dict(include=str(yaml), dataset_path='json', dataset_name=None, dataset_kwargs=dict(data_files=data, keep_in_memory=True, cache_dir=str(Path(where['test']).parent/'cache')))
+    read = dict(data_files=data, keep_in_memory=True, cache_dir=str(Path(where['test']).parent/'cache'))
+    out = dict(include=str(yaml), dataset_path='json', dataset_name=None, dataset_kwargs=read)
     if split == 'test' and task == 'arc': out['validation_split'] = None
-    return out | (dict(fewshot_split=shots) if 'train' in where else dict(training_split=None) if task != 'truthfulqa' else {})
+    if 'train' in where: return out | dict(fewshot_split=shots)
+    return out if task == 'truthfulqa' else out | dict(training_split=None)
 
 # %% ../nbs/05_eval.ipynb #8edbc9f4
 def task_folder(
@@ -95,14 +102,16 @@ def task_folder(
     tasks:str='tiny', # 'tiny': our task files; 'lm-eval': its own
 )->dict[str,list[int]]: # lm-eval's name of each task -> which test items are its own
     "Write a benchmark as lm-eval task files over JSON lines."
-    if task not in METRICS: raise ValueError(f'eval: no task {task!r}; expected one of {list(METRICS)}. Correct the name.')
+    if task not in METRICS:
+        raise ValueError(f'eval: no task {task!r}; expected one of {list(METRICS)}. Correct the name.')
     if len(bench['test']) < 2:
-        raise ValueError(f"eval: {task} has {len(bench['test'])} test items; expected at least 2, or there is no standard error. Raise eval.n_items.")
+        raise ValueError(f"eval: {task} has {len(bench['test'])} test items; expected at least 2, "
+                         'or there is no standard error. Raise eval.n_items.')
     names = {}
     for name, (ids, part) in (_parts(task, bench) if tasks == 'tiny' else _published_parts(task, bench)).items():
         if len(part['train']) < num_fewshot:
-            raise ValueError(f"eval: {name} has {len(part['train'])} rows for {num_fewshot} examples; expected at least as many. Lower "
-                             f'{task} in [eval.num_fewshot].')
+            raise ValueError(f"eval: {name} has {len(part['train'])} rows for {num_fewshot} examples; "
+                             f'expected at least as many. Lower {task} in [eval.num_fewshot].')
         where = {k: str(write_rows(part[k], Path(out)/f'{name}.{k}.jsonl')) for k in ('train', 'test') if part[k]}
         config = dict(task=name, include=str(files('solar_repro')/'tasks'/f'{task}.yaml'), num_fewshot=num_fewshot,
                       dataset_kwargs=dict(data_files=where, cache_dir=str(Path(out)/'cache'), keep_in_memory=True))
@@ -133,7 +142,7 @@ class Requests:
     doc_ids: tuple[tuple[int, ...], ...]  # of each task: which test items are its own
 
 @lru_cache(maxsize=12)
-def _asked(task:str, num_fewshot:int, bench:str, tasks:str)->Requests:
+def _requests(task:str, num_fewshot:int, bench:str, tasks:str)->Requests:
     with TemporaryDirectory() as d, _lm_eval():
         names = task_folder(task, json.loads(bench), num_fewshot, Path(d), tasks)
         tasks = TaskManager(include_path=d, include_defaults=False).load(list(names))['tasks']
@@ -151,17 +160,17 @@ def build_requests(
 )->Requests:
     "All requests of a benchmark; built at the first call, then reused."
     if not isinstance(bench, dict): bench = {k: read_rows(Path(bench)/f'{k}.jsonl') for k in ('train', 'test')}
-    return _asked(task, num_fewshot, json.dumps(bench), tasks)
+    return _requests(task, num_fewshot, json.dumps(bench), tasks)
 
 # %% ../nbs/05_eval.ipynb #624b5c32
 def _check_window(lm:SharedPrefixLM, task:str, requests:list)->None:
     "Raise if the longest request does not fit."
     n_tok = lm.longest(requests)
     if n_tok > lm.max_length:
-        raise ValueError(f'eval: the longest request of {task} has {n_tok} tokens; expected at most {lm.max_length}, the context of the model. '
-                         f'Lower {task} in [eval.num_fewshot].')
+        raise ValueError(f'eval: the longest request of {task} has {n_tok} tokens; expected at most '
+                         f'{lm.max_length}, the context of the model. Lower {task} in [eval.num_fewshot].')
 
-def answer(
+def run_requests(
     lm:SharedPrefixLM, # the model
     task:str, # for messages
     asked:Requests, # requests; their old answers are dropped
@@ -173,8 +182,10 @@ def answer(
     for r, got in zip(requests, ask(requests, disable_tqdm=True), strict=True): r.resps, r.filtered_resps = [got], {}
     bad = [r for r in requests if r.request_type == 'loglikelihood' and not math.isfinite(r.resps[0][0])]
     if bad:
-        raise ValueError(f'eval: {len(bad)} of {len(requests)} log-likelihoods of {task} are not finite (item {bad[0].doc_id}: '
-                         f'{bad[0].resps[0][0]}); expected numbers. The weights hold nan or overflow: look at the training log of this model.')
+        raise ValueError(f'eval: {len(bad)} of {len(requests)} log-likelihoods of {task} are not finite '
+                         f'(item {bad[0].doc_id}: '
+                         f'{bad[0].resps[0][0]}); expected numbers. The weights hold nan or overflow: look at the '
+                         'training log of this model.')
     for t in asked.tasks: t.apply_filters()
 
 # %% ../nbs/05_eval.ipynb #8c1fba18
@@ -195,11 +206,12 @@ def _metric(task:str, metrics:dict)->str:
 
 def _record(task:str, t:ConfigurableTask, doc:dict, doc_id:int, requests:list)->dict:
     "The record of one item."
-    key = 'strict-match' if task == 'gsm8k' else next(iter(requests[0].filtered_resps))   # lm-eval has a second filter there
+    key = 'strict-match' if task == 'gsm8k' else next(iter(requests[0].filtered_resps))   # GSM8K has two filters
     metrics = t.process_results(doc, [r.filtered_resps[key] for r in requests])
     out = dict(doc_id=doc_id, asked=request_hash(requests))
     if task == 'gsm8k':
-        out |= dict(gold=doc['answer'].split('#### ')[-1].strip(), prediction=requests[0].filtered_resps[key], text=requests[0].resps[0])
+        (r,) = requests
+        out |= dict(gold=doc['answer'].split('#### ')[-1].strip(), prediction=r.filtered_resps[key], text=r.resps[0])
     else:
         lls = [r.resps[0][0] for r in requests]
         gold = ([i for i, x in enumerate(doc['mc2_targets']['labels']) if x == 1] if task == 'truthfulqa' else
@@ -224,18 +236,20 @@ def collect(
     asked:Requests, # answered requests
 )->list[dict]: # one record per item: doc_id, asked, gold, prediction, loglikelihoods or text, score
     "Records of all items, in the order of the test items."
-    records, of = [], by_item(asked)
-    for t, ids in zip(asked.tasks, asked.doc_ids): records += [_record(task, t, doc, ids[i], of[ids[i]]) for i, doc in t.doc_iterator()]
-    return sorted(records, key=lambda r: r['doc_id'])
+    samples, of = [], by_item(asked)
+    for t, ids in zip(asked.tasks, asked.doc_ids):
+        samples += [_record(task, t, doc, ids[i], of[ids[i]]) for i, doc in t.doc_iterator()]
+    return sorted(samples, key=lambda r: r['doc_id'])
 
 # %% ../nbs/05_eval.ipynb #1da6665d
 def mean_se(
     xs:Sequence[float], # score of each item, in [0, 1]; two or more
 )->tuple[float,float]: # mean, standard error of the mean
-    "Mean and its standard error over items; of shares of right answers not below that of Agresti and Coull (doi:10.1080/00031305.1998.10480550)."
+    "Mean over items and its error, for shares of right answers floored (doi:10.1080/00031305.1998.10480550)."
     xs = np.asarray(xs, float)
     se, padded = xs.std(ddof=1)/math.sqrt(len(xs)), np.array([*xs, 0, 0, 1, 1])
-    return float(xs.mean()), float(max(se, padded.std()/math.sqrt(len(padded))) if set(xs) <= {0., 1.} else se)
+    floor = padded.std()/math.sqrt(len(padded)) if set(xs) <= {0., 1.} else 0.
+    return float(xs.mean()), float(max(se, floor))
 
 # %% ../nbs/05_eval.ipynb #8532c5eb
 PROTOCOLS = 'modern', 'leaderboard-2023'
@@ -244,7 +258,7 @@ def correct_2023(
     text:str, # generated
     gold:str, # the right number
 )->bool:
-    "Whether GSM8K's answer counted in 2023: cut at the first colon, then compared as text (lm-eval b281b092, gsm8k.py)."
+    "Whether GSM8K's answer counted in 2023: cut at a colon, then compared as text (lm-eval b281b092, gsm8k.py)."
     for stop in (':', 'Question:', 'Question'): text = text.split(stop)[0]
     found = re.search(r'#### (\-?[0-9\.\,]+)', text)
     return found is not None and found[1].strip().replace(',', '') == gold.replace(',', '')
@@ -258,9 +272,10 @@ def mean_of_groups(
     of = defaultdict(list)
     for x, g in zip(xs, groups, strict=True): of[g].append(x)
     squares, free = sum(len(v)*np.var(v) for v in of.values()), len(xs) - len(of)
-    if not free or not squares: return float(np.mean([np.mean(v) for v in of.values()])), mean_se(xs)[1] # one item each, or all of a group alike
+    mean = float(np.mean([np.mean(v) for v in of.values()]))
+    if not free or not squares: return mean, mean_se(xs)[1]       # one item each, or all of a group alike
     var = [np.var(v, ddof=1)/len(v) if len(v) > 1 else squares/free for v in of.values()]
-    return float(np.mean([np.mean(v) for v in of.values()])), math.sqrt(sum(var))/len(of)
+    return mean, math.sqrt(sum(var))/len(of)
 
 # %% ../nbs/05_eval.ipynb #0fcc87f0
 def allowed(
@@ -275,13 +290,15 @@ def allowed(
 def score_as(
     protocol:str, # one of `PROTOCOLS`
     task:str, # one of `H6_TASKS`
-    records:list[dict], # of all items
+    samples:list[dict], # of all items
 )->tuple[float,float]: # score, standard error; fractions
-    "The score of a benchmark from the records of its items."
-    if protocol not in PROTOCOLS: raise ValueError(f'eval: no protocol {protocol!r}; expected one of {PROTOCOLS}. Correct [eval] protocol.')
-    if protocol == 'leaderboard-2023' and task == 'gsm8k': return mean_se([float(correct_2023(r['text'], r['gold'])) for r in records])
-    if protocol == 'leaderboard-2023' and task == 'mmlu': return mean_of_groups([r['score'] for r in records], [r['subject'] for r in records])
-    return mean_se([r['score'] for r in records])
+    "The score of a benchmark from the samples of its items."
+    if protocol not in PROTOCOLS:
+        raise ValueError(f'eval: no protocol {protocol!r}; expected one of {PROTOCOLS}. Correct [eval] protocol.')
+    scores, then = [r['score'] for r in samples], protocol == 'leaderboard-2023'
+    if then and task == 'gsm8k': scores = [float(correct_2023(r['text'], r['gold'])) for r in samples]
+    if then and task == 'mmlu': return mean_of_groups(scores, [r['subject'] for r in samples])
+    return mean_se(scores)
 
 # %% ../nbs/05_eval.ipynb #2559f691
 @lru_cache(maxsize=8)
@@ -299,17 +316,18 @@ def evaluate(
     scratch:Path|None=None, # folder for answers of finished batches; None: not kept
     on_progress:Callable[[int,int],None]=lambda done, total: None, # told of progress, in requests
     tasks:str='tiny', # 'tiny': our task files; 'lm-eval': its own, for published items
-)->tuple[dict,list[dict]]: # {'metric', 'score', 'se', 'n', 'protocols'} (and 'plain', 'plain_se' for truthfulqa), and one record per item
+)->tuple[dict,list[dict]]: # metric, score, se, n, protocols (and plain, plain_se for truthfulqa); a record of each item
     "Score a model on one benchmark: lm-eval's tasks, our backend."
     asked = build_requests(task, bench, num_fewshot, tasks)
     with _lm_eval():
-        lm = SharedPrefixLM(materialize(point, device) if model is None else model, _encoder(point.base, add_bos), batch_size, scratch=scratch, on_progress=on_progress)
-        answer(lm, task, asked)
-        records = collect(task, asked)
-    by = {p: dict(zip(('score', 'se'), score_as(p, task, records))) for p in allowed(lm.encoder)}
-    out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(records), protocols=by)
-    if 'plain' in records[0]: out['plain'], out['plain_se'] = mean_se([r['plain'] for r in records])
-    return out, records
+        model = materialize(point, device) if model is None else model
+        lm = SharedPrefixLM(model, _encoder(point.base, add_bos), batch_size, scratch=scratch, on_progress=on_progress)
+        run_requests(lm, task, asked)
+        samples = collect(task, asked)
+    by = {p: dict(zip(('score', 'se'), score_as(p, task, samples))) for p in allowed(lm.encoder)}
+    out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(samples), protocols=by)
+    if 'plain' in samples[0]: out['plain'], out['plain_se'] = mean_se([r['plain'] for r in samples])
+    return out, samples
 
 # %% ../nbs/05_eval.ipynb #c4fa1363
 def h6_se(
@@ -317,5 +335,26 @@ def h6_se(
 )->float: # of the mean of six
     "Standard error of H6: root of the sum of squares, over six."
     missing = [t for t in H6_TASKS if t not in ses]
-    if missing: raise ValueError(f'h6_se: no standard error for {missing}; expected one for each of {H6_TASKS}. Evaluate those first.')
+    if missing:
+        raise ValueError(f'h6_se: no standard error for {missing}; expected one for each of {H6_TASKS}. '
+                         'Evaluate those first.')
     return math.sqrt(sum(ses[t]**2 for t in H6_TASKS))/len(H6_TASKS)
+
+# %% ../nbs/05_eval.ipynb #b93fc5da
+def plot_scores(
+    table:pd.DataFrame, # a row a benchmark, by title: score, se, chance; fractions
+    label:str, # what the scores are of
+)->plt.Axes:
+    "Scores with their standard errors, beside chance."
+    style()
+    fig, ax = plt.subplots(figsize=(6, 3))
+    y = range(len(table))
+    ax.errorbar(100*table.score, y, xerr=100*table.se, fmt='o', label='base (1 s.e.)')
+    ax.plot(100*table.chance, y, '|', ms=14, color='grey', label='chance')
+    ax.set_yticks(y, table.index)
+    ax.invert_yaxis()
+    ax.set_xlabel('score (%)')
+    fig.legend(loc='outside lower right', ncols=2)
+    above = (table.score - table.chance > 2*table.se).sum()
+    ax.set_title(f'The base is clearly above chance on {above} of {len(table)} benchmarks ({label})', wrap=True)
+    return ax

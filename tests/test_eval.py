@@ -16,7 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from solar_repro.core.data_files import write_rows
 from solar_repro.pipeline.sources import TinyWorld
-from solar_repro.eval import FEWSHOT_SEED, METRICS, answer, build_requests, collect, evaluate, mc2, task_folder
+from solar_repro.eval import FEWSHOT_SEED, METRICS, build_requests, collect, evaluate, mc2, run_requests, task_folder
 from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
 from solar_repro.models.adapters import AdaptedModel, materialize
 from solar_repro.models.loading import load_tokenizer, quiet
@@ -160,7 +160,7 @@ class Says:
 def test_gsm8k_counts_only_the_number_after_the_marks(text, number, right, tok):
     rows = [dict(question='How many?', answer='6 + 13 = 19.\n#### 19')]*2
     asked = build_requests('gsm8k', dict(train=rows, test=rows), 0)
-    answer(Says(tok, [text, '#### 19']), 'gsm8k', asked)
+    run_requests(Says(tok, [text, '#### 19']), 'gsm8k', asked)
     first, second = collect('gsm8k', asked)
     assert (first['prediction'], first['score'], first['gold']) == (number, float(right), '19')
     assert (first['text'], second['score']) == (text, 1.)
@@ -218,7 +218,7 @@ def test_errors_name_what_to_change(bench, point, model, tok):
     with pytest.raises(ValueError, match="no task 'boolq'"): evaluate(point, 'boolq', bench['arc'], 0, 4, model=model)
     asked = build_requests('gsm8k', bench['gsm8k'], 2)
     with pytest.raises(ValueError, match='longest request of gsm8k has .* at most 60'):
-        answer(SharedPrefixLM(model, RequestEncoder(tok), max_length=60), 'gsm8k', asked)
+        run_requests(SharedPrefixLM(model, RequestEncoder(tok), max_length=60), 'gsm8k', asked)
 
 def test_weights_with_nan_give_no_score(bench, point):
     broken = materialize(point)
