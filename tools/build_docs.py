@@ -29,7 +29,8 @@ from smalldocs.site import build
 os.chdir(Path(__file__).resolve().parents[1])
 cfg = get_config()
 BASE = re.escape((cfg.doc_host + cfg.doc_baseurl).rstrip('/') + '/')
-FLOORS = {'.': 'The story', 'lab': 'The machinery', 'tiny': 'The tiny world'}   # another folder goes by its own name
+SECTIONS = {'.': 'The story', 'tiny': 'The tiny world', 'core': 'Core', 'models': 'Models', 'inference': 'Inference',
+            'merging': 'Merging', 'pipeline': 'Pipeline', 'reports': 'Reports'}   # in this order; others by their own name, last
 EXPORT = re.compile(r'^#\|\s*exports?\b.*\n?', flags=re.M)
 
 
@@ -146,10 +147,10 @@ def api_pages() -> dict[str, str]: # module -> its page in the site
 def sidebar(pages: list[str]) -> list:
     "Front page, then the notebooks folder by folder in story order, then the reference."
     folders = {p: Path(p).parent.as_posix() for p in pages if p != 'index.ipynb'}
-    known = [f for f in FLOORS if f in folders.values()]
+    known = [f for f in SECTIONS if f in folders.values()]
     side = ['index.ipynb']
     for f in [*known, *sorted(set(folders.values()) - set(known))]:
-        side.append(dict(section=FLOORS.get(f, f.capitalize()), contents=[p for p in pages if folders.get(p) == f]))
+        side.append(dict(section=SECTIONS.get(f, f.capitalize()), contents=[p for p in pages if folders.get(p) == f]))
     return [*side, dict(section='API reference', contents=[p.replace('.html', '.qmd') for p in api_pages().values()])]
 
 
