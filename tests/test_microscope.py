@@ -128,7 +128,7 @@ def test_the_choice_is_strict(tmp_path):
     half = profile(tmp_path, 'handover = "dequantized"', '[dpo]\nnf4 = false')
     with pytest.raises(ValueError, match='both trainings in four bits'): build_graph(half)
     with pytest.raises(ValueError, match='trained on full weights'): quantization_stage(profile(tmp_path, '', '[dpo]\nnf4 = false'), 'DPO v1', 2)
-    with pytest.raises(ValueError, match='handover names the training'): quantization_stage(smoke, 'Merge v1', 2)
+    with pytest.raises(ValueError, match='quantization names the training'): quantization_stage(smoke, 'Merge v1', 2)
 
 
 def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):

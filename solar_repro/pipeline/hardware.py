@@ -25,7 +25,8 @@ class Run:
 _LF, _QWEN = 'LLaMA-Factory wiki, Performance comparison: batch 4, 1,024 tokens', 'Qwen README: batch 1 x 8'
 
 PUBLISHED = (
-    Run('LLaMA-2 7B, transformers', 6.476e9, 2392, False, _LF), Run('LLaMA-2 7B, FlashAttention-2', 6.476e9, 2954, False, _LF),
+    Run('LLaMA-2 7B, transformers', 6.476e9, 2392, False, _LF),
+    Run('LLaMA-2 7B, FlashAttention-2', 6.476e9, 2954, False, _LF),
     Run('LLaMA-2 7B, Unsloth', 6.476e9, 4007, False, _LF), Run('LLaMA-2 7B, transformers', 6.476e9, 2415, True, _LF),
     Run('LLaMA-2 7B, Unsloth', 6.476e9, 3726, True, _LF),
     Run('Qwen 7B, 2,048 tokens', 6.476e9, 2340, True, _QWEN), Run('Qwen 7B, 2,048 tokens', 6.476e9, 3151, False, _QWEN),
@@ -35,8 +36,8 @@ A100_TFLOPS = 312 # dense, bfloat16 (data sheet)
 
 def published()->pd.DataFrame: # what, nf4, tok_s, share (of the A100's peak), source
     "What published runs reach of an A100's peak: 6 x parameters x tokens a second / 312e12."
-    return pd.DataFrame([dict(what=r.what, nf4=r.nf4, tok_s=r.tok_s, share=6*r.linear*r.tok_s/(A100_TFLOPS*1e12), source=r.source)
-                         for r in PUBLISHED])
+    return pd.DataFrame([dict(what=r.what, nf4=r.nf4, tok_s=r.tok_s, share=6*r.linear*r.tok_s/(A100_TFLOPS*1e12),
+                              source=r.source) for r in PUBLISHED])
 
 def _shares()->tuple[float,float,float]: # high, expected, low
     return tuple(float(published()['share'].quantile(q)) for q in (.75, .5, .25))

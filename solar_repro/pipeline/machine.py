@@ -85,7 +85,8 @@ def calibrate(
     "Measure training on the present machine: two layers of this width, as the profile trains them."
     model, began, times = _two_layers(p, s), time.perf_counter(), []
     ids = torch.zeros(1, n_tok, dtype=torch.long, device=p.machine.device)
-    while len(times) < 2 or len(times) < 12 and time.perf_counter() - began < budget_s: times.append(_step_s(model, ids, p))
+    while len(times) < 2 or len(times) < 12 and time.perf_counter() - began < budget_s:
+        times.append(_step_s(model, ids, p))
     flops, times = train_flops(replace(s, n_layers=2, vocab=0), n_tok, p.sft.lora_r, False)*n_tok, sorted(times[1:])
     best, mid, worst = (flops/t/1e12 for t in (times[0], times[len(times)//2], times[-1]))
     found = detect(Path.cwd())
@@ -118,4 +119,5 @@ def check_machine(
     plan = make_plan(p, graph, find)
     said = lacking(p, replace(plan, stages=plan.stages[plan.stages['stage'].isin(names)]), detect(folder))
     if said:
-        raise ValueError(f'profile {p.name}: this machine cannot run it.\n  - ' + '\n  - '.join(said) + '\nNothing was started.')
+        lines = '\n  - '.join(said)
+        raise ValueError(f'profile {p.name}: this machine cannot run it.\n  - {lines}\nNothing was started.')
