@@ -36,7 +36,8 @@ def merge_tensor(
 )->tuple[Tensor,Mix]: # the merged tensor, and what was done
     "Merge one tensor of several models."
     if len({p.shape for p in parts})>1:
-        raise ValueError(f"merge: {name} is {[tuple(p.shape) for p in parts]}; expected equal shapes. Merge two fine-tunes of the same base.")
+        raise ValueError(f"merge: {name} is {[tuple(p.shape) for p in parts]}; expected equal shapes. Merge two "
+                         "fine-tunes of the same base.")
     m, flat, seen = METHODS[method], [p.flatten() for p in parts], []
     if m.sums: seen = gram(*flat)
     elif m.keep=='largest': seen = [smallest_kept(p, flat[0], d) for p,d in zip(flat[1:], x.density)]
@@ -70,7 +71,9 @@ def merge_models(
 )->pd.DataFrame: # one row a tensor: tensor, n_params, and for SLERP cosine, angle_deg, fell_back
     "Merge models of one base, tensor by tensor, as a checkpoint that transformers loads."
     bases = {m.base for m in models}
-    if len(bases)>1: raise ValueError(f"merge: bases {sorted(map(str, bases))}; expected one. Merge two fine-tunes of the same base.")
+    if len(bases)>1:
+        raise ValueError(f"merge: bases {sorted(map(str, bases))}; expected one. Merge two fine-tunes of the same "
+                         "base.")
     base, out, rows = open_checkpoint(models[0].base), Path(out), []
     sources = [AdaptedModel(models[0].base), *models] if METHODS[method].on_base else models
     out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,8 @@ def slerp(
     threshold:float, # |cosine| above it: linear (mergekit: 0.9995)
     out:Path, # checkpoint folder to write
 )->pd.DataFrame: # one row a tensor: tensor, n_params, cosine, angle_deg, fell_back
-    "SLERP of two models, tensor by tensor (Shoemake 1985; mergekit's version), as a checkpoint that transformers loads."
+    "SLERP of two models, tensor by tensor (Shoemake 1985; mergekit's version), as a checkpoint that transformers "
+    "loads."
     if not 0<=t<=1: raise ValueError(f"slerp: t={t}; expected 0 (all a) to 1 (all b). Set slerp_t in [merge].")
     return merge_models([a, b], 'slerp', Numbers(t=t, threshold=threshold), out)
 
@@ -107,7 +111,8 @@ def _sweep(models:Sequence[AdaptedModel], base:Path, device:str)->Iterator[tuple
         there = [file if m.base==base else Path(m.base)/file.name for m in models]
         for found in zip(*(tensors_of(f, m, device=device) for f,m in zip(there, models)), strict=True):
             if len({n for n,_ in found})>1:
-                raise ValueError(f"geometry: {[n for n,_ in found]} stand at the same place; expected the same tensors in every model. "
+                raise ValueError(f"geometry: {[n for n,_ in found]} stand at the same place; expected the same "
+                                 "tensors in every model. "
                                  "Compare models of one architecture.")
             yield found[0][0], [w for _,[w] in found]
 
@@ -186,12 +191,14 @@ def layer_figure(
     lines = dict(change_a=f'{a} from the base', change_b=f'{b} from the base', distance=f'{a} from {b}')
     for column,name in lines.items(): top.plot(share.index, share[column], marker='o', label=name)
     top.set(ylabel="distance (% of the base's norm)", ylim=(0, 1.3*share.max(axis=None)))
-    top.set_title(f"In every layer the candidates are {_span(share.distance, 1)} % of the base's norm apart, {label}", wrap=True)
+    top.set_title(f"In every layer the candidates are {_span(share.distance, 1)} % of the base's norm apart, "
+                  f"{label}", wrap=True)
     low.plot(layers.index, layers.angle_change_deg, marker='o', color='C3', label='between changes from the base')
     low.plot(layers.index, layers.angle_deg, marker='o', color='C4', label='between weights')
     low.axhline(math.degrees(math.acos(threshold)), color='0.5', linestyle='--', label='SLERP is linear below')
     low.set(xlabel='layer', ylabel='angle (degrees)', ylim=(0, 117), yticks=[0, 30, 60, 90], xticks=[l for l in layers.index if l%every==0])
-    low.set_title(f'Their changes are {_span(layers.angle_change_deg)} degrees apart, their weights {_span(layers.angle_deg, 1)}')
+    low.set_title(f'Their changes are {_span(layers.angle_change_deg)} degrees apart, their weights '
+                  f'{_span(layers.angle_deg, 1)}')
     for ax in (top, low): ax.legend(ncols=3, loc='upper center', fontsize=8)
     return fig
 
@@ -219,7 +226,8 @@ def matrix_figure(
         ax.set(xticks=list(named), xticklabels=list(named.values()), yticks=range(len(kinds)), yticklabels=kinds, xlabel='layer', title=title)
         ax.grid(False)
         fig.colorbar(image, ax=ax, label='angle (degrees)')
-    fig.suptitle(f'Cand. 1 and Cand. 2, matrix by matrix: SLERP is linear in {int(grid.fell_back.sum())} of {len(grid)}, {label}',
+    fig.suptitle(f'Cand. 1 and Cand. 2, matrix by matrix: SLERP is linear in {int(grid.fell_back.sum())} of '
+                 f'{len(grid)}, {label}',
                  fontsize=10, wrap=True)
     return fig
 
@@ -241,6 +249,7 @@ def apart_figure(
         ax.set(xticks=range(x.shape[1]), xticklabels=x.columns, yticks=range(len(x)), yticklabels=x.index, title=title)
         ax.grid(False)
     axes[1].set(ylabel='reference')
-    fig.suptitle(f"SLERP (v4) is {weights.loc['Merge v4', 'Merge v1']:.2g} of the candidates' distance away from the even average "
+    fig.suptitle(f"SLERP (v4) is {weights.loc['Merge v4', 'Merge v1']:.2g} of the candidates' distance away from "
+                 "the even average "
                  f"(v1), {label}", fontsize=10, wrap=True)
     return fig

@@ -146,7 +146,9 @@ def fill(
 # %% ../../nbs/merging/02_arithmetic.ipynb #a9ec608b
 def _number(s:Setting, what:str, name:str, place:float)->float:
     v = value_at(s, name, place)
-    if v is None: raise ValueError(f"merge: no rule gives {what} for {name}; expected one for every tensor. Add a value without a filter.")
+    if v is None:
+        raise ValueError(f"merge: no rule gives {what} for {name}; expected one for every tensor. Add a value without "
+                         "a filter.")
     return v
 
 def numbers_for(

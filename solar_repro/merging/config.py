@@ -22,7 +22,8 @@ def _numbers(value, what:str)->tuple[float,...]:
     try:
         if values and not any(isinstance(v, bool) for v in values): return tuple(float(v) for v in values)
     except (TypeError, ValueError): pass
-    raise ValueError(f"merge: {what} is {value!r}; expected a number, a list of numbers, or a list of {{filter, value}}. "
+    raise ValueError(f"merge: {what} is {value!r}; expected a number, a list of numbers, or a list of "
+                     f"{{filter, value}}. "
                      "Correct it in the configuration.")
 
 def setting(
@@ -34,7 +35,9 @@ def setting(
     if not (isinstance(value, list) and value and all(isinstance(v, dict) for v in value)):
         return ((None, _numbers(value, what)),)
     odd = [v for v in value if not set(v)<={'filter', 'value'} or 'value' not in v]
-    if odd: raise ValueError(f"merge: {what} has the rule {odd[0]}; expected filter and value. Correct it in the configuration.")
+    if odd:
+        raise ValueError(f"merge: {what} has the rule {odd[0]}; expected filter and value. Correct it in the "
+                         "configuration.")
     part = lambda v: None if v.get('filter') in (None, '*') else str(v['filter'])
     return tuple((part(v), _numbers(v['value'], what)) for v in value)
 
@@ -71,7 +74,8 @@ class MergeConfig:
     layers:int|None=field(default=None, compare=False)   # how many layers the file says that the models have
 
     def __post_init__(self):
-        if self.method not in METHODS: raise ValueError(f"merge: method {self.method!r}; expected one of {tuple(METHODS)}. Choose one of them.")
+        if self.method not in METHODS:
+            raise ValueError(f"merge: method {self.method!r}; expected one of {tuple(METHODS)}. Choose one of them.")
         problem = _wrong_inputs(self, self.rule) or _wrong_parameters(self, self.rule) or _wrong_values(self)
         if problem: raise ValueError(f'merge: {problem}')
 
@@ -87,7 +91,8 @@ def _wrong_inputs(r:MergeConfig, m:Method)->str|None:
     if m.on_base and (not r.base or n<least):
         return f"{r.method} with base {r.base} and {n} models; expected a base and at least one. Give --base."
     if n>most: return f"{r.method} of {n} models; expected {most} models. Merge two at a time."
-    if n<least: return f"{r.method} of {n} model; expected {least} or more. Name the models and then the folder to write."
+    if n<least:
+        return f"{r.method} of {n} model; expected {least} or more. Name the models and then the folder to write."
     if not m.on_base and (r.base is not None or any(g!=(1.,) for _,g in r.lam)):
         return f"{r.method} with base {r.base} and lambda {r.lam}; expected neither, since it adds up no changes. Leave them out."
 
@@ -95,9 +100,11 @@ def _wrong_parameters(r:MergeConfig, m:Method)->str|None:
     n = len(r.models)
     if len(r.weight)!=(n if m.takes('weight') else 0):
         return f"{len(r.weight)} weights for {n} models; expected {'one for each' if m.takes('weight') else 'none'}. Give --weights."
-    if m.takes('t')!=bool(r.t): return f"{r.method} with t={r.t or None}; expected {'a t' if m.takes('t') else 'none'}. Give --t to SLERP only."
+    if m.takes('t')!=bool(r.t):
+        return f"{r.method} with t={r.t or None}; expected {'a t' if m.takes('t') else 'none'}. Give --t to SLERP only."
     if r.density and (len(r.density)!=n or not m.takes('density')):
-        return (f"{len(r.density)} densities for {r.method} of {n} models; expected one for each model of TIES or DARE, "
+        return (f"{len(r.density)} densities for {r.method} of {n} models; expected one for each model of TIES or "
+                "DARE, "
                 "none otherwise. Correct --density.")
 
 def _wrong_values(r:MergeConfig)->str|None:
@@ -122,7 +129,8 @@ def merge_config(
     "A merge with the same numbers everywhere."
     if method not in METHODS: return MergeConfig(method, ())
     m, n = METHODS[method], len(models)
-    if not m.takes('weight') and weights is not None: raise ValueError(f"merge: weights {list(weights)} with {method}; expected t. Give --t.")
+    if not m.takes('weight') and weights is not None:
+        raise ValueError(f"merge: weights {list(weights)} with {method}; expected t. Give --t.")
     if weights is None: weights = [1. if m.on_base else 1/n]*n if n and m.takes('weight') else []
     return MergeConfig(
         method, tuple(map(str, models)), None if base is None else str(base),
@@ -137,14 +145,18 @@ _KEYS = ('merge_method', 'base_model', 'models', 'slices', 'parameters', 'dtype'
 def _dict(value, where:str, known:Sequence[str])->dict:
     "A mapping with no other keys than these."
     if value is None: return {}
-    if not isinstance(value, dict): raise ValueError(f"merge: {where} is {value!r}; expected keys with values. Correct it.")
+    if not isinstance(value, dict):
+        raise ValueError(f"merge: {where} is {value!r}; expected keys with values. Correct it.")
     odd = [k for k in value if k not in known]
-    if odd: raise ValueError(f"merge: {where} has {odd}; expected some of {list(known)}. Remove what this method does not heed.")
+    if odd:
+        raise ValueError(f"merge: {where} has {odd}; expected some of {list(known)}. Remove what this method does not "
+                         "heed.")
     return value
 
 def _list(value, where:str)->list[dict]:
     if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise ValueError(f"merge: {where} is {value!r}; expected a list of entries with keys, such as - model: FOLDER. Correct it.")
+        raise ValueError(f"merge: {where} is {value!r}; expected a list of entries with keys, such as - model: "
+                         "FOLDER. Correct it.")
     return value
 
 def _one_slice(said:dict, file:str)->tuple[list[dict],dict,int]: # sources, parameters, layers
@@ -154,22 +166,26 @@ def _one_slice(said:dict, file:str)->tuple[list[dict],dict,int]: # sources, para
     ranges = [s.get('layer_range') for s in sources]
     for r in ranges:
         if not isinstance(r, list) or len(r)!=2 or not all(type(x) is int for x in r):
-            raise ValueError(f"merge: {file}, layer_range is {r!r}; expected [0, layers of the model] with every source. Correct it.")
+            raise ValueError(f"merge: {file}, layer_range is {r!r}; expected [0, layers of the model] with every "
+                             "source. Correct it.")
     if len(slices)!=1 or any(r!=ranges[0] or r[0]!=0 for r in ranges):
-        raise ValueError(f"merge: {file} stacks {len(slices)} slices of layers {ranges}; expected one slice over all layers of every "
+        raise ValueError(f"merge: {file} stacks {len(slices)} slices of layers {ranges}; expected one slice over "
+                         "all layers of every "
                          "model. Stacking is mergekit's passthrough; it is not offered here.")
     return sources, first.get('parameters'), ranges[0][1]
 
 def _inputs(said:dict, file:str)->tuple[list[dict],dict,int|None]: # models, parameters of the slice, layers
     "The models of a configuration, written as models or as one slice over all layers."
     if ('models' in said)==('slices' in said):
-        raise ValueError(f"merge: {file} has {'both' if 'models' in said else 'none'} of models and slices; expected one of them.")
+        raise ValueError(f"merge: {file} has {'both' if 'models' in said else 'none'} of models and slices; expected "
+                         "one of them.")
     if 'slices' in said: models, parameters, layers = _one_slice(said, file)
     else: models, parameters, layers = _list(said['models'], f'{file}, models'), None, None
     known = ('model', 'parameters', *(['layer_range'] if 'slices' in said else []))
     for m in models:
         if not isinstance(_dict(m, f'{file}, models', known).get('model'), str):
-            raise ValueError(f"merge: {file} has the model {m.get('model')!r}; expected a folder or a name on the hub. Correct it.")
+            raise ValueError(f"merge: {file} has the model {m.get('model')!r}; expected a folder or a name on the "
+                             "hub. Correct it.")
     return models, parameters, layers
 
 # %% ../../nbs/merging/01_config.ipynb #4ab9afaa
@@ -177,19 +193,23 @@ def _same(a:str, b:str|None)->bool: return b is not None and Path(a)==Path(b)
 
 def _in_order(models:list[dict], base:str|None, m:Method, method:str)->list[dict]:
     "The models to merge: without the base where changes are taken from it, else the base first."
-    if base is not None and not isinstance(base, str): raise ValueError(f"merge: base_model is {base!r}; expected a folder or a name on the hub. Correct it.")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"merge: base_model is {base!r}; expected a folder or a name on the hub. Correct it.")
     others = [x for x in models if not _same(x['model'], base)]
     if m.on_base: return others
     if base is not None and len(others)==len(models):
-        raise ValueError(f"merge: base_model {base!r} is none of {[x['model'] for x in models]}; expected one of the models for {method}. Name one.")
+        raise ValueError(f"merge: base_model {base!r} is none of {[x['model'] for x in models]}; expected one of the "
+                         f"models for {method}. Name one.")
     return [x for x in models if _same(x['model'], base)]+others if m.takes('t') else models
 
 def _check_tokenizer(said:dict, sources:tuple[str,...], file:str)->None:
-    "All models have one vocabulary (it is checked), and files are copied from the first; another source would be ignored."
+    "All models have one vocabulary (it is checked), and files are copied from the first; another source would be "
+    "ignored."
     source = said.get('tokenizer_source')
     if 'tokenizer' in said: source = _dict(said['tokenizer'], f'{file}, tokenizer', ('source',)).get('source')
     if source is not None and source not in ('base', 'union') and not (isinstance(source, str) and _same(source, sources[0])):
-        raise ValueError(f"merge: {file} takes the tokenizer of {source!r}; expected base, union or {sources[0]!r}, whose files are copied. "
+        raise ValueError(f"merge: {file} takes the tokenizer of {source!r}; expected base, union or {sources[0]!r}, "
+                         "whose files are copied. "
                          "Remove it, or put that model first.")
 
 # %% ../../nbs/merging/01_config.ipynb #c02946ef
@@ -205,9 +225,11 @@ def _constants(shared:dict, m:Method)->dict:
     "The parameters that are one value for the whole merge."
     found = dict(normalize=shared.get('normalize', m.normalize or not m.on_base and m.takes('weight')), rescale=shared.get('rescale', True))
     for k,v in found.items():
-        if not isinstance(v, bool): raise ValueError(f"merge: {k} is {v!r}; expected true or false. Correct it in the configuration.")
+        if not isinstance(v, bool):
+            raise ValueError(f"merge: {k} is {v!r}; expected true or false. Correct it in the configuration.")
     seed = shared.get('seed', 0)
-    if type(seed) is not int: raise ValueError(f"merge: seed is {seed!r}; expected a whole number. Correct it in the configuration.")
+    if type(seed) is not int:
+        raise ValueError(f"merge: seed is {seed!r}; expected a whole number. Correct it in the configuration.")
     return dict(found, seed=seed)
 
 def from_yaml(
@@ -216,9 +238,11 @@ def from_yaml(
 )->MergeConfig:
     "Read mergekit's YAML."
     try: said = yaml.safe_load(text)
-    except yaml.YAMLError as e: raise ValueError(f"merge: {file} is no YAML ({' '.join(str(e).split())}); expected mergekit's. Correct that line.") from None
+    except yaml.YAMLError as e: raise ValueError(f"merge: {file} is no YAML ({' '.join(str(e).split())}); expected "
+                                                 "mergekit's. Correct that line.") from None
     if not isinstance(said, dict) or 'merge_method' not in said:
-        raise ValueError(f"merge: {file} has no merge_method; expected a mergekit configuration. Write one with to_yaml.")
+        raise ValueError(f"merge: {file} has no merge_method; expected a mergekit configuration. Write one with "
+                         "to_yaml.")
     method, base = _dict(said, file, _KEYS)['merge_method'], said.get('base_model')
     models, in_slice, layers = _inputs(said, file)
     if method not in METHODS: return MergeConfig(str(method), ())
@@ -228,7 +252,9 @@ def from_yaml(
     models = _in_order(models, base, m, method)
     near = [scope(x.get('parameters'), f"parameters of {x['model']}") for x in models]
     odd = [k for p in near for k in p if k in ('seed', 't', 'lambda', *_FLAGS)]
-    if odd: raise ValueError(f"merge: {file} has {odd[0]} with one model; expected it in parameters, for all. Move it there.")
+    if odd:
+        raise ValueError(f"merge: {file} has {odd[0]} with one model; expected it in parameters, for all. Move it "
+                         "there.")
     each = lambda key, default=None: tuple(_rules(key, (p, in_slice, shared), default) for p in near) if m.takes(key) else ()
     r = MergeConfig(
         method, tuple(x['model'] for x in models), base if m.on_base else None, each('weight'), each('density', 1.),

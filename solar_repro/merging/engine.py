@@ -55,7 +55,8 @@ def _differences(first:Path, one:dict[str,int], other:Path, two:dict[str,int])->
     some = lambda words: ', '.join(words[:5])+f' ({len(words)} in all)'
     lone = ((first, sorted(one.keys()-two.keys())), (other, sorted(two.keys()-one.keys())))
     moved = [f'{t!r} ({one[t]} and {two[t]})' for t in sorted(one.keys() & two.keys()) if one[t]!=two[t]]
-    return [f'only in {x}: {some(words)}' for x,words in lone if words]+([f'with another id: {some(moved)}'] if moved else [])
+    return [f'only in {x}: {some(words)}' for x,words in lone if words]+([f'with another id: '
+                                                                          f'{some(moved)}'] if moved else [])
 
 def check_same_vocabulary(
     models:Sequence[Checkpoint], # those without a tokenizer are passed over
@@ -65,7 +66,8 @@ def check_same_vocabulary(
     for folder,v in known[1:]:
         found = _differences(*known[0], folder, v)
         if found:
-            raise ValueError(f"merge: the vocabularies of {known[0][0]} and {folder} differ; {'; '.join(found)}; expected the same "
+            raise ValueError(f"merge: the vocabularies of {known[0][0]} and {folder} differ; {'; '.join(found)}; "
+                             "expected the same "
                              "tokens under the same ids. Merge fine-tunes that kept the tokenizer of their base.")
 
 # %% ../../nbs/merging/04_engine.ipynb #874ea64c
@@ -81,7 +83,8 @@ def _check_dtypes(models:Sequence[Checkpoint])->None:
     odd = [f'{n} is {" and ".join(m.entries[n].dtype for m in models)}' for n in models[0].entries
            if len({m.entries[n].dtype for m in models})>1]
     if odd:
-        raise ValueError(f"merge: {odd[0]} ({len(odd)} such tensors); expected one dtype, or to be told that of the result. Give --dtype.")
+        raise ValueError(f"merge: {odd[0]} ({len(odd)} such tensors); expected one dtype, or to be told that of the "
+                         "result. Give --dtype.")
 
 def check_inputs(
     r:MergeConfig, # what is merged and how
@@ -94,12 +97,14 @@ def check_inputs(
     for m in models:
         quantized = m.config.get('quantization_config')
         if quantized:
-            raise ValueError(f"merge: {m.folder} is quantized ({quantized.get('quant_method')}); expected plain weights. "
+            raise ValueError(f"merge: {m.folder} is quantized ({quantized.get('quant_method')}); expected plain "
+                             "weights. "
                              "Dequantize it first, or merge its original.")
     if not r.dtype: _check_dtypes(models)
     layers = 1+max(map(layer_of, models[0].entries), default=-1)
     if r.layers not in (None, layers):
-        raise ValueError(f"merge: layer_range [0, {r.layers}] of models with {layers} layers; expected all of them. Correct layer_range.")
+        raise ValueError(f"merge: layer_range [0, {r.layers}] of models with {layers} layers; expected all of them. "
+                         "Correct layer_range.")
     where = places(models[0].entries)
     for n,e in models[0].entries.items():
         if e.dtype in REAL: mix_for(r, n, where[n])
@@ -108,7 +113,8 @@ def check_inputs(
 def _copy(models:Sequence[Checkpoint], e:Entry, parts:Sequence[Tensor], out:Tensor)->None:
     odd = [m.folder for m,p in zip(models, parts) if not torch.equal(p, parts[0])]
     if odd:
-        raise ValueError(f"merge: {e.name} {e.shape} holds {e.dtype}, which no method mixes, and differs between {models[0].folder} "
+        raise ValueError(f"merge: {e.name} {e.shape} holds {e.dtype}, which no method mixes, and differs between "
+                         f"{models[0].folder} "
                          f"and {odd[0]}; expected equal ones. Merge checkpoints that share it.")
     out.copy_(parts[0])
 
@@ -118,7 +124,8 @@ def _culprit(models:Sequence[Checkpoint], e:Entry, parts:Sequence[Tensor], lo:in
         bad = (~p.isfinite()).nonzero().flatten()
         if len(bad):
             where = tuple(int(i) for i in np.unravel_index(lo+int(bad[0]), e.shape)) if e.shape else ()
-            return ValueError(f"merge: {e.name} {e.shape} of {m.folder} is {p[bad[0]].item()} at {where} ({len(bad)} such elements in "
+            return ValueError(f"merge: {e.name} {e.shape} of {m.folder} is {p[bad[0]].item()} at {where} "
+                              f"({len(bad)} such elements in "
                               "this part); expected finite weights. Its training has diverged or the file is damaged; "
                               "take an earlier checkpoint.")
     return ValueError(f"merge: {e.name} {e.shape} is finite in every input, but the result is too large for {e.dtype}; "
@@ -219,7 +226,8 @@ def locate(
     if Path(name).is_dir(): return Path(name)
     try: return Path(snapshot_download(name, local_files_only=True))
     except Exception as e: # of several kinds, all meaning that it is not there
-        raise FileNotFoundError(errno.ENOENT, f"merge: no folder {name} and nothing of that name in the hub's cache; expected a checkpoint. "
+        raise FileNotFoundError(errno.ENOENT, f"merge: no folder {name} and nothing of that name in the hub's "
+                                              "cache; expected a checkpoint. "
                                               f"Correct the path, or fetch it with `hf download {name}`") from e
 
 def are_adapters(
@@ -323,11 +331,14 @@ def _complete(private:Path, r:MergeConfig, first:Checkpoint, shards:Sequence[Sha
     if cosines: (private/MODEL/'slerp.json').write_text(json.dumps(cosines, indent=1))
 
 def _check_options(shard_bytes:int, threads:int|None, device:str)->None:
-    if shard_bytes<=0: raise ValueError(f"merge: weight files of {shard_bytes} bytes; expected more than 0. Correct --shard-size.")
-    if threads is not None and threads<1: raise ValueError(f"merge: {threads} threads; expected 1 or more. Correct --threads.")
+    if shard_bytes<=0:
+        raise ValueError(f"merge: weight files of {shard_bytes} bytes; expected more than 0. Correct --shard-size.")
+    if threads is not None and threads<1:
+        raise ValueError(f"merge: {threads} threads; expected 1 or more. Correct --threads.")
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"merge: device {device!r} cannot be used ({str(e).splitlines()[0]}); expected cpu or cuda. Correct --device.") from None
+        raise ValueError(f"merge: device {device!r} cannot be used ({str(e).splitlines()[0]}); expected cpu or cuda. "
+                         "Correct --device.") from None
 
 def merge(
     r:MergeConfig, # what to merge and how
@@ -359,7 +370,8 @@ def merge(
             on_progress(done[0], total)
         cosines = weights.write(kept, Writer(private, pool, device), count)
         if _as_they_are(models)!=before:
-            raise ValueError('merge: an input was written to meanwhile; expected files that rest. Merge again when they do.')
+            raise ValueError('merge: an input was written to meanwhile; expected files that rest. Merge again when '
+                             'they do.')
         of_files = {s: {f.name: hashes[f].result() for f in m.files} for s,m in zip(r.sources, models)}
         _complete(private, r, models[0], shards, of_files, cosines)
         return publish(private, out)

@@ -29,14 +29,17 @@ def _check_method(r:MergeConfig)->None:
         raise ValueError(f"merge: {r.method} of adapters; expected {able}, the only ones whose result is an adapter. "
                          "Merge each into its base (PEFT's merge_and_unload), then these.")
     if r.dtype or any(len(s)>1 or s[0][0] is not None or len(s[0][1])>1 for s in (*r.weight, r.lam)):
-        raise ValueError("merge: a dtype, filter or gradient for adapters; expected one number for each adapter, and float32. "
+        raise ValueError("merge: a dtype, filter or gradient for adapters; expected one number for each adapter, "
+                         "and float32. "
                          "Merge them into their base first.")
 
 def _base_of(folders:Sequence[Path])->str|None:
     "The base that adapters name."
     named = [json.loads((f/'adapter_config.json').read_text()).get('base_model_name_or_path') for f in folders]
     named = sorted({n for n in named if n})
-    if len(named)>1: raise ValueError(f"merge: the adapters name the bases {named}; expected one. Merge adapters that were trained on one base.")
+    if len(named)>1:
+        raise ValueError(f"merge: the adapters name the bases {named}; expected one. Merge adapters that were trained "
+                         "on one base.")
     return named[0] if named else None
 
 def _check_same_weights(folders:Sequence[Path])->None:
@@ -46,8 +49,10 @@ def _check_same_weights(folders:Sequence[Path])->None:
         odd = [n for n in sorted(first.keys() | s.keys()) if first.get(n)!=s.get(n)]
         if odd:
             n, at = odd[0], lambda shape: shape.get(odd[0], 'absent')
-            raise ValueError(f"merge: {n} is {at(first)} in {folders[0]} and {at(s)} in {f} ({len(odd)} such weights); expected adapters "
-                             "of the same weights. Merge adapters that were trained on one base, with the same target modules.")
+            raise ValueError(f"merge: {n} is {at(first)} in {folders[0]} and {at(s)} in {f} ({len(odd)} such "
+                             "weights); expected adapters "
+                             "of the same weights. Merge adapters that were trained on one base, with the same "
+                             "target modules.")
 
 def merge_adapters(
     r:MergeConfig, # whose models are adapters
@@ -84,7 +89,9 @@ def _write_tensors(shard:Shard, folder:Path, value:Callable[[str],Tensor])->None
 def _write_checkpoint(folder:Path, model:AdaptedModel, shard_bytes:int)->None:
     base, change = open_checkpoint(model.base), deltas(model.terms)
     odd = [n for n in change if n not in base.entries]
-    if odd: raise ValueError(f"export: the adapters change {odd[:3]}, which {model.base} does not have; expected adapters trained on this base.")
+    if odd:
+        raise ValueError(f"export: the adapters change {odd[:3]}, which {model.base} does not have; expected adapters "
+                         "trained on this base.")
     shards = lay_out([(n, e.dtype, e.shape) for n,e in base.entries.items()], shard_bytes, folder)
     check_space(folder, sum(s.size for s in shards))
     def value(name):
@@ -97,8 +104,10 @@ def _card(name:str, model:AdaptedModel, kind:str, about:str)->str:
     adapters = [f"| {w:g} | `{file_hash(Path(f)/'adapter_model.safetensors')}` |" for f,w in model.terms] or ['| none | |']
     base = [f'| {f.name} | `{file_hash(f)}` |' for f in open_checkpoint(model.base).files]
     return '\n'.join([
-        f"---\nlibrary_name: {'peft' if kind=='adapter' else 'transformers'}\ntags: [solar_repro]\n---\n", f'# {name}\n', f'{about}\n',
-        f'Written by `solar-repro export` as {kind}: the base plus weight times adapter, summed in float32 and rounded once.\n',
+        f"---\nlibrary_name: {'peft' if kind=='adapter' else 'transformers'}\ntags: "
+        "[solar_repro]\n---\n", f'# {name}\n', f'{about}\n',
+        f'Written by `solar-repro export` as {kind}: the base plus weight times adapter, summed in float32 and '
+        'rounded once.\n',
         '## Base\n', '| file | sha256 |\n|---|---|', *base, '', '## Adapters\n', '| weight | sha256 |\n|---|---|', *adapters, '',
         '## Made with\n', versions('solar_repro', 'torch', 'safetensors', 'transformers', 'peft')])+'\n'
 

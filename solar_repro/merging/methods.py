@@ -130,7 +130,8 @@ def row_settings(
 )->dict: # settings of the merge's stage
     "What decides the result of merging two models of a run."
     usable = [n for n,m in METHODS.items() if m.in_rows]
-    if method not in usable: raise ValueError(f"merge: the method of a row is {method!r}; expected one of {usable}. Correct it.")
+    if method not in usable:
+        raise ValueError(f"merge: the method of a row is {method!r}; expected one of {usable}. Correct it.")
     if METHODS[method].takes('t'): return dict(method=method, t=weights[1], threshold=threshold)
     return dict(method=method, weights=list(weights))
 

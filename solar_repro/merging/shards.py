@@ -181,9 +181,11 @@ def check_target(
 )->None:
     "Raise unless a folder can be made there."
     if out.exists():
-        raise FileExistsError(errno.EEXIST, f"merge: {out} exists; expected a new folder. Remove it or choose another name")
+        raise FileExistsError(errno.EEXIST, f"merge: {out} exists; expected a new folder. Remove it or choose "
+                                            "another name")
     if not out.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"merge: {out.parent} does not exist; expected the folder to make {out.name} in. Make it first")
+        raise FileNotFoundError(errno.ENOENT, f"merge: {out.parent} does not exist; expected the folder to make "
+                                              f"{out.name} in. Make it first")
 
 def check_space(
     folder:Path, # on the disk to write to
@@ -204,7 +206,8 @@ def _discard(private:Path)->None:
 def _lock(private:Path, out:Path, stack:ExitStack)->None:
     try: stack.enter_context(locked(private/'lock'))
     except BlockingIOError:
-        raise BlockingIOError(errno.EWOULDBLOCK, f'merge: {out} is being written by another process; expected to be the only one. '
+        raise BlockingIOError(errno.EWOULDBLOCK, f'merge: {out} is being written by another process; expected to be '
+                                                 'the only one. '
                                                  'Wait for it or choose another name') from None
 
 def _make_and_lock(private:Path, out:Path, stack:ExitStack)->None:
