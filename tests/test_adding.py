@@ -52,6 +52,12 @@ metadata:
   version: 1.0
 '''
 
+METHOD = '''
+def swapped(x): return tuple(reversed(x.weight))
+'''
+METHOD_ENTRY = """    swapped=Method(('weight',), weigh=swapped, n_models=(2, 2), of_adapters=True, in_rows=True),
+"""
+
 
 @pytest.fixture
 def package(tmp_path):
@@ -61,13 +67,13 @@ def package(tmp_path):
     return tmp_path
 
 
-def add(package: Path, before: str, functions: str, entry: str) -> None:
-    "Functions in front of a registry of `data`, and one entry at its end."
-    module = package/'solar_repro'/'data.py'
-    text = module.read_text(encoding='utf-8')
+def add(package: Path, module: str, before: str, functions: str, entry: str) -> None:
+    "Functions in front of a registry of a module, and one entry at its beginning."
+    path = package/'solar_repro'/module
+    text = path.read_text(encoding='utf-8')
+    assert text.count(f'\n{before} = dict(\n') == 1
     head, rest = text.split(f'\n{before} = dict(\n')
-    inside, after = rest.split('\n)\n', 1)
-    module.write_text(f'{head}\n{functions}\n{before} = dict(\n{inside}\n{entry})\n{after}', encoding='utf-8')
+    path.write_text(f'{head}\n{functions}\n{before} = dict(\n{entry}{rest}', encoding='utf-8')
 
 
 def run(package: Path, profile: str, code: str) -> None:
@@ -81,7 +87,7 @@ def run(package: Path, profile: str, code: str) -> None:
 
 
 def test_a_training_set_is_one_entry(package):
-    add(package, 'SETS', SET, SET_ENTRY)
+    add(package, 'data.py', 'SETS', SET, SET_ENTRY)
     run(package, '[data.rows]\nopposites = 8\n[rows."SFT v5"]\nsets = ["opposites"]\n', '''
 import solar_repro
 assert solar_repro.__file__.startswith(str(Path.cwd())), solar_repro.__file__
@@ -96,13 +102,13 @@ assert 'data/opposites' in set(make_plan(exp.profile, exp.graph).stages['stage']
 
 
 def test_a_benchmark_is_one_entry_and_its_task_file(package):
-    add(package, 'BENCHMARKS', BENCH, BENCH_ENTRY)
+    add(package, 'data.py', 'BENCHMARKS', BENCH, BENCH_ENTRY)
     (package/'solar_repro'/'tasks'/'directions.yaml').write_text(TASK)
     run(package, '[eval.num_fewshot]\ndirections = 2\n', '''
 from solar_repro.paper import H6_TASKS
 from solar_repro.reports.verify import judged
 from solar_repro.tables import with_h6
-assert exp.tasks == [*H6_TASKS, 'directions'] and 'directions' not in H6_TASKS
+assert sorted(exp.tasks) == sorted([*H6_TASKS, 'directions']) and 'directions' not in H6_TASKS
 s = exp.scores(['base'])
 assert set(s['task']) == {*exp.tasks, 'truthfulqa_plain'}
 six = s.set_index('task')['score'].drop('truthfulqa_plain').to_dict()
@@ -113,6 +119,17 @@ for x in exp.items('base', 'directions').to_dict('records'):
     again = judged('directions', docs[x['doc_id']], x)
     assert again == {k: x[k] for k in ('gold', 'prediction', 'score')}, (again, x)
 assert 'bench/directions' in exp.graph['contamination'].inputs
+''')
+
+
+def test_a_merge_method_is_one_entry(package):
+    "Each model gets the other's weight; of adapters that is an adapter."
+    add(package, 'merging/methods.py', 'METHODS', METHOD, METHOD_ENTRY)
+    run(package, '[rows."Mine"]\nweights = {"SFT v1" = 0.2, "SFT v4" = 0.8}\nmethod = "swapped"\n', '''
+assert exp.graph['Mine'].settings == dict(method='swapped', weights=[.2, .8]), exp.graph['Mine'].settings
+merged = exp.model('Mine')
+parts = {n: exp.model(n).terms[0][0] for n in ('SFT v1', 'SFT v4')}
+assert dict(merged.terms) == {parts['SFT v1']: .8, parts['SFT v4']: .2}, merged.terms
 ''')
 
 
