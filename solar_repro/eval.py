@@ -24,7 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import lm_eval.utils
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from lm_eval.api.instance import Instance
@@ -344,8 +343,9 @@ def h6_se(
 def plot_scores(
     table:pd.DataFrame, # a row a benchmark, by title: score, se, chance; fractions
     label:str, # what the scores are of
-)->plt.Axes:
+): # matplotlib's axes
     "Scores with their standard errors, beside chance."
+    import matplotlib.pyplot as plt     # writes a cache in the home folder: only where something is plotted
     style()
     fig, ax = plt.subplots(figsize=(6, 3))
     y = range(len(table))
