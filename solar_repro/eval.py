@@ -37,7 +37,6 @@ from .inference.lm import RequestEncoder, SharedPrefixLM
 from .models.adapters import materialize, AdaptedModel
 from .models.loading import load_tokenizer, quiet
 from .paper import H6_TASKS
-from .tables import style
 
 # %% ../nbs/05_eval.ipynb #dd515b00
 def true_mass(
@@ -346,7 +345,6 @@ def plot_scores(
 ): # matplotlib's axes
     "Scores with their standard errors, beside chance."
     import matplotlib.pyplot as plt     # writes a cache in the home folder: only where something is plotted
-    style()
     fig, ax = plt.subplots(figsize=(6, 3))
     y = range(len(table))
     ax.errorbar(100*table.score, y, xerr=100*table.se, fmt='o', label='base (1 s.e.)')
