@@ -203,7 +203,7 @@ def _check_row(p:Profile, name:str, pairs:dict[str,bool], models:list[str])->Non
         if whole or m == row.start == 'base':
             raise ValueError(f'profile: {where} builds on {m!r}, which is no sum of adapters; '
                              'expected an SFT or DPO model, or an average. Name another.')
-    for d in row.sets:
+    for d in row.sets or []: # a merge has none
         must_be_in(where, 'training set', d, pairs)
         if pairs[d] != bool(row.start):
             raise ValueError(f"profile: {where} trains on {d!r}, which holds {'pairs' if pairs[d] else 'answers'}; "
