@@ -210,7 +210,7 @@ def fixed(folder: Path, env: dict) -> dict:
     cached(folder, keep=True)
     files = [str(f) for f in sorted(folder.glob('[AB]/*.safetensors'))]
     return dict(hash_s=round(seconds(f'from solar_repro.core.files import file_hash\nfor f in {files}: file_hash(f)') - seconds('from solar_repro.core.files import file_hash'), 2),
-                import_s=round(seconds('from solar_repro.exp import merging'), 2), cores=len(os.sched_getaffinity(0)))
+                import_s=round(seconds('from solar_repro.merging import engine'), 2), cores=len(os.sched_getaffinity(0)))
 
 
 def aims(r: dict) -> list[tuple[str, str, bool]]:
