@@ -4,7 +4,7 @@
     python benchmarks/train.py --device cuda --shape 1b --rows 256 --pairs 128         # on a GPU, as the profile a100 trains; also --shape 10.7b
     python benchmarks/train.py --shape smoke --rows 24 --pairs 12                      # seconds: that the script works
 
-The model has random weights, so nothing is fetched. Rows are random words with the lengths that `exp.plan.LENGTHS` records of the published sets, mixed as in the paper; a row
+The model has random weights, so nothing is fetched. Rows are random words with the lengths that `pipeline.cost_model.LENGTHS` records of the published sets, mixed as in the paper; a row
 longer than the profile's max_length is not drawn. Each side trains in a process of its own: TRL's trainers as a user calls them (`SFTTrainer` and `DPOTrainer`, everything left at its
 default: rows padded to the longest of a batch, layers computed again in the backward pass, the reference computed at every step) with the same base, NF4, adapter, learning rate, dtype,
 max_length and rows a step; ours with the profile's settings and `--max_tokens_per_microbatch`. Times are those of the trainer's loop; DPO's reference pass is timed too and counted in the
@@ -75,7 +75,7 @@ def settings_of(a):
     "The profile that is trained with: smol's, or a100's on large shapes."
     from solar_repro.core.config import load_profile
     p = load_profile('a100' if a.shape in ('1b', '10.7b') else 'smol')
-    own = dict(compute_dtype=a.dtype or p.sft.compute_dtype, max_tokens_per_microbatch=a.max_tokens_per_microbatch, passes=1, optimizer=p.sft.optimizer if a.device == 'cuda' else 'adamw_torch_fused')
+    own = dict(compute_dtype=a.dtype or p.sft.compute_dtype, max_tokens_per_microbatch=a.max_tokens_per_microbatch, microbatches=1, optimizer=p.sft.optimizer if a.device == 'cuda' else 'adamw_torch_fused')
     t = p.template.model_copy(update=dict(prompt='Question: {prompt}\nAnswer:', separator=' '))
     return p.model_copy(update=dict(sft=p.sft.model_copy(update=own), dpo=p.dpo.model_copy(update=own), template=t))
 

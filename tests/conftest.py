@@ -28,7 +28,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, 'connect', only_here)
 
 
-# A job that a shell starts in the background ignores Ctrl-C, and so would everything it starts; the tests that press it need it.
+# A job that a shell starts in the background ignores Ctrl-C, and so would all that it starts; tests that press it need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -47,7 +47,8 @@ exp.run()
 def full(tmp_path_factory):
     """A store with all stages of the smoke profile, and no others, built by a process of its own. Read only.
 
-    One for all workers: the first to come builds it, from what the notebooks left where `make test` ran them before (SMOKE_STORE).
+    One for all workers: the first to come builds it, from what the notebooks left where `make test` ran them before
+    (SMOKE_STORE).
     """
     base = tmp_path_factory.getbasetemp()
     folder = base.parent if os.environ.get('PYTEST_XDIST_WORKER') else base

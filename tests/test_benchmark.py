@@ -21,8 +21,10 @@ ATEN = torch.ops.aten
 def counter() -> FlopCounterMode:
     "torch's counter, taught the two kernels that it does not know."
     return FlopCounterMode(display=False, custom_mapping={
-        ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
-        ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v),
+        ATEN._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+        ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v),
         torch.ops.bitsandbytes.gemm_4bit: lambda a, b, shape, *_, out_shape=None, **__: 2*math.prod(a)*shape[0]})
 
 
@@ -43,7 +45,7 @@ def test_a_forward_costs_two_flops_a_token_and_weight(tmp_path, nf4):
 
 
 def test_a_qlora_run_counts_every_product(tmp_path):
-    "TRL's loss multiplies with the vocabulary's weights itself; without that product a third of this run would be missed."
+    "TRL's loss multiplies with the vocabulary's weights itself; without that a third of this run would be missed."
     exp, p = Experiment('smoke', store=tmp_path / 'store'), load_profile('smoke')
     base, rows, seen = exp.build('base').path, exp.rows('data/alpaca_gpt4'), Counter()
     with BENCH['products'](seen), counter() as count:
@@ -52,4 +54,5 @@ def test_a_qlora_run_counts_every_product(tmp_path):
     attention = found.pop('aten._scaled_dot_product_flash_attention_for_cpu')
     again = found.pop('aten._scaled_dot_product_flash_attention_for_cpu_backward')
     assert set(found) == {'aten.mm', 'bitsandbytes.gemm_4bit'} and again == 2.5*attention
-    assert BENCH['flops'](seen) == sum(found.values()) + 3*attention      # of the backward's five products one is the forward's, done again
+    # of the backward's five products one is the forward's, done again
+    assert BENCH['flops'](seen) == sum(found.values()) + 3*attention

@@ -28,11 +28,12 @@ FEW = ['eval/Merge v1/arc', 'eval/Merge v1/gsm8k']
 
 
 def start(store, *names, **env):
-    return subprocess.Popen([sys.executable, '-c', RUN, str(store), *names], stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    return subprocess.Popen([sys.executable, '-c', RUN, str(store), *names], stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, **env})
 
 
 def finish(p):
-    err = p.communicate(timeout=240)[1]
+    err = p.communicate()[1]
     assert p.returncode == 0, err
     return err
 
@@ -45,7 +46,8 @@ def artifacts(store):
 
 
 def stamps(store):
-    return {a.key: (a.path/'manifest.json').stat().st_mtime_ns for a in Experiment('smoke', store=store).store.entries()}
+    entries = Experiment('smoke', store=store).store.entries()
+    return {a.key: (a.path/'manifest.json').stat().st_mtime_ns for a in entries}
 
 
 def below(exp, *names):
@@ -98,7 +100,8 @@ def test_another_seed_trains_other_adapters_on_the_same_base_and_benchmarks(full
     b.run(['SFT v1', 'base', *(f'bench/{t}' for t in H6_TASKS)])
     for n in ('base', *(f'bench/{t}' for t in H6_TASKS)): assert b.build(n).key == a.build(n).key
     assert b.build('SFT v1').content != a.build('SFT v1').content
-    assert b.build('SFT v1').manifest['seed'] == 1 and b.build('data/alpaca_gpt4').content != a.build('data/alpaca_gpt4').content
+    assert b.build('SFT v1').manifest['seed'] == 1
+    assert b.build('data/alpaca_gpt4').content != a.build('data/alpaca_gpt4').content
 
 
 # -- kills and neighbours
@@ -123,10 +126,12 @@ def test_killed_again_and_again_it_ends_with_the_same_results(full, tmp_path):
 
 def test_ctrl_c_says_what_is_kept(tmp_path):
     p = start(tmp_path/'store', 'SFT v1', SOLAR_PROGRESS=str(tmp_path/'progress'))
-    while '"SFT v1"' not in ((tmp_path/'progress').read_text() if (tmp_path/'progress').exists() else ''): time.sleep(.02)
+    progress = tmp_path/'progress'
+    while not (progress.exists() and '"SFT v1"' in progress.read_text()): time.sleep(.02)
     p.send_signal(signal.SIGINT)
-    err = p.communicate(timeout=60)[1]
-    assert p.returncode != 0 and 'interrupted in SFT v1; 2 of 3 stages are finished and kept. Run again to go on.' in err
+    err = p.communicate()[1]
+    assert p.returncode != 0
+    assert 'interrupted in SFT v1; 2 of 3 stages are finished and kept. Run again to go on.' in err
     assert set(artifacts(tmp_path/'store')) == {'base', 'data/alpaca_gpt4'}
 
 
@@ -135,7 +140,8 @@ def test_two_processes_on_one_store_build_each_stage_once(full, tmp_path):
     names = ['eval/DPO v1/arc', 'eval/SFT v2/gsm8k']
     ps = [start(store, *names) for _ in range(2)]
     errs = [finish(p) for p in ps]
-    assert any('is being built by another process; waiting for it' in e for e in errs) and not any('damaged' in e for e in errs)
+    assert any('is being built by another process; waiting for it' in e for e in errs)
+    assert not any('damaged' in e for e in errs)
     whole, exp = artifacts(full), Experiment('smoke', store=store)
     assert artifacts(store) == {n: whole[n] for n in exp.needs(names)}
     assert not list((store/'building').iterdir())
@@ -159,7 +165,8 @@ def test_a_candidates_own_setting_rebuilds_what_stands_below_it_and_nothing_else
     exp = Experiment(changed(**{'dpo__rows__Cand._1__learning_rate': 1.1e-3}), store=copy)
     missing = set(exp.status().query('state == "missing"')['stage'])
     expected = below(exp, 'Cand. 1 step 1', 'Cand. 1')
-    assert expected == missing and {m for m in expected if m in MODELS} == {'Cand. 1', 'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4'}
+    assert expected == missing
+    assert expected & set(MODELS) == {'Cand. 1', 'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4'}
     exp.run()
     assert new_stages(exp, before) == expected
     assert {k: t for k, t in stamps(copy).items() if k in before} == before
@@ -196,8 +203,10 @@ def test_joint_mode_trains_on_both_sets_at_once(copy):
     before = stamps(copy)
     exp = Experiment(changed(dpo__mode='joint'), store=copy)
     exp.run(['DPO v1', 'DPO v2', 'eval/DPO v2/arc'])
-    assert new_stages(exp, before) == {'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'} # DPO v1, one set, is the same model in both modes
-    assert set(exp.show('DPO v2')['inputs']) == {'start', 'ultrafeedback_clean', 'synth_math_alignment', 'ref_ultrafeedback_clean', 'ref_synth_math_alignment'}
+    # DPO v1, one set, is the same model in both modes
+    assert new_stages(exp, before) == {'ref/SFT v3/synth_math_alignment', 'DPO v2', 'eval/DPO v2/arc'}
+    assert set(exp.show('DPO v2')['inputs']) == {
+        'start', 'ultrafeedback_clean', 'synth_math_alignment', 'ref_ultrafeedback_clean', 'ref_synth_math_alignment'}
     assert not any('step 1' in n for n in exp.graph)
     one, all_ = (len(exp.log(n)) for n in ('DPO v1', 'DPO v2'))
     assert all_ == 2*one # 16 + 16 rows against 16
@@ -205,8 +214,9 @@ def test_joint_mode_trains_on_both_sets_at_once(copy):
 
 # -- damage
 
-@pytest.mark.parametrize('name,file', [('SFT v3', 'adapter/adapter_model.safetensors'), ('base', 'model.safetensors'), ('data/openorca', 'rows.jsonl'),
-                                       ('Merge v4', 'checkpoint/model.safetensors'), ('eval/DPO v2/gsm8k', 'score.json')])
+@pytest.mark.parametrize('name,file', [
+    ('SFT v3', 'adapter/adapter_model.safetensors'), ('base', 'model.safetensors'), ('data/openorca', 'rows.jsonl'),
+    ('Merge v4', 'checkpoint/model.safetensors'), ('eval/DPO v2/gsm8k', 'score.json')])
 def test_a_damaged_file_is_built_again_and_nothing_else_is(copy, capfd, name, file):
     before, whole = stamps(copy), artifacts(copy)
     path = Experiment('smoke', store=copy).build(name).path
@@ -232,7 +242,8 @@ def test_a_lost_file_in_the_middle_is_built_again_when_only_the_end_is_asked_for
 def test_an_unknown_stage_names_the_nearest(full):
     exp = Experiment('smoke', store=full)
     for ask in (exp.build, exp.model, exp.show, exp.__getitem__, exp.log):
-        with pytest.raises(ValueError, match=r"no stage 'SFT v33' in profile smoke; did you mean 'SFT v3'\?"): ask('SFT v33')
+        with pytest.raises(ValueError, match=r"no stage 'SFT v33' in profile smoke; did you mean 'SFT v3'\?"):
+            ask('SFT v33')
     with pytest.raises(ValueError, match='is a data, not a model; models are'): exp['data/openorca']
     with pytest.raises(ValueError, match='is not trained'): exp.log('Merge v1')
 
@@ -247,7 +258,8 @@ def test_a_model_answers(full):
 def test_show_says_what_made_it(full):
     exp = Experiment('smoke', store=full)
     m = exp.show('DPO v2')
-    assert m['settings']['dpo']['learning_rate'] == exp.profile.dpo.learning_rate and m['seed'] == 0 == m['settings']['seed']
+    assert m['settings']['dpo']['learning_rate'] == exp.profile.dpo.learning_rate
+    assert m['seed'] == 0 == m['settings']['seed']
     assert m['inputs']['start']['name'] == 'DPO v1' and m['inputs']['start']['content'] == exp.build('DPO v1').content
     assert m['seconds'] > 0 and m['started'].endswith('Z') and m['versions']['torch'] == version('torch')
     assert json.dumps(m)
