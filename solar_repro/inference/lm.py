@@ -25,21 +25,22 @@ from ..core.files import write_whole
 from .forward import BLOCK, limits_of, packed, run_rows, run_stems, WHOLE
 from .generation import chain_batches, generate
 from .prefix_tree import as_request, Batch, batches, grow, halved, Limits, Request
+from ..models.loading import token_ids, token_pairs
 
 # %% ../../nbs/inference/03_lm.ipynb #4e023eb2
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RequestEncoder:
     "Encodes texts as lm-eval does; equal for tokenizers that are equal."
     tokenizer: PreTrainedTokenizerBase = field(compare=False)
     add_bos: bool|None = None # None: as the tokenizer does by itself
-    digest: str = ''          # of the tokenizer; made here
-    ids: list = field(default_factory=list, compare=False, repr=False) # each id once for all prompts; made here
+    digest: str = field(init=False) # of the tokenizer
+    ids: list = field(init=False, compare=False, repr=False) # each id once for all prompts
 
     def __post_init__(self):
-        self.ids.extend(range(len(self.tokenizer)))
         t = self.tokenizer
+        self.ids = list(range(len(t)))
         text = t.backend_tokenizer.to_str() + repr((t.bos_token_id, t.eos_token_id))
-        object.__setattr__(self, 'digest', hashlib.sha256(text.encode()).hexdigest())
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def prefix_id(self)->int:
@@ -49,18 +50,11 @@ class RequestEncoder:
 
     def encode(self,
         texts:Sequence[str], # contexts, or contexts with what is scored
-        bos:str|None=None, # text that counts as a BOS already there; None: that of `prefix_id`
         special:bool|None=None, # add special tokens; None: as `add_bos` says
     )->list[list[int]]:
         "Token ids of texts."
-        bos = self.tokenizer.decode(self.prefix_id) if bos is None else bos
         special = self.add_bos if special is None else special
-        as_it_is = lambda t: special is False or bos and t.startswith(bos)
-        plain, rest = [t for t in texts if as_it_is(t)], [t for t in texts if not as_it_is(t)]
-        kwargs = {} if special is None else dict(add_special_tokens=special)
-        found = dict(zip(plain, self.tokenizer(plain, add_special_tokens=False)['input_ids'])) if plain else {}
-        if rest: found |= zip(rest, self.tokenizer(rest, **kwargs)['input_ids'])
-        return [[self.ids[i] for i in found[t]] for t in texts]
+        return [[self.ids[i] for i in x] for x in token_ids(self.tokenizer, texts, special is not False)]
 
 # %% ../../nbs/inference/03_lm.ipynb #a38833c3
 def encode_pairs(
@@ -68,14 +62,13 @@ def encode_pairs(
     pairs:Sequence[tuple[str,str]], # (context, continuation)
 )->list[tuple[list[int],list[int]]]: # token ids of each
     "Contexts and continuations as lm-eval splits them."
-    moved = [(c.rstrip(), c[len(c.rstrip()):] + x) for c, x in pairs]
     bare = [x for c, x in pairs if not c]
     ids = dict(zip(bare, encoder.encode(bare, special=False)))
-    texts = list(dict.fromkeys(t for (c, _), (a, b) in zip(pairs, moved) if c for t in (a, a + b)))
-    whole = dict(zip(texts, encoder.encode(texts)))
+    moved = [(c.rstrip(), c[len(c.rstrip()):] + x) for c, x in pairs if c]
+    split = iter(token_pairs(encoder.encode, moved, strict=False))
     out = []
-    for (c, x), (a, b) in zip(pairs, moved):
-        if c: out.append((whole[a], whole[a + b][len(whole[a]):]))
+    for c, x in pairs:
+        if c: out.append(next(split))
         elif ids[x][:1] == [encoder.prefix_id]: out.append((ids[x][:1], ids[x][1:]))
         else: out.append(([encoder.prefix_id], ids[x]))
     return out
@@ -133,7 +126,7 @@ def _scoring_batches(requests:tuple[Request,...], x:Limits)->tuple[Batch,...]:
 
 @lru_cache(maxsize=16)
 def _encoded_contexts(encoder:RequestEncoder, contexts:tuple[str,...])->tuple[tuple[int,...],...]:
-    return tuple(map(tuple, encoder.encode(contexts, bos=encoder.tokenizer.bos_token or '')))
+    return tuple(map(tuple, encoder.encode(contexts)))
 
 @lru_cache(maxsize=16)
 def _chain_batches(contexts:tuple[tuple[int,...],...], room:int, x:Limits)->tuple[Batch,...]:
