@@ -12,15 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIB = ROOT / 'solar_repro'
-MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in sorted(LIB.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')}
-NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.relative_to(ROOT).parts))
+FILES = [p for p in sorted(LIB.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
+MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in FILES}
+ALL_NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
+NOTEBOOKS = [p for p in ALL_NOTEBOOKS if not any(x.startswith(('.', '_')) for x in p.relative_to(ROOT).parts)]
 WIDTH, LENGTH, INSIDE = 120, 450, 12
 
 
 def floors() -> dict[str, int]:
     "Folder or module -> its floor, from the front page: `| 5 | `eval`, `merge` | ... |`."
     rows = re.findall(r'^\| *(\d+) *\|([^|]*)\|', (ROOT / 'README.md').read_text(encoding='utf-8'), flags=re.M)
-    return {name: int(n) for n, cell in rows for name in re.findall(r'`(\w+)`', cell)} | dict(__main__=99)     # the command stands on everything
+    table = {name: int(n) for n, cell in rows for name in re.findall(r'`(\w+)`', cell)}
+    return table | dict(__main__=99)     # the command stands on everything
 
 
 def part(module: str) -> str:
@@ -29,9 +32,10 @@ def part(module: str) -> str:
 
 
 def imports(module: str) -> list[tuple[str, int, bool, str]]:
-    "What a module imports of this library, those imports inside functions included: module, line, inside a function?, text."
+    "What a module imports, functions included: module, line, inside a function?, text."
     tree, found = ast.parse(MODULES[module].read_text(encoding='utf-8')), []
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    functions = [f for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = {id(n) for f in functions for n in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): targets = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -71,8 +75,9 @@ def test_no_import_goes_in_a_circle():
 def test_imports_stand_at_the_top():
     "A dozen may be inside functions, each with its reason in a comment: on its line, or on the one above."
     lines = {m: MODULES[m].read_text(encoding='utf-8').splitlines() for m in MODULES}
-    inside = [(m, line, text) for m in MODULES for line, text in sorted({(n, t) for _, n, within, t in imports(m) if within})]
-    silent = [f'{m}:{n} {text}' for m, n, text in inside if '#' not in lines[m][n - 1] and not lines[m][n - 2].strip().startswith('#')]
+    inside = sorted({(m, n, text) for m in MODULES for _, n, within, text in imports(m) if within})
+    said = lambda m, n: '#' in lines[m][n - 1] or lines[m][n - 2].strip().startswith('#')
+    silent = [f'{m}:{n} {text}' for m, n, text in inside if not said(m, n)]
     assert len(inside) <= INSIDE, f'{len(inside)}:\n' + '\n'.join(f'{m}:{n} {text}' for m, n, text in inside)
     assert not silent, 'without a reason:\n' + '\n'.join(silent)
 
@@ -91,16 +96,24 @@ def written(p: Path) -> list[tuple[int, str]]:
     "The lines of a file, less the list of names that nbdev puts at the head of a module."
     lines = list(enumerate(p.read_text(encoding='utf-8').splitlines(), 1))
     head = [n for n, s in lines if s.startswith('# %% ')][:2]
-    return [x for x in lines if not (len(head) == 2 and head[0] <= x[0] < head[1] and lines[head[0] - 1][1] == '# %% auto #0')]
+    if len(head) < 2 or lines[head[0] - 1][1] != '# %% auto #0': return lines
+    return [x for x in lines if not head[0] <= x[0] < head[1]]
+
+
+def cells(p: Path) -> list[dict]:
+    "The code cells of a notebook."
+    return [c for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
 
 
 def code() -> list[tuple[str, int, str]]:
     "Every line of code that people write: of the library, tests, tools, benchmarks, and of the notebooks' cells."
-    files = [p for d in ('solar_repro', 'tests', 'tools', 'benchmarks') for p in sorted((ROOT / d).rglob('*.py')) if p.name != '_modidx.py']
+    folders = 'solar_repro', 'tests', 'tools', 'benchmarks'
+    files = [p for d in folders for p in sorted((ROOT / d).rglob('*.py')) if p.name != '_modidx.py']
     lines = [(str(p.relative_to(ROOT)), n, s) for p in [*files, ROOT / 'setup.py'] for n, s in written(p)]
     for p in NOTEBOOKS:
-        cells = json.loads(p.read_text(encoding='utf-8'))['cells']
-        lines += [(f"{p.relative_to(ROOT)}#{c['id']}", n, s) for c in cells if c['cell_type'] == 'code' for n, s in enumerate(''.join(c['source']).splitlines(), 1)]
+        for c in cells(p):
+            where = f"{p.relative_to(ROOT)}#{c['id']}"
+            lines += [(where, n, s) for n, s in enumerate(''.join(c['source']).splitlines(), 1)]
     return lines
 
 
@@ -112,17 +125,19 @@ def test_no_line_of_code_is_wide():
 
 def exported(p: Path) -> str | None:
     "The module that a notebook says it makes."
-    text = '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
+    text = '\n'.join(''.join(c['source']) for c in cells(p))
     found = re.search(r'^#\|\s*default_exp\s+(\S+)', text, flags=re.M)
     return found and f'solar_repro.{found[1]}'
 
 
 def test_notebooks_mirror_the_modules():
-    "nbs/core/02_store.ipynb makes solar_repro/core/store.py; the story's notebooks make the modules beside the folders."
+    "nbs/core/02_store.ipynb makes solar_repro/core/store.py; the story makes the modules beside the folders."
     made = {p: m for p in NOTEBOOKS if (m := exported(p))}
-    want = {p: '.'.join(['solar_repro', *p.relative_to(ROOT / 'nbs').parent.parts, re.sub(r'^\d+_', '', p.stem)]) for p in made}
+    named = lambda p: [*p.relative_to(ROOT / 'nbs').parent.parts, re.sub(r'^\d+_', '', p.stem)]
+    want = {p: '.'.join(['solar_repro', *named(p)]) for p in made}
     wrong = [f'{p.relative_to(ROOT)} makes {m}; expected {want[p]}' for p, m in made.items() if m != want[p]]
-    wrong += [f'{m} comes from no notebook' for m in sorted(set(MODULES) - set(made.values()) - {'solar_repro.__main__'})]
+    without = set(MODULES) - set(made.values()) - {'solar_repro.__main__'}
+    wrong += [f'{m} comes from no notebook' for m in sorted(without)]
     assert not wrong, '\n'.join(wrong)
 
 

@@ -1,4 +1,5 @@
-"The notebook runner: what runs, what is skipped, what a failure or an interruption leaves; and all of it once, for real, at smoke scale."
+"The notebook runner: what runs, what is skipped, what a failure or an interruption leaves; and a run at smoke scale."
+
 import csv
 import json
 import os
@@ -36,7 +37,11 @@ def notebook(path: Path, *cells: str, parameters='') -> Path:
 def project(tmp_path, monkeypatch) -> Path:
     "A project of two small notebooks that note when they run."
     (tmp_path/'settings.ini').write_text(INI)
-    notebook(tmp_path/'nbs'/'00_one.ipynb', "open('../ran.txt', 'a').write(f'one {profile} {seed}\\n')", parameters="profile = 'tiny'\nseed = 0")
+    notebook(
+        tmp_path / 'nbs' / '00_one.ipynb',
+        "open('../ran.txt', 'a').write(f'one {profile} {seed}\\n')",
+        parameters="profile = 'tiny'\nseed = 0",
+    )
     notebook(tmp_path/'nbs'/'core'/'00_two.ipynb', "open('../../ran.txt', 'a').write('two\\n')", '1 + 1')
     notebook(tmp_path/'nbs'/'index.ipynb', 'raise RuntimeError("the front page is not run")')
     monkeypatch.chdir(tmp_path)
@@ -54,15 +59,23 @@ def ran(project: Path) -> list[str]:
 
 def run_notebooks(cwd: Path, *args: str, code: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     "`make tables` without the set-up."
-    return subprocess.run([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke', *args], cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(code), **env})
+    return subprocess.run(
+        [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke', *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, 'PYTHONPATH': str(code), **env},
+    )
 
 
 # ---- which notebooks run
 
 def test_story_order():
     nbs = [p.relative_to(ROOT/'nbs').as_posix() for p in runner.notebooks(ROOT/'nbs')]
-    assert nbs[:7] == [f'0{i}_{n}.ipynb' for i, n in enumerate(('paper', 'data', 'sft', 'dpo', 'merge', 'eval', 'tables'))]
+    assert nbs[:7] == [
+        f'0{i}_{n}.ipynb' for i, n in enumerate(('paper', 'data', 'sft', 'dpo', 'merge', 'eval', 'tables'))
+    ]
     assert set(nbs) == {p.relative_to(ROOT/'nbs').as_posix() for p in (ROOT/'nbs').rglob('*.ipynb')
                         if p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts}
 
@@ -76,7 +89,10 @@ def test_only_what_changed_runs_again(project, capsys):
     assert '[1/2] 00_one.ipynb' in said and '[2/2] core/00_two.ipynb' in said and 'unchanged' not in said
     two = nbformat.read(out/'core'/'00_two.ipynb', 4)
     assert two.cells[-1].outputs[0]['data']['text/plain'] == '2'
-    assert not [p for p in out.rglob('*') if '.part' in p.name or '.failed' in p.name] and not (project/'runs'/'smoke'/'progress.jsonl').exists()
+    assert (
+        not [p for p in out.rglob('*') if '.part' in p.name or '.failed' in p.name]
+        and not (project / 'runs' / 'smoke' / 'progress.jsonl').exists()
+    )
 
     runner.run_notebooks('smoke')
     assert ran(project) == [] and capsys.readouterr().out.count('unchanged') == 2
@@ -112,7 +128,9 @@ def test_only_what_changed_runs_again(project, capsys):
 def test_results_that_left_the_store_are_made_again(project):
     "An executed notebook counts only as long as the store holds what it saw."
     exp = Experiment('smoke'); nb = project/'nbs'/'00_one.ipynb'
-    record = dict(fingerprint=runner.fingerprint(nb, exp), output=runner._digest(nb), results={'data/openorca': 'abc'}, made={})
+    record = dict(
+        fingerprint=runner.fingerprint(nb, exp), output=runner._digest(nb), results={'data/openorca': 'abc'}, made={}
+    )
     assert runner._unchanged(record, nb, nb, exp, {'data/openorca': 'abc', 'base': 'def'})
     assert not runner._unchanged(record, nb, nb, exp, {'data/openorca': 'other'})
     assert not runner._unchanged(record, nb, nb, exp, {})
@@ -159,7 +177,11 @@ def test_a_failing_notebook(project):
 def test_execute_raises_what_papermill_raises(project):
     nb = notebook(project/'nbs'/'01_bad.ipynb', "raise KeyError('lost')")
     with pytest.raises(PapermillExecutionError, match='lost'): runner.execute(nb, project/'out.ipynb', {})
-    assert (project/'out.failed.ipynb').exists() and not (project/'out.ipynb').exists() and not (project/'out.part.ipynb').exists()
+    assert (
+        (project / 'out.failed.ipynb').exists()
+        and not (project / 'out.ipynb').exists()
+        and not (project / 'out.part.ipynb').exists()
+    )
 
 
 @pytest.mark.parametrize('args,message', [(['--profile', 'smok'], 'smoke'), (['--seed', '-1'], 'seed')])
@@ -172,9 +194,13 @@ def test_unusable_arguments(project, args, message):
 # ---- interruptions
 
 def alive(pid: int) -> bool:
-    try: os.kill(pid, 0)
+    try:os.kill(pid, 0)
     except ProcessLookupError: return False
-    return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z' if Path(f'/proc/{pid}/stat').exists() else False
+    return (
+        Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+        if Path(f'/proc/{pid}/stat').exists()
+        else False
+    )
 
 
 def wait_for(condition) -> bool:
@@ -188,17 +214,28 @@ def wait_for(condition) -> bool:
 @pytest.mark.parametrize('how', ['Ctrl-C', 'SIGINT to the runner alone', 'kill -9'])
 def test_interrupted(project, how):
     "Ctrl-C reaches every process of the terminal, `kill -INT` the one; either way the next run goes on."
-    slow = notebook(project/'nbs'/'core'/'00_two.ipynb', "import os, time\nopen('../../pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(3600)")
-    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
+    slow = notebook(
+        project / 'nbs' / 'core' / '00_two.ipynb',
+        "import os, time\nopen('../../pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(3600)",
+    )
+    p = subprocess.Popen(
+        [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'],
+        cwd=project,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        start_new_session=True,
+    )
     try:
         assert wait_for(lambda: (project/'pid.txt').exists() and (project/'pid.txt').read_text())
         kernel = int((project/'pid.txt').read_text())
         time.sleep(.5)
-        if how == 'Ctrl-C': os.killpg(p.pid, signal.SIGINT)
+        if how == 'Ctrl-C':os.killpg(p.pid, signal.SIGINT)
         else: p.send_signal(signal.SIGINT if how.startswith('SIGINT') else signal.SIGKILL)
         _, err = p.communicate(timeout=HOUR)
-        if how == 'kill -9': assert p.returncode == -signal.SIGKILL
+        if how == 'kill -9':assert p.returncode == -signal.SIGKILL
         else: assert p.returncode == 130 and 'interrupted' in err and 'again' in err and 'Traceback' not in err, err
         assert wait_for(lambda: not alive(kernel)), 'the kernel outlived the runner'
     finally:
@@ -211,25 +248,38 @@ def test_interrupted(project, how):
 
 
 def test_the_machinery_goes_two_at_a_time_and_is_interrupted_together(project):
-    "Each of two notebooks waits for the other; then an interrupt of the runner alone ends both, and a third has not begun."
+    "Two notebooks wait for each other; an interrupt of the runner alone ends both, and a third has not begun."
     meet = """import os, pathlib, time
 open(f'../../{{}}.pid', 'w').write(str(os.getpid()))
 end = time.time() + 3600
 while not pathlib.Path('../../{}.pid').exists(): assert time.time() < end; time.sleep(.05)
 open('../../{{}}.met', 'w').close(); time.sleep(3600)"""
-    for a, b in (('00_two', '01_three'), ('01_three', '00_two')): notebook(project/'nbs'/'core'/f'{a}.ipynb', meet.format(b).replace('{}', a))
+    for a, b in (('00_two', '01_three'), ('01_three', '00_two')):
+        notebook(project / 'nbs' / 'core' / f'{a}.ipynb', meet.format(b).replace('{}', a))
     notebook(project/'nbs'/'tiny'/'00_four.ipynb', "open('../../ran.txt', 'a').write('four\\n')")
-    p = subprocess.Popen([sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'], cwd=project, stdin=subprocess.DEVNULL, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
+    p = subprocess.Popen(
+        [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'],
+        cwd=project,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        start_new_session=True,
+    )
     try:
         assert wait_for(lambda: len(list(project.glob('*.met'))) == 2), 'they did not meet'
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=HOUR)
         assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err, err
-        assert wait_for(lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid'))), 'a kernel outlived the runner'
+        assert wait_for(
+            lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid'))
+        ), 'a kernel outlived the runner'
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
-    assert ran(project) == ['one smoke 0'] and [x.name for x in (project/'runs'/'smoke'/'notebooks').rglob('0*.ipynb') if 'failed' not in x.name] == ['00_one.ipynb']
+    assert ran(project) == ['one smoke 0'] and [
+        x.name for x in (project / 'runs' / 'smoke' / 'notebooks').rglob('0*.ipynb') if 'failed' not in x.name
+    ] == ['00_one.ipynb']
 
 
 # ---- all of it, at smoke scale
@@ -238,7 +288,8 @@ class Smoke:
     "A copy of the project, its store, and the first `--profile smoke` run in it: of the story, or of all notebooks."
     def __init__(self, folder: Path, whole: bool = False):
         self.code, self.store = folder/'clone', folder/'store'
-        for d in ('nbs', 'solar_repro'): shutil.copytree(ROOT/d, self.code/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+        for d in ('nbs', 'solar_repro'):
+            shutil.copytree(ROOT / d, self.code / d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
         shutil.copy(ROOT/'settings.ini', self.code)
         machinery = [p for p in (self.code/'nbs').rglob('*.ipynb') if p.parent != self.code/'nbs']
         for p in machinery:
@@ -250,13 +301,24 @@ class Smoke:
     def run(self): return run_notebooks(self.code, code=self.code, SOLAR_STORE=str(self.store))
 
     def files(self) -> dict[Path, bytes]:
-        return {p: p.read_bytes() for d in ('nbs', 'solar_repro') for p in (self.code/d).rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+        return {
+            p: p.read_bytes()
+            for d in ('nbs', 'solar_repro')
+            for p in (self.code / d).rglob('*')
+            if p.is_file() and '__pycache__' not in p.parts
+        }
 
     def papermill(self, cwd: Path, nb: str, store: Path) -> nbformat.NotebookNode:
         "What one types to run a single notebook; OUT.ipynb lands in the folder one stands in."
         cwd.mkdir(exist_ok=True)
-        done = subprocess.run([sys.executable, '-m', 'papermill', nb, 'OUT.ipynb', '-p', 'profile', 'smoke'], cwd=cwd, stdin=subprocess.DEVNULL, text=True,
-                              capture_output=True, env={**os.environ, 'PYTHONPATH': str(self.code), 'SOLAR_STORE': str(store)})
+        done = subprocess.run(
+            [sys.executable, '-m', 'papermill', nb, 'OUT.ipynb', '-p', 'profile', 'smoke'],
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            capture_output=True,
+            env={**os.environ, 'PYTHONPATH': str(self.code), 'SOLAR_STORE': str(store)},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return nbformat.read(cwd/'OUT.ipynb', 4)
 
@@ -268,8 +330,12 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture(scope='module', params=['story', pytest.param('all', marks=pytest.mark.slow)])
 def run_of(request, tmp_path_factory):
-    "The story's notebooks and the reports', which `make test` runs; or all of them: `nbdev_test` has run those, in one process."
-    return request.getfixturevalue('smoke') if request.param == 'story' else Smoke(tmp_path_factory.mktemp('all'), whole=True)
+    "The story's notebooks and the reports', which `make test` runs; or all of them, which `nbdev_test` has run, too."
+    return (
+        request.getfixturevalue('smoke')
+        if request.param == 'story'
+        else Smoke(tmp_path_factory.mktemp('all'), whole=True)
+    )
 
 
 def test_every_notebook_runs(run_of):
@@ -277,7 +343,11 @@ def test_every_notebook_runs(run_of):
     assert smoke.first.returncode == 0, smoke.first.stderr[-3000:]
     nbs = [p.relative_to(smoke.code/'nbs') for p in runner.notebooks(smoke.code/'nbs')]
     assert {p.relative_to(smoke.out/'notebooks') for p in (smoke.out/'notebooks').rglob('*.ipynb')} == set(nbs)
-    assert f'[{len(nbs)}/{len(nbs)}]' in smoke.first.stdout and 'stage 1 of ' in smoke.first.stdout and 'report.html' in smoke.first.stdout
+    assert (
+        f'[{len(nbs)}/{len(nbs)}]' in smoke.first.stdout
+        and 'stage 1 of ' in smoke.first.stdout
+        and 'report.html' in smoke.first.stdout
+    )
     assert 'Traceback' not in smoke.first.stderr
     assert smoke.files() == smoke.before                     # the sources stay as they were
 
@@ -286,7 +356,10 @@ def test_every_notebook_runs(run_of):
 def test_tables_of_the_run(n, rows, smoke):
     tasks = ['h6', 'arc', 'hellaswag', 'mmlu', 'truthfulqa', 'winogrande', 'gsm8k']
     with open(smoke.out/'tables'/f'table{n}.csv', newline='') as f: head, *body = csv.reader(f)
-    assert head[:22] == ['model', *tasks, *(f'{t}_se' for t in tasks), *(f'{t}_paper' for t in tasks)] and len(body) == rows
+    assert (
+        head[:22] == ['model', *tasks, *(f'{t}_se' for t in tasks), *(f'{t}_paper' for t in tasks)]
+        and len(body) == rows
+    )
     assert all(re.fullmatch(r'\d+\.\d\d', x) and float(x) <= 100 for r in body for x in r[1:])
     assert all((smoke.out/'tables'/f'table{n}.{e}').stat().st_size for e in ('html', 'md', 'tex'))
 
@@ -302,7 +375,9 @@ def test_a_second_run_finds_everything(smoke):
     tables = {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()}
     again = smoke.run()
     n = len(runner.notebooks(smoke.code/'nbs'))
-    assert again.returncode == 0 and again.stdout.count(': unchanged') == n and 'stage' not in again.stdout, again.stdout
+    assert (
+        again.returncode == 0 and again.stdout.count(': unchanged') == n and 'stage' not in again.stdout
+    ), again.stdout
     assert {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()} == tables
 
 

@@ -33,7 +33,7 @@ ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}              # this tree, whicheve
 
 
 def python(code: str, *args, **kw) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, '-c', code, *args], env=ENV, capture_output=True, text=True, timeout=300, **kw)
+    return subprocess.run([sys.executable, '-c', code, *args], env=ENV, capture_output=True, text=True, **kw)
 
 
 # ---- the steps of `make test` that come before pytest
@@ -67,7 +67,17 @@ def test_what_is_installed_is_what_is_pinned():
     ini = settings()
     pins = [Requirement(r) for r in shlex.split(f"{ini['requirements']} {ini['dev_requirements']}")]
     exact = {r.name for r in pins if str(r.specifier).startswith('==')}
-    assert exact >= {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'lm-eval', 'nbdev'}
+    assert exact >= {
+        'torch',
+        'transformers',
+        'trl',
+        'peft',
+        'bitsandbytes',
+        'accelerate',
+        'datasets',
+        'lm-eval',
+        'nbdev',
+    }
     found = {r.name: importlib.metadata.version(r.name).split('+')[0] for r in pins}
     wrong = [f'{r}: {found[r.name]} is installed' for r in pins if not r.specifier.contains(found[r.name])]
     assert not wrong
@@ -78,8 +88,17 @@ def test_package_data_is_packed(tmp_path):
     for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md'):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / 'solar_repro', tmp_path / 'solar_repro', ignore=shutil.ignore_patterns('__pycache__'))
-    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, check=True, capture_output=True)
-    here = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'solar_repro').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    here = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / 'solar_repro').rglob('*')
+        if p.is_file() and '__pycache__' not in p.parts
+    }
     packed = {p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file()}
     assert 'solar_repro/profiles/tiny.toml' in packed and 'solar_repro/tasks/arc.yaml' in packed
     assert 'solar_repro/tiny/base/model.safetensors' in packed
@@ -90,14 +109,16 @@ def test_package_data_is_packed(tmp_path):
 
 QUIET = '''
 import importlib, os, random, sys
-import bitsandbytes, datasets, matplotlib.pyplot, peft, scipy.stats, torch, transformers      # these may do as they like
+import bitsandbytes, datasets, matplotlib.pyplot, peft, scipy.stats, torch, transformers   # may do as they like
 from lm_eval.models.huggingface import HFLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 def refuse(event, args):
-    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'subprocess.Popen'): raise RuntimeError(f'{event} {args}')
+    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'subprocess.Popen'):
+        raise RuntimeError(f'{event} {args}')
 sys.addaudithook(refuse)
 def state():
-    return {**os.environ, 'folder': os.getcwd(), 'random': random.getstate(), 'seed': torch.initial_seed(), 'threads': torch.get_num_threads()}
+    return {**os.environ, 'folder': os.getcwd(), 'random': random.getstate(), 'seed': torch.initial_seed(),
+            'threads': torch.get_num_threads()}
 sys.stdout.flush(); sys.stderr.flush()
 print('OURS', flush=True); print('OURS', file=sys.stderr, flush=True)
 for m in sys.argv[1:]:
@@ -119,7 +140,10 @@ def test_importing_does_nothing(tmp_path):
 
 @pytest.mark.parametrize('module', LIGHT)
 def test_light_modules_leave_torch_alone(module):
-    code = 'import importlib, sys; importlib.import_module(sys.argv[1]); print([m for m in ("torch", "transformers", "lm_eval") if m in sys.modules])'
+    code = (
+        'import importlib, sys; importlib.import_module(sys.argv[1]); print([m for m in ("torch", "transformers",'
+        ' "lm_eval") if m in sys.modules])'
+    )
     done = python(code, module)
     assert (done.returncode, done.stdout.strip()) == (0, '[]'), done.stderr[-2000:]
 
@@ -139,7 +163,9 @@ def test_notebook_form(name):
     nb = read(name)
     first = nb['cells'][0]
     lines = [s for s in ''.join(first['source']).splitlines() if s.strip()]
-    assert first['cell_type'] == 'markdown' and len(lines) == 2, f'{name}: the first cell is more or less than a title and one line'
+    assert (
+        first['cell_type'] == 'markdown' and len(lines) == 2
+    ), f'{name}: the first cell is more or less than a title and one line'
     assert lines[0].startswith('# ') and lines[1].startswith('> ')
     assert nb['metadata']['kernelspec']['name'] == 'python3'
     ids = [c['id'] for c in nb['cells']]
@@ -156,7 +182,10 @@ def test_notebook_holds_no_path_of_a_machine(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_notebook_draws_by_a_seed(name):
     "A check on numbers that nobody chose fails once in a while; one such stopped a run of the book after nine minutes."
-    drawn, seeded = re.compile(r'torch\.(?:randn|rand|randint|randperm)(?:_like)?\((?!.*generator=)|default_rng\(\)'), False
+    drawn, seeded = (
+        re.compile(r'torch\.(?:randn|rand|randint|randperm)(?:_like)?\((?!.*generator=)|default_rng\(\)'),
+        False,
+    )
     for code in sources(read(name), 'code'):
         for line in code.splitlines():
             seeded = seeded or 'torch.manual_seed(' in line
@@ -174,7 +203,9 @@ def test_notebook_parameters(name):
         assert tagged, f'{name} is part of the story, which -p profile NAME chooses the scale of'
     for c in tagged:
         for stmt in ast.parse(''.join(c['source'])).body:
-            assert isinstance(stmt, ast.Assign) and isinstance(ast.literal_eval(stmt.value), (str, int, float, type(None)))
+            assert isinstance(stmt, ast.Assign) and isinstance(
+                ast.literal_eval(stmt.value), (str, int, float, type(None))
+            )
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -189,11 +220,23 @@ def test_notebook_imports_stand_alone(name):
 
 def test_papermill_runs_a_notebook_from_another_folder(tmp_path):
     out = tmp_path / 'out.ipynb'
-    cmd = [sys.executable, '-m', 'papermill', str(ROOT / 'nbs' / '00_paper.ipynb'), str(out), '-p', 'profile', 'smoke', '--no-progress-bar']
-    done = subprocess.run(cmd, cwd=tmp_path, env=ENV, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    cmd = [
+        sys.executable,
+        '-m',
+        'papermill',
+        str(ROOT / 'nbs' / '00_paper.ipynb'),
+        str(out),
+        '-p',
+        'profile',
+        'smoke',
+        '--no-progress-bar',
+    ]
+    done = subprocess.run(cmd, cwd=tmp_path, env=ENV, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'unknown parameter' not in done.stderr.lower()
-    injected = [c for c in json.loads(out.read_text())['cells'] if 'injected-parameters' in c['metadata'].get('tags', [])]
+    injected = [
+        c for c in json.loads(out.read_text())['cells'] if 'injected-parameters' in c['metadata'].get('tags', [])
+    ]
     assert len(injected) == 1 and 'smoke' in ''.join(injected[0]['source'])
 
 
@@ -210,7 +253,9 @@ def test_front_page_names_what_exists():
 
 def test_front_page_commands_exist():
     verbs = set(re.findall(r'^solar-repro (\w+)', (ROOT / 'README.md').read_text(), flags=re.M))
-    done = python("import sys; sys.argv = ['solar-repro', '--help']; from solar_repro.reports.cli import main; sys.exit(main())")
+    done = python(
+        "import sys; sys.argv = ['solar-repro', '--help']; from solar_repro.reports.cli import main; sys.exit(main())"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert verbs and not [v for v in verbs if not re.search(rf'\b{v}\b', done.stdout)]
 
@@ -263,7 +308,9 @@ class Project:
         self.calls.write_text('')
         env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'PYTHON')} | env
         named = self.python if python is None else python
-        done = subprocess.run(['make', '-C', str(self.folder), 'setup', f'PYTHON={named}'], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            ['make', '-C', str(self.folder), 'setup', f'PYTHON={named}'], env=env, capture_output=True, text=True
+        )
         return re.findall(r'^-m (\w+)', self.calls.read_text(), flags=re.M), done
 
 
@@ -304,7 +351,7 @@ def test_half_made_venv_is_repaired(project, damage):
     elif damage == 'folder':                                 # venv was stopped early
         shutil.rmtree(project.venv)
         (project.venv / 'bin').mkdir(parents=True)
-    elif damage == 'stamp':                                  # somebody's own .venv: kept, and the pins installed into it
+    elif damage == 'stamp':  # somebody's own .venv: kept, and the pins installed into it
         (project.venv / 'stamp').unlink()
     elif damage == 'moved':                                  # scripts in it name the old folder
         project.folder = project.folder.rename(project.folder.with_name('elsewhere'))
@@ -312,13 +359,20 @@ def test_half_made_venv_is_repaired(project, damage):
     assert project.make()[0] == []
 
 
-@pytest.mark.parametrize('given, asked', [
-    ([], "--profile 'tiny'"), (['PROFILE=mine.toml'], "--profile 'mine.toml'"), (['SEED=3'], "--profile 'tiny' --seed '3'"),
-])
+@pytest.mark.parametrize(
+    'given, asked',
+    [
+        ([], "--profile 'tiny'"),
+        (['PROFILE=mine.toml'], "--profile 'mine.toml'"),
+        (['SEED=3'], "--profile 'tiny' --seed '3'"),
+    ],
+)
 def test_a_profile_keeps_its_own_seed(given, asked):
     "make hands on a seed only when it is told one."
     env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'SEED', 'PROFILE')}
-    done = subprocess.run(['make', '-n', '-C', str(ROOT), 'tables', *given], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ['make', '-n', '-C', str(ROOT), 'tables', *given], env=env, capture_output=True, text=True, check=True
+    )
     command, = [s for s in done.stdout.splitlines() if 'reports.notebooks' in s]
     assert command.split('reports.notebooks ')[1].strip() == asked
 

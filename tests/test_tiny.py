@@ -1,4 +1,5 @@
-"The tiny world keeps its promises: benchmarks are held out from all training text, and the shipped base is what its record says."
+"The tiny world: benchmarks are held out from all training text, and the shipped base is what its record says."
+
 import dataclasses
 import hashlib
 import json
@@ -10,7 +11,18 @@ import sys
 import pytest
 
 from solar_repro.tiny.base import HEAD_PAGES, BaseSettings, build_tokenizer, corpus_hash, pretrain
-from solar_repro.tiny.world import ITEMS, ROWS, Problem, benchmark, corpus, leak_keys, make_world, number_key, shipped_base, training_rows
+from solar_repro.tiny.world import (
+    ITEMS,
+    ROWS,
+    Problem,
+    benchmark,
+    corpus,
+    leak_keys,
+    make_world,
+    number_key,
+    shipped_base,
+    training_rows,
+)
 
 N_ITEMS = dict(arc=700, hellaswag=700, mmlu=700, truthfulqa=200, winogrande=400, gsm8k=400)
 STORY = re.compile(r'(?:At first )?[A-Z][a-z]+ (?:has|owns) \d+ \w+\.(?: [A-Z][a-z]+ \w+ \d+ \w+\.)+')
@@ -33,7 +45,9 @@ def test_no_item_occurs_in_training_text(world, training_text, task):
     keys = {k for row in benchmark(world, task, N_ITEMS[task])['test'] for k in leak_keys(task, row)}
     assert len(keys) > 50
     found = {k for k in keys if k in training_text}
-    assert not found, f'{task}: {len(found)} of {len(keys)} held-out keys occur in training text, e.g. {sorted(found)[:3]}'
+    assert (
+        not found
+    ), f'{task}: {len(found)} of {len(keys)} held-out keys occur in training text, e.g. {sorted(found)[:3]}'
 
 
 def test_leak_search_would_find_a_leak(world, training_text):
@@ -53,11 +67,21 @@ def test_held_numbers_occur_in_no_story(world, training_text):
 
 
 def test_items_do_not_depend_on_hash_randomisation():
-    code = ("import hashlib, json; from solar_repro.tiny.world import ITEMS, ROWS, benchmark, corpus, make_world, training_rows;"
-            "w = make_world(); print(hashlib.sha256(json.dumps([benchmark(w, t, 20) for t in ITEMS] + [training_rows(w, f, 20) for f in ROWS]"
-            " + [list(corpus(w, 50))]).encode()).hexdigest())")
-    out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': s}, capture_output=True, text=True,
-                          check=True).stdout for s in '12'}
+    code = (
+        "import hashlib, json; from solar_repro.tiny.world import ITEMS, ROWS, benchmark, corpus, make_world,"
+        " training_rows;w = make_world(); print(hashlib.sha256(json.dumps([benchmark(w, t, 20) for t in ITEMS] +"
+        " [training_rows(w, f, 20) for f in ROWS] + [list(corpus(w, 50))]).encode()).hexdigest())"
+    )
+    out = {
+        subprocess.run(
+            [sys.executable, '-c', code],
+            env={**os.environ, 'PYTHONHASHSEED': s},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for s in '12'
+    }
     assert len(out) == 1
 
 
@@ -70,12 +94,24 @@ def test_shipped_base_is_what_its_record_says():
     assert hashlib.sha256((base/'model.safetensors').read_bytes()).hexdigest() == record['weights']
     assert hashlib.sha256((base/'tokenizer.json').read_bytes()).hexdigest() == record['tokenizer']
     assert (base/'model.safetensors').stat().st_size <= 12e6
-    assert build_tokenizer(make_world(settings.world_seed)).get_vocab() == json.loads((base/'tokenizer.json').read_text())['model']['vocab']
+    assert (
+        build_tokenizer(make_world(settings.world_seed)).get_vocab()
+        == json.loads((base / 'tokenizer.json').read_text())['model']['vocab']
+    )
 
 
 def test_a_short_training_learns_and_records(tmp_path):
     "The code path of the shipped base, shortened: the loss falls by nats and the record names the corpus."
-    s = dataclasses.replace(BaseSettings(), n_pages=3000, hidden_size=64, n_layers=2, n_heads=2, intermediate_size=128, compiled=False, bf16=False)
+    s = dataclasses.replace(
+        BaseSettings(),
+        n_pages=3000,
+        hidden_size=64,
+        n_layers=2,
+        n_heads=2,
+        intermediate_size=128,
+        compiled=False,
+        bf16=False,
+    )
     pretrain(tmp_path, s)
     record = json.loads((tmp_path/'record.json').read_text())
     assert record['settings'] == dataclasses.asdict(s) and record['corpus'] == corpus_hash(s, 3000)

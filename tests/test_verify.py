@@ -1,4 +1,5 @@
-"""What `verify` catches, where a number comes from, what lm-eval can read, every statistic against a reference, and two seeds beside each other."""
+"""What `verify` catches, where a number comes from, what lm-eval can read, statistics against references, two seeds."""
+
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from solar_repro.core.files import content_hash, file_hash
 from solar_repro.core.display import explore
 from solar_repro.paper import H6_TASKS
 
-# ---- verify -----------------------------------------------------------------------------------------------------------
+# ---- verify
 
 @pytest.fixture(scope='module')
 def whole(full, tmp_path_factory):
@@ -64,13 +65,22 @@ def test_a_whole_run_has_no_fault(whole):
     assert found.empty, found.to_string()
     exp = Experiment('smoke', store=whole[0])
     n = 16*6*exp.profile.eval.n_items
-    assert f'{len(exp.graph)} artifacts' in said and f'{16*7} scores counted again from {n} answers' in said and '23 tables compared' in said
+    assert (
+        f'{len(exp.graph)} artifacts' in said
+        and f'{16*7} scores counted again from {n} answers' in said
+        and '23 tables compared' in said
+    )
 
 def test_no_model_is_loaded_and_nothing_is_built(whole, monkeypatch):
     import solar_repro.eval
     import solar_repro.models.adapters
     from solar_repro.core.store import Store
-    for module, name in ((solar_repro.eval, 'materialize'), (solar_repro.models.adapters, 'materialize'), (Store, 'build'), (Experiment, 'materialized')):
+    for module, name in (
+        (solar_repro.eval, 'materialize'),
+        (solar_repro.models.adapters, 'materialize'),
+        (Store, 'build'),
+        (Experiment, 'materialized'),
+    ):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('needed a model'))
     assert problems(*whole)[1].empty
 
@@ -79,24 +89,49 @@ def test_counted_again_are_the_scores_and_records_of_the_lab(whole):
     scores, records, wrong = recounted(exp)
     assert wrong.empty
     pd.testing.assert_frame_equal(scores, exp.scores(), check_exact=True)
-    both = [x.sort_values(['model', 'task', 'doc_id'], ignore_index=True)[['model', 'task', 'doc_id', 'score']] for x in (records, exp.samples())]
+    both = [
+        x.sort_values(['model', 'task', 'doc_id'], ignore_index=True)[['model', 'task', 'doc_id', 'score']]
+        for x in (records, exp.samples())
+    ]
     pd.testing.assert_frame_equal(*both, check_exact=True)
 
 def change_score(path):
     s = json.loads((path/'score.json').read_text()); s['score'] += .01; s['protocols']['modern']['score'] += .01
     (path/'score.json').write_text(json.dumps(s))
 
-def change_answer(path): put(path/'items.parquet', lambda x: x.update(loglikelihoods=[-1e-9 if i != x['prediction'] else -99. for i in range(len(x['loglikelihoods']))]))
+
+def change_answer(path):
+    put(
+        path / 'items.parquet',
+        lambda x: x.update(
+            loglikelihoods=[-1e-9 if i != x['prediction'] else -99.0 for i in range(len(x['loglikelihoods']))]
+        ),
+    )
+
+
 def change_item_score(path): put(path/'items.parquet', lambda x: x.update(score=1. - x['score']))
 def change_question(path): put(path/'items.parquet', lambda x: x.update(asked='0'*64))
 
-@pytest.mark.parametrize('change, says', ((change_score, 'score'), (change_item_score, 'score of item 1'), (change_question, 'asked of item 1'), (change_answer, 'prediction of item 1')))
+
+@pytest.mark.parametrize(
+    'change, says',
+    (
+        (change_score, 'score'),
+        (change_item_score, 'score of item 1'),
+        (change_question, 'asked of item 1'),
+        (change_answer, 'prediction of item 1'),
+    ),
+)
 def test_a_changed_score_or_record_is_caught_even_with_its_hashes_redone(change, says, mine, capsys):
     store, folder = mine
     path = artifact(store, 'eval/DPO v2/arc')
     change(path)
     said, found = problems(store, folder)
-    assert found['where'].str.contains('DPO v2/arc').all() and len(found) == 1 and found['what'][0] in ('score.json', 'items.parquet')   # the hash
+    assert (
+        found['where'].str.contains('DPO v2/arc').all()
+        and len(found) == 1
+        and found['what'][0] in ('score.json', 'items.parquet')
+    )  # the hash
     forge(path)
     said, found = problems(store, folder)
     assert says in ' '.join(found['what']) and (found['where'] == 'eval/DPO v2/arc').all()
@@ -109,9 +144,14 @@ def test_a_changed_weight_file_is_caught_even_with_its_hashes_redone(mine, capsy
     file = path/'adapter'/'adapter_model.safetensors'
     data = bytearray(file.read_bytes()); data[-1] ^= 1; file.write_bytes(data)
     found = problems(store, folder)[1]
-    assert found['what'].tolist() == ['adapter/adapter_model.safetensors'] and found['where'].str.contains('SFT v3').all()
-    assert main(['verify', '--profile', 'smoke', '--store', str(store)]) == 1 and 'adapter_model.safetensors' in capsys.readouterr().out
-    forge(path)                                                # now the models made from it are of another adapter than the one that is there
+    assert (
+        found['what'].tolist() == ['adapter/adapter_model.safetensors'] and found['where'].str.contains('SFT v3').all()
+    )
+    assert (
+        main(['verify', '--profile', 'smoke', '--store', str(store)]) == 1
+        and 'adapter_model.safetensors' in capsys.readouterr().out
+    )
+    forge(path)  # now the models made from it are of another adapter than the one that is there
     said, found = problems(store, folder)
     assert len(found) and (found['what'] == 'input SFT v3').all() and found['where'].str.contains('DPO v1').any()
 
@@ -127,7 +167,10 @@ def test_what_is_gone_or_cannot_be_read_is_caught(mine):
     said, found = problems(store, folder)
     assert found['found'].str.contains('Merge v1').all() and len(found) == 23
 
-@pytest.mark.parametrize('name', ('table3.csv', 'table5.md', 'table6.html', 'table7.tex', 'claims.csv', 'comparisons.csv'))
+
+@pytest.mark.parametrize(
+    'name', ('table3.csv', 'table5.md', 'table6.html', 'table7.tex', 'claims.csv', 'comparisons.csv')
+)
 def test_a_changed_table_is_caught(name, mine):
     store, folder = mine
     lines = (folder/name).read_text().splitlines()
@@ -149,28 +192,39 @@ def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
         of = exp.requests(t)[0]
         for x in exp.items('Merge v4', t).to_dict('records'):
             want = judged(t, of[x['doc_id']], x)
-            assert x['score'] == pytest.approx(want['score'], abs=1e-12) and np.all(x['gold'] == np.array(want['gold'])) and x['prediction'] == want['prediction']
+            assert (
+                x['score'] == pytest.approx(want['score'], abs=1e-12)
+                and np.all(x['gold'] == np.array(want['gold']))
+                and x['prediction'] == want['prediction']
+            )
 
 def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
-    "lm-eval cleans HellaSwag's endings before it counts their characters, and its TruthfulQA has no plainly worded answers."
+    "lm-eval cleans HellaSwag's endings before it counts characters, and its TruthfulQA has no plainly worded answers."
     from test_sources import FILES, model_of, profile_of, put, rows_of
     for k, name in enumerate(FILES):
         rows = rows_of(name)
-        if name.startswith('hellaswag'): rows = [r | dict(endings=[f'[header] {e} [title] on'*(j + 1) for j, e in enumerate(r['endings'])]) for r in rows]
+        if name.startswith('hellaswag'):
+            rows = [
+                r | dict(endings=[f'[header] {e} [title] on' * (j + 1) for j, e in enumerate(r['endings'])])
+                for r in rows
+            ]
         put(tmp_path/'data', name, rows, ('.jsonl', '.parquet')[k % 2])
     exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base'), tmp_path/'data'), store=tmp_path/'store')
     exp.run([f'eval/{m}/{t}' for m in ('base', 'SFT v4') for t in H6_TASKS])
     said, found = verify(exp, tmp_path/'none')
     assert found.empty and '12 scores counted again from 48 answers' in said, found.to_string()
     assert any('[' not in c for d in exp.requests('hellaswag')[0] for c in BENCHMARKS['hellaswag'].choices(d))
-    for t in H6_TASKS: assert all(isinstance(x, str) for x in exp.flips('base', 'SFT v4', t)[['gold', 'base says', 'prompt']].to_numpy().flat)
+    for t in H6_TASKS:
+        assert all(
+            isinstance(x, str) for x in exp.flips('base', 'SFT v4', t)[['gold', 'base says', 'prompt']].to_numpy().flat
+        )
     file = next(f for f in export_results(exp, tmp_path/'out', ['base']) if f.name.startswith('samples_hellaswag'))
     assert '[header]' not in json.loads(file.read_text().splitlines()[0])['arguments']['gen_args_0']['arg_1']
     path = exp.find('eval/base/hellaswag').path
     change_item_score(path); forge(path)
     assert 'score of item 1' in set(verify(exp, tmp_path/'none')[1]['what'])
 
-# ---- one number, two models, lm-eval's files --------------------------------------------------------------------------
+# ---- one number, two models, lm-eval's files
 
 def command(store, *words): return main([*words, '--profile', 'smoke', '--store', str(store)])
 
@@ -179,8 +233,12 @@ def test_show_prints_the_lineage_of_one_number(full, capsys):
     out = capsys.readouterr().out
     exp = Experiment('smoke', store=full)
     s = exp.scores(['Merge v4']).set_index('task').loc['gsm8k']
-    assert out.startswith(f"Merge v4, gsm8k: {100*s['score']:.2f} % ± {100*s['se']:.2f} of {s['n']} items (exact_match, modern; smoke test, seed 0)")
-    for n in exp.needs(['eval/Merge v4/gsm8k']): assert re.search(rf'^ *{re.escape(n)}: ', out, re.M) and exp.show(n)['key'][:12] in out
+    assert out.startswith(
+        f"Merge v4, gsm8k: {100*s['score']:.2f} % ± {100*s['se']:.2f} of {s['n']} items (exact_match, modern; smoke"
+        " test, seed 0)"
+    )
+    for n in exp.needs(['eval/Merge v4/gsm8k']):
+        assert re.search(rf'^ *{re.escape(n)}: ', out, re.M) and exp.show(n)['key'][:12] in out
     assert 'SFT v1' not in re.findall(r'^ *(.*?):', out, re.M) and 'num_fewshot 2' in out
     assert command(full, 'show', 'data/openorca', 'gsm8k') == 2 and 'is no model' in capsys.readouterr().err
     assert command(full, 'show', 'Merge v4', 'gsm9k') == 2 and "no benchmark 'gsm9k'" in capsys.readouterr().err
@@ -197,13 +255,18 @@ def test_flips_show_prompts_and_outputs(task, full, capsys):
     assert len(found) == (a['score'] != b['score']).sum()
     asked = exp.requests(task)[1]
     from solar_repro.eval import request_hash
-    assert {i: request_hash(r) for i, r in asked.items()} == dict(zip(a['doc_id'], a['asked']))      # the prompts that were asked
+    assert {i: request_hash(r) for i, r in asked.items()} == dict(
+        zip(a['doc_id'], a['asked'])
+    )  # the prompts that were asked
     for x in found.to_dict('records'):
         assert x['prompt'] == asked[x['doc_id']][0].args[0] and x['change'] == x['DPO v2'] - x['base'] != 0
         assert isinstance(x['gold'], str) and all(isinstance(x[f'{m} says'], str) for m in ('base', 'DPO v2'))
     assert command(full, 'diff', 'base', 'DPO v2', '--task', task) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f'{task}, smoke test, seed 0: {(found["change"] > 0).sum()} items for DPO v2, {(found["change"] < 0).sum()} for base')
+    assert out.startswith(
+        f'{task}, smoke test, seed 0: {(found["change"] > 0).sum()} items for DPO v2, {(found["change"] < 0).sum()} for'
+        ' base'
+    )
     for x in found.to_dict('records'): assert x['prompt'] in out and f"item {x['doc_id']}\n" in out
 
 def test_the_table_of_flips_is_a_page_of_its_own(full):
@@ -228,19 +291,45 @@ def test_what_is_exported_is_lm_evals(full, tmp_path, capsys):
     s = exp.scores(['SFT v3 + v4']).set_index('task')
     for t in H6_TASKS:
         metric = s.loc[t, 'metric']
-        assert r['results'][t][f'{metric},none'] == s.loc[t, 'score'] and r['results'][t][f'{metric}_stderr,none'] == s.loc[t, 'se']
+        assert (
+            r['results'][t][f'{metric},none'] == s.loc[t, 'score']
+            and r['results'][t][f'{metric}_stderr,none'] == s.loc[t, 'se']
+        )
         (samples,) = folder.glob(f'samples_{t}_*.jsonl')
         lines = [strict(l) for l in samples.read_text().splitlines()]
-        assert np.mean([l[metric] for l in lines]) == pytest.approx(s.loc[t, 'score']) and len(lines) == r['n-samples'][t]['effective']
-        assert {'doc_id', 'doc', 'target', 'arguments', 'resps', 'filtered_resps', 'filter', 'metrics'} <= lines[0].keys()
+        assert (
+            np.mean([l[metric] for l in lines]) == pytest.approx(s.loc[t, 'score'])
+            and len(lines) == r['n-samples'][t]['effective']
+        )
+        assert {'doc_id', 'doc', 'target', 'arguments', 'resps', 'filtered_resps', 'filter', 'metrics'} <= lines[
+            0
+        ].keys()
         assert len(lines[0]['arguments']) == len(lines[0]['resps']) and lines[0]['arguments']['gen_args_0']['arg_0']
-    assert [l.split('|')[1].strip() for l in make_table(r).splitlines()[2:]] == sorted(H6_TASKS)    # lm-eval's own printer reads it
+    assert [l.split('|')[1].strip() for l in make_table(r).splitlines()[2:]] == sorted(
+        H6_TASKS
+    )  # lm-eval's own printer reads it
     assert command(full, 'results', str(out)) == 2 and 'holds files' in capsys.readouterr().err
     with pytest.raises(ValueError, match='is a file'): export_results(exp, file)
 
-# ---- statistics -------------------------------------------------------------------------------------------------------
+# ---- statistics
 
-DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48] # cross- less self-fertilised maize, eighths of an inch
+DARWIN = [
+    49,
+    -67,
+    8,
+    16,
+    6,
+    23,
+    28,
+    41,
+    14,
+    29,
+    56,
+    24,
+    75,
+    60,
+    -48,
+]  # cross- less self-fertilised maize, eighths of an inch
 
 def test_swapped_signs_give_fishers_result():
     "The Design of Experiments (1935), section 21: of 32768 ways to give signs, 863 have a sum of 314 or more."
@@ -252,7 +341,9 @@ def test_swapped_signs_give_fishers_result():
 def test_swapped_signs_agree_with_scipy():
     rng = np.random.default_rng(3)
     x = rng.normal(.3, 1, 10)
-    exact = stats.permutation_test((x, np.zeros(10)), lambda a, b, axis: np.sum(a - b, axis=axis), permutation_type='samples', n_resamples=np.inf)
+    exact = stats.permutation_test(
+        (x, np.zeros(10)), lambda a, b, axis: np.sum(a - b, axis=axis), permutation_type='samples', n_resamples=np.inf
+    )
     assert ours._swapped(x.tobytes()) == pytest.approx(exact.pvalue)
     assert ours._swapped(np.zeros(5).tobytes()) == 1.
 
@@ -268,7 +359,7 @@ def pairs_of(both, first, second, neither):
     return [1.]*both + [1.]*first + [0.]*second + [0.]*neither, [1.]*both + [0.]*first + [1.]*second + [0.]*neither
 
 def test_the_error_of_a_difference_is_bonetts_and_prices():
-    "The example of the R package statpsych, ci.prop.ps(.05, 12, 4, 26, 6): 48 pairs, 26 and 4 of them unlike, standard error 0.09448809."
+    "The example of the R package statpsych, ci.prop.ps(.05, 12, 4, 26, 6): 48 pairs, 26 and 4 unlike, 0.09448809."
     a, b = pairs_of(12, 26, 4, 6)
     assert ours.paired(a, b).se == pytest.approx(.09448809, abs=1e-8)
     d = np.array([*np.subtract(a, b), 1, -1])
@@ -285,25 +376,30 @@ def test_no_difference_seen_is_not_known_to_be_none(n):
     assert ours.difference_se(shares, shares) == pytest.approx(math.sqrt(2)*stats.sem(shares))
 
 def test_the_interval_of_a_difference_holds_what_it_should():
-    "Two standard errors either way, against simulated models that agree on 97 of 100 items; a plain standard error is zero now and then."
+    "Two standard errors either way, against simulated models that agree on 97 of 100 items; a plain one may be 0."
     rng, n, p = np.random.default_rng(0), 60, (.02, .01)
     held = {}
     for k in range(3000):
         u = rng.random(n); d = (u < p[0]).astype(float) - (u > 1 - p[1])
         a, b = (d > 0).astype(float), (d < 0).astype(float)
-        for name, se in (('ours', ours.difference_se(a, b)), ('plain', stats.sem(d))): held.setdefault(name, []).append(abs(d.mean() - (p[0] - p[1])) <= 2*se)
+        for name, se in (('ours', ours.difference_se(a, b)), ('plain', stats.sem(d))):
+            held.setdefault(name, []).append(abs(d.mean() - (p[0] - p[1])) <= 2 * se)
     assert np.mean(held['ours']) > .94 > .9 > np.mean(held['plain'])
 
 def test_holm_against_statsmodels():
     p = [.01, .04, .03, .005, .9]
-    assert ours.holm(p) == pytest.approx([.04, .09, .09, .025, .9]) and ours.holm(p) == pytest.approx(multipletests(p, method='holm')[1])
+    assert ours.holm(p) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.9]) and ours.holm(p) == pytest.approx(
+        multipletests(p, method='holm')[1]
+    )
     assert all(type(x) is float for x in ours.holm(np.array(p, np.float32))) and ours.holm([]) == []
 
 def test_errors_of_scores_against_scipy_and_statsmodels():
     xs = np.random.default_rng(0).random(50)
     assert mean_se(xs) == pytest.approx((xs.mean(), stats.sem(xs)))
     for right, n in ((0, 20), (20, 20), (10, 20), (3, 6), (1, 2)):
-        low, high = proportion_confint(right, n, alpha=2*stats.norm.sf(2), method='agresti_coull')     # four items added: z = 2
+        low, high = proportion_confint(
+            right, n, alpha=2 * stats.norm.sf(2), method='agresti_coull'
+        )  # four items added: z = 2
         mean, se = mean_se([1.]*right + [0.]*(n - right))
         p = (right + 2)/(n + 4)
         assert mean == right/n and se >= math.sqrt(p*(1 - p)/(n + 4)) - 1e-12
@@ -311,16 +407,24 @@ def test_errors_of_scores_against_scipy_and_statsmodels():
         if right in (0, n): assert 4*se == pytest.approx(high - low, rel=.01) or high in (0., 1.) or low == 0.
     xs, groups = [1., 0., 1., 1., 0., 0.], list('aabbbb')
     means = [np.mean(v) for v in ([1, 0], [1, 1, 0, 0])]
-    assert mean_of_groups(xs, groups) == pytest.approx((np.mean(means), math.hypot(stats.sem([1, 0]), stats.sem([1, 1, 0, 0]))/2))
+    assert mean_of_groups(xs, groups) == pytest.approx(
+        (np.mean(means), math.hypot(stats.sem([1, 0]), stats.sem([1, 1, 0, 0])) / 2)
+    )
     assert h6_se({t: .06 for t in H6_TASKS}) == pytest.approx(.06/math.sqrt(6))
 
 def test_the_difference_of_h6_against_a_bootstrap():
     rng = np.random.default_rng(1)
     a, b = ({t: (rng.random(80) < .6).astype(float) for t in H6_TASKS} for _ in range(2))
     got = ours.paired_mean(a, b)
-    d = np.array([np.mean([x[rng.integers(80, size=80)].mean() for x in (a[t] - b[t] for t in H6_TASKS)]) for _ in range(2000)])
-    assert got.difference == pytest.approx(np.mean([a[t].mean() - b[t].mean() for t in H6_TASKS])) and got.se == pytest.approx(d.std(), rel=.1)
-    assert got.p == pytest.approx(2*stats.norm.sf(abs(got.difference)/got.se), abs=.06)      # sums of whole items: a step is some hundredths
+    d = np.array(
+        [np.mean([x[rng.integers(80, size=80)].mean() for x in (a[t] - b[t] for t in H6_TASKS)]) for _ in range(2000)]
+    )
+    assert got.difference == pytest.approx(
+        np.mean([a[t].mean() - b[t].mean() for t in H6_TASKS])
+    ) and got.se == pytest.approx(d.std(), rel=0.1)
+    assert got.p == pytest.approx(
+        2 * stats.norm.sf(abs(got.difference) / got.se), abs=0.06
+    )  # sums of whole items: a step is some hundredths
 
 def test_benchmarks_of_unlike_size_count_alike_in_h6():
     one = {t: np.array([1., 0.]*5) for t in H6_TASKS}
@@ -344,9 +448,15 @@ def test_what_can_be_resolved_is_found_four_times_in_five():
 def test_the_two_noises_are_told_apart():
     "Invented runs: the items have one known error, trainings scatter by another."
     rng = np.random.default_rng(0)
-    frame = lambda seed: pd.DataFrame([dict(model=m, task='arc', score=.6 + .05*rng.normal(), se=.02) for m in map(str, range(300))])
+    frame = lambda seed: pd.DataFrame(
+        [dict(model=m, task='arc', score=0.6 + 0.05 * rng.normal(), se=0.02) for m in map(str, range(300))]
+    )
     x = ours.noise({s: frame(s) for s in range(5)})
-    assert x['item_se'].to_numpy() == pytest.approx(.02) and (x['training_sd']**2).mean()**.5 == pytest.approx(.05, rel=.06) and (x['seeds'] == 5).all()
+    assert (
+        x['item_se'].to_numpy() == pytest.approx(0.02)
+        and (x['training_sd'] ** 2).mean() ** 0.5 == pytest.approx(0.05, rel=0.06)
+        and (x['seeds'] == 5).all()
+    )
 
 def test_the_papers_scores_have_binomial_errors():
     s = tables.paper_scores()
@@ -356,7 +466,10 @@ def test_the_papers_scores_have_binomial_errors():
         low, high = proportion_confint(p*k, k, alpha=2*stats.norm.sf(1), method='normal')
         assert s.loc[('SFT v3', t), 'se'] == pytest.approx((high - low)/2, rel=1e-3)
     six = [s.loc[('SFT v3', t), 'se'] for t in H6_TASKS]
-    assert s.loc[('SFT v3', 'h6'), 'se'] == pytest.approx(np.linalg.norm(six)/6) and .003 < s.loc[('SFT v3', 'h6'), 'se'] < .006
+    assert (
+        s.loc[('SFT v3', 'h6'), 'se'] == pytest.approx(np.linalg.norm(six) / 6)
+        and 0.003 < s.loc[('SFT v3', 'h6'), 'se'] < 0.006
+    )
 
 def test_a_claim_on_the_paper_is_judged_by_those_errors():
     s, c = tables.paper_scores(), paper.CLAIMS[0]
@@ -367,11 +480,28 @@ def test_a_claim_on_the_paper_is_judged_by_those_errors():
     row = tables.claims(fake, [c]).iloc[0]
     assert row['paper_parts'][0] == tables.judge(op, d, se) and f'{100*d:+.2f} ± {100*se:.2f}' in row['paper_numbers']
 
-# ---- marks ------------------------------------------------------------------------------------------------------------
+# ---- marks
 
-def items_of(scores): return pd.DataFrame([dict(model=m, task=t, doc_id=i, score=float(x)) for m, xs in scores.items() for t in H6_TASKS for i, x in enumerate(xs)])
 
-def scores_of(records): return records.groupby(['model', 'task'], sort=False)['score'].agg(score='mean', se='sem').reset_index().assign(metric='acc', n=10)
+def items_of(scores):
+    return pd.DataFrame(
+        [
+            dict(model=m, task=t, doc_id=i, score=float(x))
+            for m, xs in scores.items()
+            for t in H6_TASKS
+            for i, x in enumerate(xs)
+        ]
+    )
+
+
+def scores_of(records):
+    return (
+        records.groupby(['model', 'task'], sort=False)['score']
+        .agg(score='mean', se='sem')
+        .reset_index()
+        .assign(metric='acc', n=10)
+    )
+
 
 def test_best_is_marked_where_it_is_not_resolved():
     names, n = tables.models(7), 40
@@ -390,11 +520,15 @@ def test_a_title_and_the_marks_below_it_say_the_same():
     right = dict(zip(names, (40, 36, 30, 29)))
     records = items_of({m: [1]*k + [0]*(n - k) for m, k in right.items()})
     t = tables.table(7, scores_of(records))
-    assert f'{names[0]} has the highest H6 (66.7) and is ahead of {names[1]} (+6.7 ±' in tables.finding(7, t, 'x', records)
+    assert f'{names[0]} has the highest H6 (66.7) and is ahead of {names[1]} (+6.7 ±' in tables.finding(
+        7, t, 'x', records
+    )
     assert 'h6' not in tables.unresolved(t, records) and 'is not resolved from' in tables.finding(7, t, 'x')
     fig = tables.figure(7, scores_of(records), 'x', records=records)
     assert 'is ahead of' in fig._suptitle.get_text(); tables.plt.close(fig)
-    close = items_of({m: [1]*(40 if k == 0 else 39) + [0]*(20 if k == 0 else 21) for k, m in enumerate(names)}).query('task == "arc" or model != @names[0]')
+    close = items_of(
+        {m: [1] * (40 if k == 0 else 39) + [0] * (20 if k == 0 else 21) for k, m in enumerate(names)}
+    ).query('task == "arc" or model != @names[0]')
     close = pd.concat([close, items_of({names[0]: [1]*39 + [0]*21}).query('task != "arc"')])
     t = tables.table(7, scores_of(close))
     assert 'h6' in tables.unresolved(t, close) and 'is not resolved from' in tables.finding(7, t, 'x', close)
@@ -403,7 +537,9 @@ def test_comparisons_are_corrected_over_their_table(full):
     records = Experiment('smoke', store=full).samples()
     for n in range(3, 8):
         c = tables.comparisons(n, records)
-        assert c['p_holm'].tolist() == pytest.approx(multipletests(c['p'], method='holm')[1]) and c['resolvable'].to_numpy() == pytest.approx(2.8016*c['se'], rel=1e-3)
+        assert c['p_holm'].tolist() == pytest.approx(multipletests(c['p'], method='holm')[1]) and c[
+            'resolvable'
+        ].to_numpy() == pytest.approx(2.8016 * c['se'], rel=1e-3)
         assert len(c) == len(tables.compared(n)) and not c.isna().any().any()
     for x in tables.compared(7): assert x[0] == 'h6' or x[0] in H6_TASKS
 
@@ -411,19 +547,25 @@ def test_every_claim_has_its_paired_test():
     tested = {(t, frozenset((a, b))) for n in range(3, 8) for t, a, b in tables.compared(n)}
     assert {(t, frozenset((a, b))) for c in paper.CLAIMS for t, a, _, b in c.parts} <= tested
 
-# ---- protocols --------------------------------------------------------------------------------------------------------
+# ---- protocols
 
 def test_the_difference_of_protocols_is_that_of_their_rules(full):
     exp = Experiment('smoke', store=full)
     both = exp.protocols().set_index(['model', 'task'])
     for m in exp.models:
         x = exp.items(m, 'gsm8k')
-        assert both.loc[(m, 'gsm8k'), 'leaderboard-2023'] == np.mean([correct_2023(t, g) for t, g in zip(x['text'], x['gold'])])
+        assert both.loc[(m, 'gsm8k'), 'leaderboard-2023'] == np.mean(
+            [correct_2023(t, g) for t, g in zip(x['text'], x['gold'])]
+        )
         x = exp.items(m, 'mmlu')
-        assert both.loc[(m, 'mmlu'), 'leaderboard-2023'] == pytest.approx(x.groupby('subject')['score'].mean().mean()) and both.loc[(m, 'mmlu'), 'modern'] == x['score'].mean()
-        for t in ('arc', 'hellaswag', 'truthfulqa', 'winogrande'): assert both.loc[(m, t), 'modern'] == both.loc[(m, t), 'leaderboard-2023']
+        assert (
+            both.loc[(m, 'mmlu'), 'leaderboard-2023'] == pytest.approx(x.groupby('subject')['score'].mean().mean())
+            and both.loc[(m, 'mmlu'), 'modern'] == x['score'].mean()
+        )
+        for t in ('arc', 'hellaswag', 'truthfulqa', 'winogrande'):
+            assert both.loc[(m, t), 'modern'] == both.loc[(m, t), 'leaderboard-2023']
 
-# ---- seeds ------------------------------------------------------------------------------------------------------------
+# ---- seeds
 
 def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, monkeypatch, capsys):
     store, project = shutil.copytree(full, tmp_path/'store'), tmp_path/'project'
@@ -433,7 +575,9 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
     assert main(['run', *words]) == 0
     labs = Experiment('two.toml', store=store).repeated()
     runs = {s: l.scores() for s, l in labs.items()}
-    assert list(labs) == [0, 1] and {a.manifest['seed'] for a in labs[0].store.entries() if a.kind in ('sft', 'dpo')} == {0, 1}
+    assert list(labs) == [0, 1] and {
+        a.manifest['seed'] for a in labs[0].store.entries() if a.kind in ('sft', 'dpo')
+    } == {0, 1}
     out = project/'runs'/'two'
     noise = pd.read_csv(out/'tables'/'noise.csv').set_index(['model', 'task'])
     x = {s: tables.with_h6(r) for s, r in runs.items()}
@@ -444,7 +588,10 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
     row = next(l for l in (out/'tables'/'table3.md').read_text().splitlines() if l.startswith('| SFT v1'))
     key = ('SFT v1', 'truthfulqa')
     assert f"± {100*x[0].loc[key, 'se']:.1f} ± {noise.loc[key, 'training_sd']:.1f}" in row
-    assert 'over 2 trainings' in (out/'tables'/'table3.md').read_text() and 'Item noise and training noise' in (out/'report.html').read_text()
+    assert (
+        'over 2 trainings' in (out / 'tables' / 'table3.md').read_text()
+        and 'Item noise and training noise' in (out / 'report.html').read_text()
+    )
     capsys.readouterr()
     assert main(['verify', *words]) == 0
     assert '24 tables compared' in (said := capsys.readouterr().out) and f'{2*16*7} scores' in said

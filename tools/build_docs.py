@@ -29,8 +29,16 @@ from smalldocs.site import build
 os.chdir(Path(__file__).resolve().parents[1])
 cfg = get_config()
 BASE = re.escape((cfg.doc_host + cfg.doc_baseurl).rstrip('/') + '/')
-SECTIONS = {'.': 'The story', 'tiny': 'The tiny world', 'core': 'Core', 'models': 'Models', 'inference': 'Inference',
-            'merging': 'Merging', 'pipeline': 'Pipeline', 'reports': 'Reports'}   # in this order; others by their own name, last
+SECTIONS = {
+    '.': 'The story',
+    'tiny': 'The tiny world',
+    'core': 'Core',
+    'models': 'Models',
+    'inference': 'Inference',
+    'merging': 'Merging',
+    'pipeline': 'Pipeline',
+    'reports': 'Reports',
+}  # in this order; others by their own name, last
 EXPORT = re.compile(r'^#\|\s*exports?\b.*\n?', flags=re.M)
 
 
@@ -73,12 +81,21 @@ def show_exports(nb, reference: str) -> None:
             c.source = EXPORT.sub('', c.source, count=1)
             defined = [d for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef))]
             public = [full_name(d) for d in defined if d.name[0] != '_' and not is_property(d)]
-            others = [full_name(d) for d in defined if full_name(d) not in public]          # nbdev links to these and to methods too
-            others += [f'{d.name}.{m.name}' for d in defined if isinstance(d, ast.ClassDef) for m in d.body if isinstance(m, ast.FunctionDef)]
+            others = [
+                full_name(d) for d in defined if full_name(d) not in public
+            ]  # nbdev links to these and to methods too
+            others += [
+                f'{d.name}.{m.name}'
+                for d in defined
+                if isinstance(d, ast.ClassDef)
+                for m in d.body
+                if isinstance(m, ast.FunctionDef)
+            ]
             links = ' '.join(f'<a id="{n.lower()}" href="{reference}#{n}"><code>{n}</code></a>' for n in public)
             anchors = ''.join(f'<a id="{n.lower()}"></a>' for n in others)
             if defined:
-                cells.append(mk_cell(f'<p class="{"defines" if public else "anchors"}">{"reference: " if public else ""}{links}{anchors}</p>', cell_type='markdown'))
+                kind, said = ('defines', 'reference: ') if public else ('anchors', '')
+                cells.append(mk_cell(f'<p class="{kind}">{said}{links}{anchors}</p>', cell_type='markdown'))
         if body and all(isinstance(b, (ast.Import, ast.ImportFrom)) for b in body) and '#| hide' not in c.source:
             if imports and imports is cells[-1]:
                 imports.source += f'\n\n{c.source}'
@@ -113,7 +130,9 @@ def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) 
     up = '../' * len(folder.parts)
     nb = read_nb(src)
     if not take_outputs(nb, run / src.relative_to(nbs)) and run.is_dir() and src.name != 'index.ipynb':
-        print(f'{src.relative_to(nbs)}: not as it was executed for {run.parent.name}; shown with the outputs stored in it')
+        print(
+            f'{src.relative_to(nbs)}: not as it was executed for {run.parent.name}; shown with the outputs stored in it'
+        )
     module = next((m[1] for c in nb.cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, flags=re.M))), '')
     show_exports(nb, f"{up}{pages.get(f'{cfg.lib_name}.{module}', '')}")
     alt_texts(nb)
@@ -131,7 +150,9 @@ def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) 
             if 'text/markdown' in d:
                 d['text/markdown'] = fix_md(''.join(d['text/markdown']), up)
             if 'text/html' in d:
-                d['text/html'] = ''.join(d['text/html']).replace('<table border="1" class="dataframe">', '<table class="dataframe">')
+                d['text/html'] = ''.join(d['text/html']).replace(
+                    '<table border="1" class="dataframe">', '<table class="dataframe">'
+                )
     (proc / folder).mkdir(parents=True, exist_ok=True)
     write_nb(nb, proc / out)
     return out.as_posix()
@@ -176,11 +197,22 @@ def offline(site: Path) -> None:
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument('--profile', default='tiny', help='name or file: the run in runs/ whose executed notebooks are shown (default: tiny)')
+    ap.add_argument(
+        '--profile',
+        default='tiny',
+        help='name or file: the run in runs/ whose executed notebooks are shown (default: tiny)',
+    )
     args = ap.parse_args()
     refresh_quarto_yml()                       # nbs/nbdev.yml from settings.ini
-    nbs, proc, run = cfg.nbs_path.resolve(), cfg.config_path / '_proc', cfg.config_path / 'runs' / Path(args.profile).stem / 'notebooks'
-    print(f'outputs: {run.relative_to(cfg.config_path) if run.is_dir() else "as stored in nbs/ (run `make tables` first to have a run shown)"}')
+    nbs, proc, run = (
+        cfg.nbs_path.resolve(),
+        cfg.config_path / '_proc',
+        cfg.config_path / 'runs' / Path(args.profile).stem / 'notebooks',
+    )
+    print(
+        'outputs:',
+        run.relative_to(cfg.config_path) if run.is_dir() else 'as stored in nbs/ (`make tables` first has a run shown)',
+    )
     shutil.rmtree(proc, ignore_errors=True)
     proc.mkdir()
     sources = sorted(nbglob(as_path=True), key=lambda p: p.resolve().relative_to(nbs).as_posix())

@@ -1,9 +1,10 @@
-"""Take the outputs of a run into nbs/: `keep_outputs.py [--profile tiny]` reads the notebooks that `make tables` executed.
+"""Take the outputs of a run into nbs/: `keep_outputs.py [--profile tiny]` reads what `make tables` executed.
 
 What differs between two executions on one store, or between two machines, is left out or named alike: what was said on
 standard error (warnings, progress), paths of the project, names of temporary folders. Pictures keep 64 colours, which
 makes them a third as large and looks the same.
 """
+
 import argparse
 import base64
 import hashlib
@@ -52,7 +53,7 @@ def tidy(outputs: list) -> list:
 
 
 def take_outputs(nb, executed: Path) -> bool:
-    "Copy outputs by cell id: the notebook keeps its own cells, tags and parameters. False, and nothing copied, if its cells are not those that ran."
+    "Copy outputs by cell id; False, and nothing copied, if the cells are not those that ran."
     if not executed.is_file():
         return False
     done = {c.id: c for c in nbformat.read(executed, 4).cells}
@@ -80,7 +81,10 @@ def main() -> None:
             other.append(name.as_posix())
     subprocess.run([str(Path(sys.executable).parent / 'nbdev_clean')], check=True, cwd=ROOT)
     if other:
-        sys.exit(f'keep_outputs: {", ".join(other)}: not as executed for {args.profile}; expected every notebook as it ran. Run `make tables PROFILE={args.profile}` first.')
+        sys.exit(
+            f'keep_outputs: {", ".join(other)}: not as executed for {args.profile}; expected every notebook as it ran.'
+            f' Run `make tables PROFILE={args.profile}` first.'
+        )
 
 
 if __name__ == '__main__':
