@@ -122,45 +122,46 @@ def profile(tmp_path, merge, more=''):
 
 def test_the_choice_is_strict(tmp_path):
     assert profile(tmp_path, '').merge.merge_onto == 'original'
-    for wrong in ('"dequantized"', '"nf4"', 'true'):
-        with pytest.raises(ValueError, match='merge.merge_onto'): profile(tmp_path, f'handover = {wrong}')
-    with pytest.raises(ValueError, match="did you mean 'handover'"): profile(tmp_path, 'hand_over = "full"')
-    half = profile(tmp_path, 'handover = "dequantized"', '[dpo]\nnf4 = false')
+    for wrong in ('"dequantised"', '"nf4"', 'true'):
+        with pytest.raises(ValueError, match='merge.merge_onto'): profile(tmp_path, f'merge_onto = {wrong}')
+    with pytest.raises(ValueError, match="did you mean 'merge_onto'"): profile(tmp_path, 'merge_on = "original"')
+    half = profile(tmp_path, 'merge_onto = "dequantized"', '[dpo]\nnf4 = false')
     with pytest.raises(ValueError, match='both trainings in four bits'): build_graph(half)
     with pytest.raises(ValueError, match='trained on full weights'): quantization_stage(profile(tmp_path, '', '[dpo]\nnf4 = false'), 'DPO v1', 2)
     with pytest.raises(ValueError, match='quantization names the training'): quantization_stage(smoke, 'Merge v1', 2)
 
 
 def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
-    full, back = (build_graph(profile(tmp_path, f'handover = "{h}"')) for h in ('full', 'dequantized'))
+    full, back = (build_graph(profile(tmp_path, f'merge_onto = "{h}"')) for h in ('original', 'dequantized'))
     assert set(back)-set(full) == {DEQUANTIZED}
     moved = {n for n in full if full[n] != back[n]}
     assert moved == {'Merge v4'} | {n for n in full if n.startswith('eval/') and n.split('/')[1] not in ('base', 'Merge v4')}
     assert all(back[n].inputs['merge_onto'] == DEQUANTIZED and back[n].settings['merge_onto'] == 'dequantized' for n in moved)
     plain = build_graph(profile(tmp_path, '', '[sft]\nnf4 = false\n[dpo]\nnf4 = false'))
-    assert not any('handover' in s.settings for s in plain.values())       # nothing is handed over
+    assert not any('merge_onto' in s.settings for s in plain.values())     # there is nothing to choose
 
 
 def test_both_ways_run_and_say_so(full, tmp_path):
     import shutil
     shutil.copytree(full, tmp_path/'store')
-    one, two = (Experiment(profile(tmp_path, f'handover = "{h}"'), store=tmp_path/'store') for h in ('full', 'dequantized'))
+    one, two = (Experiment(profile(tmp_path, f'merge_onto = "{h}"'), store=tmp_path/'store')
+                for h in ('original', 'dequantized'))
     two.scores(['SFT v3'])
     score = lambda exp: json.loads((exp.build('eval/SFT v3/hellaswag').path/'items.parquet').with_name('score.json').read_text())
-    for exp, h in ((one, 'full'), (two, 'dequantized')):
+    for exp, h in ((one, 'original'), (two, 'dequantized')):
         assert exp.show('eval/SFT v3/hellaswag')['settings']['merge_onto'] == exp.show('Merge v4')['settings']['merge_onto'] == h
-    assert 'handover' in two.show('Merge v4')['inputs'] and two.model('SFT v3').base != one.model('SFT v3').base
+    assert 'merge_onto' in two.show('Merge v4')['inputs'] and two.model('SFT v3').base != one.model('SFT v3').base
     assert two.model('SFT v3').terms == one.model('SFT v3').terms          # the same training
     said = [exp.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for exp in (one, two)]
     assert not said[0].equals(said[1]) and score(one)['n'] == score(two)['n']
-    x, y = one.handover('SFT v3', 2), two.handover('SFT v3', 2)
+    x, y = one.quantization('SFT v3', 2), two.quantization('SFT v3', 2)
     for t in (x, y):
         t = t.set_index('way')
         assert list(t.index) == list(MERGED_ONTO) and t.loc['as trained', 'kl'] < 1e-9
-        assert t.loc['dequantized', 'kl'] < 1e-6 < t.loc['full', 'kl']
+        assert t.loc['dequantized', 'kl'] < 1e-6 < t.loc['original', 'kl']
     pd.testing.assert_frame_equal(x, y, atol=1e-6)                         # whichever is known already
     before = {a.key for a in one.store.entries()}
-    one.handover('SFT v3', 2)
+    one.quantization('SFT v3', 2)
     assert {a.key for a in one.store.entries()} == before                  # kept
 
 

@@ -78,7 +78,7 @@ def graph_figure(
             ax.text(x + .02, y + .27, notes[s.name], ha='center', fontsize=7.5, color='#111827', weight='bold',
                     bbox=dict(fc='white', ec='none', pad=.6))
     for x, heading in enumerate(_HEADINGS): ax.text(x, 7.4, heading, ha='center', fontsize=8, weight='bold')
-    ax.set(xlim=(-.5, 5.6), ylim=(min(-.2, *(y - .9 for _, y in places.values() if y < 0)), 7.7))
+    ax.set(xlim=(-.5, 5.6), ylim=(min([-.2, *(y - .9 for _, y in places.values() if y < 0)]), 7.7))
     ax.axis('off')
     return fig
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES', 'DEQUANTIZED', 'Stage', 'in_words',
            'machine_settings', 'must_be_in', 'training_sets', 'benchmarks', 'custom_stages', 'bos_settings',
-           'task_settings', 'build_graph', 'graph_figure']
+           'task_settings', 'build_graph']
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
 import difflib
@@ -298,32 +298,3 @@ def _checked(stages:list[Stage])->dict[str,Stage]: # name -> stage
         assert not missing, f'{s.name} stands before its inputs {missing}'
         assert graph.setdefault(s.name, s) == s, f'two different stages are called {s.name}'
     return graph
-
-# %% ../../nbs/pipeline/01_graph.ipynb #d9dca2d8
-_PLACES = {'base': (0, 4), DEQUANTIZED: (0, 2.6), 'SFT v1': (1, 6.3), 'SFT v2': (1, 5.1), 'SFT v3': (1, 3.6), 'SFT v4': (1, 1.4), 'SFT v3 + v4': (2, 2.2),
-           'DPO v1': (3, 6.1), 'DPO v2': (4, 6.1), 'DPO v1 + v2': (5, 6.6), 'DPO v3 step 1': (3, 3), 'DPO v3': (4, 3),
-           'Cand. 1 step 1': (3, 4.8), 'Cand. 1': (4, 4.8), 'Cand. 2 step 1': (3, 1), 'Cand. 2': (4, 1),
-           'Merge v1': (5, 4.7), 'Merge v2': (5, 3.6), 'Merge v3': (5, 2.5), 'Merge v4': (5, 1.4)}
-
-def graph_figure(
-    graph:dict[str,Stage], # of `recipe`
-): # matplotlib Figure
-    "The model stages of a recipe and what each starts from."
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(10, 4.6), layout='constrained')
-    color = dict(base='#6b7280', sft='#2563eb', dpo='#b45309', merge='#047857')
-    models = [s for s in graph.values() if s.kind in MODEL_KINDS]
-    own = [s for s in models if s.name not in _PLACES]
-    places = {**_PLACES, **{s.name: (dict(sft=1, dpo=4, merge=5)[s.kind], -.9 - .9*sum(o.kind == s.kind for o in own[:i])) for i, s in enumerate(own)}}
-    boxes = {}
-    for s in models:
-        x, y = places[s.name]
-        sets = [i.removeprefix('data/') for i in s.inputs.values() if i.startswith('data/')]
-        boxes[s.name] = ax.text(x, y, s.name, ha='center', va='center', fontsize=9, color='white', zorder=3, bbox=dict(boxstyle='round,pad=.35', fc=color[s.kind], ec='none')).get_bbox_patch()
-        if sets: ax.text(x, y - .34, '\n'.join(sets), ha='center', va='top', fontsize=7, color='#6b7280', linespacing=1.3, zorder=2, bbox=dict(fc='white', ec='none', pad=.6))
-    for s in models:
-        for i in s.inputs.values():
-            if i in boxes: ax.annotate('', places[s.name], places[i], zorder=1, arrowprops=dict(arrowstyle='-|>', lw=.9, color='#9ca3af', patchA=boxes[i], patchB=boxes[s.name], shrinkA=1, shrinkB=1))
-    for x, t in enumerate(('base', 'SFT (Table 3)', '', 'DPO, first set', 'DPO, second set', 'merges (Tables 4, 7)')): ax.text(x, 7.4, t, ha='center', fontsize=8, weight='bold')
-    ax.set(xlim=(-.5, 5.6), ylim=(min(y for _, y in places.values()) - .9 if own else -.2, 7.7)); ax.axis('off')
-    return fig
