@@ -28,7 +28,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, 'connect', only_here)
 
 
-# A job that a shell starts in the background ignores Ctrl-C, and so would all that it starts; tests that press it need it.
+# A job that a shell starts in the background ignores Ctrl-C, as would all that it starts; tests that press it need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -119,7 +119,8 @@ def alt_texts(nb) -> None:
             continue
         n = sum('image/png' in o.get('data', {}) for o in c.get('outputs', []))
         if n and 'fig-alt' not in c.source:
-            first = re.split(r'(?<=[.:])\s', ' '.join(prose.split()))[0]
+            first, *more = re.split(r'(?<=[.:])\s', ' '.join(prose.split()))
+            while more and len(first) < 30: first += f' {more.pop(0)}'         # "On the toy models:" says too little
             alt = re.sub(r'[*`$\\"]|\[|\]\([^)]*\)', '', f'under {heading}: {first}').strip(': ')
             c.source = f'#| fig-alt: "{"Figure" if n == 1 else f"One of {n} figures"} {alt}"\n{c.source}'
 
