@@ -460,9 +460,9 @@ from solar_repro.models import training as train
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.progress import Progress
 train.SAVE_S, on_progress = 0., Progress.on_progress
-def killed(self, done, total):
-    on_progress(self, done, total)
-    if self.plan[self.k].name == sys.argv[2] and done == 2: os.kill(os.getpid(), signal.SIGKILL)
+def killed(self, name, done, total):
+    on_progress(self, name, done, total)
+    if name == sys.argv[2] and done == 2: os.kill(os.getpid(), signal.SIGKILL)
 Progress.on_progress = killed
 Experiment('smoke', store=sys.argv[1]).run(['DPO v1'])
 '''

@@ -41,7 +41,8 @@ class Strict(BaseModel):
 class Machine(Strict):
     "What the run computes on."
     device: Literal['cpu', 'cuda']
-    threads: Positive # CPU threads; results depend on it
+    threads: Positive # CPU threads of a stage; results depend on it
+    workers: Positive | None = None # stages built side by side, which changes no result; None: as many as fit
 
 class Base(Strict):
     "The base model."

@@ -205,12 +205,13 @@ def build(self:Store,
     name:str, # for people
     code_version:int, # of the kind
     seed:int|None=None, # of the stage
+    wait:bool=True, # for another process that is building it; False: BlockingIOError then
 )->Artifact:
     "Find or build; visible only when whole."
-    waits = lambda: _warn(f'store: {name} is being built by another process; waiting for it.')
+    def waits(): _warn(f'store: {name} is being built by another process; waiting for it.')
     with _storage_errors(self.folder):
         _create(self.folder)
-        with locked(self.folder/'locks'/f'{kind}-{key[:32]}', waits):
+        with locked(self.folder/'locks'/f'{kind}-{key[:32]}', waits if wait else None):
             if a := self.find(kind, key): return a
             private, began, final = _private(self.folder, kind, key), time.time(), self._at(kind, key)
             fn(private)

@@ -66,7 +66,7 @@ def in_words(
     return x['method'] + (f", t = {x['t']:g}" if 't' in x else '')
 
 # %% ../../nbs/pipeline/01_graph.ipynb #bf2bde83
-def machine_settings(p:Profile)->dict: return p.machine.model_dump()
+def machine_settings(p:Profile)->dict: return p.machine.model_dump(exclude={'workers'}) # which changes no result
 
 def _set(x)->dict: # of a section of the profile
     "What is set: a setting that is left out stands in no key."
