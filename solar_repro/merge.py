@@ -57,7 +57,7 @@ def tensors_of(
     device:str='cpu', # where to add
 )->Iterator[tuple[str,list[Tensor]]]: # name of a tensor, its value in each model
     "The tensors of models of one base, one at a time."
-    changes = [deltas(m.terms) for m in models]
+    changes = [deltas(m.adapters) for m in models]
     with safe_open(file, 'pt') as f:
         for n in sorted(f.keys()):
             w = f.get_tensor(n).to(device)
@@ -165,7 +165,7 @@ def rounded(
     device:str='cpu', # where to compute
 )->pd.DataFrame: # one row a changed tensor: tensor, and what `rounding_loss` gives
     "What storing a model takes from its changes, tensor by tensor."
-    change, rows = deltas(model.terms), []
+    change, rows = deltas(model.adapters), []
     for file in open_checkpoint(model.base).files:
         with safe_open(file, 'pt') as f:
             for n in sorted(n for n in f.keys() if n in change):

@@ -128,8 +128,8 @@ def test_a_merge_method_is_one_entry(package):
     run(package, '[rows."Mine"]\nweights = {"SFT v1" = 0.2, "SFT v4" = 0.8}\nmethod = "swapped"\n', '''
 assert exp.graph['Mine'].settings == dict(method='swapped', weights=[.2, .8]), exp.graph['Mine'].settings
 merged = exp.model('Mine')
-parts = {n: exp.model(n).terms[0][0] for n in ('SFT v1', 'SFT v4')}
-assert dict(merged.terms) == {parts['SFT v1']: .8, parts['SFT v4']: .2}, merged.terms
+parts = {n: exp.model(n).adapters[0][0] for n in ('SFT v1', 'SFT v4')}
+assert dict(merged.adapters) == {parts['SFT v1']: .8, parts['SFT v4']: .2}, merged.adapters
 ''')
 
 

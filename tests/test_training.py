@@ -445,7 +445,7 @@ def test_slerp_of_a_sharded_base(models, dtype, tmp_path):
         whole.save_pretrained(tmp_path/'base', max_shard_size='200KB')
         load_tokenizer(models[0].base).save_pretrained(tmp_path/'base')
     assert len(list((tmp_path/'base').glob('model-*.safetensors'))) > 1
-    a, b = (AdaptedModel(tmp_path/'base', p.terms) for p in models)
+    a, b = (AdaptedModel(tmp_path/'base', p.adapters) for p in models)
     for t, end in ((0., a), (1., b)):
         table = slerp(a, b, t, .9995, tmp_path/str(t))
         W, V = materialize(AdaptedModel(tmp_path/str(t))).state_dict(), materialize(end).state_dict()

@@ -19,7 +19,7 @@ from .config import MergeConfig, to_yaml
 from .engine import locate, model_card, versions, write_beside
 from .methods import METHODS
 from .shards import check_space, check_target, lay_out, MODEL, private_folder, publish, Shard
-from ..models.adapters import add_delta, AdaptedModel, average, concat_adapter, deltas, read_adapter
+from ..models.adapters import add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter
 from ..models.checkpoints import mapped, open_checkpoint
 
 # %% ../../nbs/merging/05_export.ipynb #5e6af14d
@@ -87,11 +87,8 @@ def _write_tensors(shard:Shard, folder:Path, value:Callable[[str],Tensor])->None
             if e.n: f.write(memoryview(value(e.name).reshape(-1).contiguous().view(torch.uint8).numpy()))
 
 def _write_checkpoint(folder:Path, model:AdaptedModel, shard_bytes:int)->None:
-    base, change = open_checkpoint(model.base), deltas(model.terms)
-    odd = [n for n in change if n not in base.entries]
-    if odd:
-        raise ValueError(f"export: the adapters change {odd[:3]}, which {model.base} does not have; expected adapters "
-                         "trained on this base.")
+    base, change = open_checkpoint(model.base), deltas(model.adapters)
+    check_fits(change, {n: e.shape for n,e in base.entries.items()}, model.base)
     shards = lay_out([(n, e.dtype, e.shape) for n,e in base.entries.items()], shard_bytes, folder)
     check_space(folder, sum(s.size for s in shards))
     def value(name):
@@ -101,7 +98,7 @@ def _write_checkpoint(folder:Path, model:AdaptedModel, shard_bytes:int)->None:
     write_beside(folder, base, shards)
 
 def _card(name:str, model:AdaptedModel, kind:str, about:str)->str:
-    adapters = [f"| {w:g} | `{file_hash(Path(f)/'adapter_model.safetensors')}` |" for f,w in model.terms] or ['| none | |']
+    adapters = [f"| {w:g} | `{file_hash(Path(f)/'adapter_model.safetensors')}` |" for f,w in model.adapters] or ['| none | |']
     base = [f'| {f.name} | `{file_hash(f)}` |' for f in open_checkpoint(model.base).files]
     return '\n'.join([
         f"---\nlibrary_name: {'peft' if kind=='adapter' else 'transformers'}\ntags: "
@@ -122,10 +119,10 @@ def export(
     "Write a model of the paper for transformers, or for PEFT."
     out, base = Path(out), Path(model.base).resolve()
     check_target(out)
-    if adapter and not model.terms:
+    if adapter and not model.adapters:
         raise ValueError(f"export: {name} has no adapter (it is a base, or merged on full weights as SLERP does); "
                          "expected a sum of adapters. Leave out --adapter.")
-    plan = dict(export=name, base=str(base), terms=[[str(f), w] for f,w in model.terms], adapter=adapter)
+    plan = dict(export=name, base=str(base), terms=[[str(f), w] for f,w in model.adapters], adapter=adapter)
     with private_folder(out, plan) as private:
         for left in (private/MODEL).iterdir(): left.unlink()   # of an export that was killed
         if adapter: _write_adapter(private/MODEL, model, str(base), _card(name, model, 'adapter', about))

@@ -13,9 +13,10 @@ from pathlib import Path
 
 # %% ../../nbs/models/00_files.ipynb #6606521a
 WEIGHTS = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json'
-COMPANIONS = ('config.json', 'generation_config.json', 'preprocessor_config.json', 'tokenizer*.json', '*.model', '*.tiktoken',
-              'special_tokens_map.json', 'added_tokens.json', 'vocab*.json', 'vocab*.txt', 'merges.txt',
-              'chat_template*.jinja', 'chat_template*.json')
+COMPANIONS = (
+    'config.json', 'generation_config.json', 'preprocessor_config.json', 'tokenizer*.json', '*.model', '*.tiktoken',
+    'special_tokens_map.json', 'added_tokens.json', 'vocab*.json', 'vocab*.txt', 'merges.txt',
+    'chat_template*.jinja', 'chat_template*.json')
 
 @dataclass(frozen=True)
 class CheckpointFiles:
@@ -25,7 +26,8 @@ class CheckpointFiles:
     companions:tuple[Path,...] # configuration, tokenizer and chat template, by name
 
     @property
-    def all(self)->tuple[Path,...]: return *self.companions, *([self.index] if self.index else []), *self.weights
+    def all(self)->tuple[Path,...]:
+        return *self.companions, *([self.index] if self.index else []), *self.weights
 
 # %% ../../nbs/models/00_files.ipynb #a24487df
 def _shards(
@@ -38,12 +40,12 @@ def _shards(
                          "Fetch or save it again.") from None
     lacking = [n for n in names if not (index.parent/n).is_file()]
     if lacking:
-        raise FileNotFoundError(f"checkpoint: {index.parent} lacks {lacking[:3]}, which its index names; expected every file. "
-                                "Fetch them again.")
+        raise FileNotFoundError(f"checkpoint: {index.parent} lacks {lacking[:3]}, which its index names; "
+                                "expected every file. Fetch them again.")
     totals = {int(m[1]) for n in names if (m := re.search(r'-of-(\d+)\.', n))}
     if not names or totals - {len(names)}:
-        raise ValueError(f"checkpoint: {index} names {len(names)} files, {names[:3]}; expected all of those that they say there are. "
-                         "Fetch or save it again.")
+        raise ValueError(f"checkpoint: {index} names {len(names)} files, {names[:3]}; "
+                         "expected all of those that they say there are. Fetch or save it again.")
     return tuple(index.parent/n for n in names)
 
 # %% ../../nbs/models/00_files.ipynb #d783e45e
@@ -53,10 +55,13 @@ def _named_weights(
     "The names under which transformers looks for the weights of a folder."
     config = folder/'config.json'
     try: said = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
-    except ValueError: raise ValueError(f"checkpoint: {config} is no JSON; expected a configuration. Fetch or save it again.") from None
+    except ValueError:
+        raise ValueError(f"checkpoint: {config} is no JSON; expected a configuration. "
+                         "Fetch or save it again.") from None
     own = said.get('transformers_weights') if isinstance(said, dict) else None
     if own and not (folder/own).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"checkpoint: {config} takes its weights from {own}; expected a file of the folder. Correct transformers_weights.")
+        raise ValueError(f"checkpoint: {config} takes its weights from {own}; expected a file of the folder. "
+                         "Correct transformers_weights.")
     return (own,) if own else WEIGHTS
 
 def checkpoint_files(
@@ -67,9 +72,10 @@ def checkpoint_files(
     names = _named_weights(folder)
     found = next((folder/n for n in names if (folder/n).is_file()), None)
     if found is None:
-        has = sorted(p.name for p in folder.glob('*') if p.suffix in ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.gguf'))
-        raise FileNotFoundError(f"checkpoint: {folder} holds {has[:3] or 'no weights'}; expected {' or '.join(names)}. "
-                                "Save the model with save_pretrained.")
+        kinds = '.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.gguf'
+        has = sorted(p.name for p in folder.glob('*') if p.suffix in kinds)
+        raise FileNotFoundError(f"checkpoint: {folder} holds {has[:3] or 'no weights'}; "
+                                f"expected {' or '.join(names)}. Save the model with save_pretrained.")
     index = found if found.name.endswith('.index.json') else None
     companions = {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
     return CheckpointFiles(_shards(index) if index else (found,), index, tuple(sorted(companions)))

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging as hf_logging
 
 # %% ../../nbs/models/01_loading.ipynb #93284eff
@@ -30,7 +31,7 @@ def render(
 def token_ids(
     tokenizer:PreTrainedTokenizerBase,
     texts:Sequence[str], # each is a prompt, or a prompt with its answer
-    special:bool=True, # put before a text what the tokenizer puts there, such as BOS; not where the text begins with BOS
+    special:bool=True, # put before a text what the tokenizer puts there, such as BOS, unless it begins with BOS
 )->list[list[int]]: # of each text, without the EOS that a tokenizer appends
     "Token ids of texts that go on."
     bos = tokenizer.bos_token
@@ -55,8 +56,8 @@ def token_pairs(
     for p,a in pairs:
         before, whole = ids[p], ids[p+a]
         if strict and whole[:len(before)]!=before:
-            raise ValueError(f"encode: the last token of {p[-20:]!r} changes when {a[:20]!r} follows; expected the prompt's tokens "
-                             "to stay. Put the space that joins them into [template] separator.")
+            raise ValueError(f"encode: the last token of {p[-20:]!r} changes when {a[:20]!r} follows; expected the "
+                             "prompt's tokens to stay. Put the space that joins them into [template] separator.")
         out.append((before, whole[len(before):]))
     return out
 
@@ -99,8 +100,8 @@ def load_tokenizer(
     "The base's tokenizer; padding is end-of-text where it has none."
     tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"load_tokenizer: the tokenizer in {base} has no end-of-text token; expected one, since answers must end. "
-                         "Set eos_token in its tokenizer_config.json.")
+        raise ValueError(f"load_tokenizer: the tokenizer in {base} has no end-of-text token; expected one, since "
+                         "answers must end. Set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -115,7 +116,8 @@ def load_base(
     dtype = getattr(torch, compute_dtype)
     q = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
                            bnb_4bit_compute_dtype=dtype) if nf4 else None
-    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=q, device_map={'': device})
+    how = dict(dtype=dtype, quantization_config=q, device_map={'': device})
+    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, **how)
     for m in model.modules():
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     return model

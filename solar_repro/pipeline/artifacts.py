@@ -59,7 +59,7 @@ def merged_onto(
     base:Artifact|None, # to add its adapters to; None: that base itself
 )->AdaptedModel:
     "The model as full weights see it."
-    return replace(adapted, base=base.path) if base and adapted.terms else adapted
+    return replace(adapted, base=base.path) if base and adapted.adapters else adapted
 
 # %% ../../nbs/pipeline/02_artifacts.ipynb #169fd14d
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..core import display as view
 from ..core.config import load_profile, Profile, root
 from ..core.data_files import read_rows
 from ..core.store import Artifact, Store
-from ..models.base_models import base_note
+from ..models.base_source import base_note
 from ..paper import MODELS
 from . import results
 from .executor import Engine, Event, execute, InlineEngine, Outcome, TRIES, widest

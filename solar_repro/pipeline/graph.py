@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.config import DpoRow, Numerics, Profile
 from ..data import BENCHMARKS, SETS
-from ..models.base_models import base_settings
+from ..models.base_source import base_settings
 from ..merging.methods import METHODS, row_settings
 from ..paper import H6_TASKS, MODELS, origin
 from .sources import source_of
@@ -33,7 +33,7 @@ class Stage:
     file: Path | None = None # a file of the user's that is read; its digest stands in the settings
 
 CODE_VERSIONS = dict(base=1, data=3, bench=2, contamination=1, sft=1, ref=1, dpo=1, merge=2, eval=3,
-                     quantization=2) # kind -> raised when its code changes what it makes
+                     quantization=3) # kind -> raised when its code changes what it makes
 
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
 

