@@ -89,8 +89,8 @@ def arithmetic(seen: Counter, rate: dict) -> float:
 def measure(profile: str, seed: int | None, each: bool) -> None:
     began = time.perf_counter()
     from solar_repro import dpo, eval, merge, sft  # noqa: F401  the heavy imports, timed by themselves
-    from solar_repro import tables
     from solar_repro.pipeline.experiment import Experiment
+    from solar_repro.publishing import report
     imports = time.perf_counter() - began
     stages, kinds = [], defaultdict(Counter)         # (name, kind, seconds, products); kind -> products
     with TemporaryDirectory() as d:
@@ -103,7 +103,7 @@ def measure(profile: str, seed: int | None, each: bool) -> None:
             stages.append((name, kind, time.perf_counter() - t, seen)); kinds[kind].update(seen)
         if sys.stderr.isatty(): print('\r\x1b[K', end='', file=sys.stderr)
         t = time.perf_counter()
-        tables.publish(exp.scores(), Path(d)/'run', exp.label, exp.provenance())
+        report.publish(exp.scores(), Path(d)/'run', exp.label, exp.provenance())
         publish = time.perf_counter() - t
     total = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20      # Linux counts in KiB

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from .core.figures import style
 from .models.adapters import concat_adapter, AdaptedModel
 from .models.loading import encode, load_base, load_tokenizer, quiet
 from .models.training import (
     arguments, batches_by_length, MicrobatchMixin, restore, run_trainer, token_logps, trainable)
-from .tables import style
 
 # %% ../nbs/03_dpo.ipynb #a1206677
 def completion_logps(

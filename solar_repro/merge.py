@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .core.figures import style
 from .merging.arithmetic import fill_changes, gram, Mix, mix_of, smallest_kept
 from .merging.engine import copy_beside
 from .merging.methods import METHODS, Numbers
 from .models.adapters import add_delta, AdaptedModel, deltas
 from .models.checkpoints import open_checkpoint, tensor_row, tensor_sums
-from .tables import style
 
 # %% ../nbs/04_merge.ipynb #6948beda
 def merge_tensor(

@@ -20,9 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
+from .core.figures import style
 from .models.loading import encode, load_base, load_tokenizer, quiet
 from .models.training import arguments, MicrobatchMixin, run_trainer, token_logps, trainable
-from .tables import style
 
 # %% ../nbs/02_sft.ipynb #a3d2049c
 def sft_rows(

@@ -480,7 +480,7 @@ def test_readme_python_and_profile_work(full, tmp_path, monkeypatch):
 
 def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
     "Pictures, times and tables of a run appear between the marks; a second time changes nothing."
-    import solar_repro.tables as tables
+    from solar_repro.publishing.report import publish
     project = tmp_path / 'project'
     shutil.copytree(ROOT / 'tools', project / 'tools', ignore=shutil.ignore_patterns('katex', '__pycache__'))
     (project / 'nbs').mkdir()
@@ -503,7 +503,7 @@ def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
     )
     early = record()
     assert early.returncode != 0 and 'make tables PROFILE=smoke' in early.stderr                # no report yet
-    tables.publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom)
+    publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom)
     # the last steps of the tool clean and render the whole project; here only its own part is looked at
     done = run(
         sys.executable,
@@ -569,7 +569,7 @@ def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
     assert list(t['model']) == ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4', 'SFT v3 + v4', 'SFT v5']
     assert t['h6_paper'].notna().tolist() == [True] * 5 + [False] and t['h6'].notna().all()
     assert exp.table(7)['model'].iloc[-1] == 'Merge v5' and exp.table(4)['model'].iloc[-1] == 'DPO v4'
-    from solar_repro.tables import publish
+    from solar_repro.publishing.report import publish
     publish(exp.scores(), tmp_path / 'out', exp.label, exp.provenance(), exp.custom)
     text = (tmp_path / 'out' / 'report.html').read_text()
     assert 'SFT v5' in text and 'nan' not in (tmp_path / 'out' / 'tables' / 'table3.md').read_text()

@@ -5,10 +5,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from solar_repro import paper, tables
+from solar_repro.publishing.figures import claims_figure, figure
+from solar_repro.publishing.report import publish
+from solar_repro.publishing.text import printed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_TEXT = next((p for d in ROOT.parents if (p := d / 'shared' / 'paper-section-4.3.md').exists()), None) # no part of the project
@@ -201,31 +205,31 @@ def test_row_order_does_not_depend_on_the_frame():
 def test_bold_and_ties():
     "The best of each column is bold; two that print alike are both bold; the paper's values where the paper has them bold."
     s = frame(**{'Merge v1|arc': .8, 'Merge v3|arc': .800001, 'Merge v2|gsm8k': .9})
-    md = tables.printed(7, s, 'md').set_index('Model')
+    md = printed(7, s, 'md').set_index('Model')
     bold = lambda title: {m for m, c in md[title].items() if c.startswith('**')}
     assert bold('ARC') == {'Merge v1', 'Merge v3'}
     assert bold('GSM8K') == {'Merge v2'}
     assert bold('MMLU') == set(md.index)                     # all alike
     assert md.loc['Merge v1', 'ARC'] == '**80.00** ± 5.0 (**71.16**)' and md.loc['Merge v2', 'ARC'] == '50.00 ± 5.0 (71.08)'
-    assert tables.printed(7, s, 'tex').set_index('Model').loc['Merge v2', 'GSM8K'] == r'\textbf{90.00} $\pm$ 5.0 (64.52)'
-    assert tables.printed(7, s, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
+    assert printed(7, s, 'tex').set_index('Model').loc['Merge v2', 'GSM8K'] == r'\textbf{90.00} $\pm$ 5.0 (64.52)'
+    assert printed(7, s, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
 
 
 @pytest.mark.parametrize('markup', ['html', 'md', 'tex'])
 def test_plain_words_stand_beside_truthfulqa(markup):
-    heads = list(tables.printed(6, frame(plain=True), markup))
+    heads = list(printed(6, frame(plain=True), markup))
     assert heads[heads.index('TruthfulQA'):][:3] == ['TruthfulQA', 'plain words', 'Winogrande']
-    assert list(tables.printed(6, frame(), markup)) == ['Model', *TITLES]
+    assert list(printed(6, frame(), markup)) == ['Model', *TITLES]
 
 
 def test_the_papers_own_columns_and_bold_are_printed():
     "Marks, base and method stand where the paper has them, in every format; its bold values are bold."
-    three = tables.printed(3, frame(), 'md').set_index('Model')
+    three = printed(3, frame(), 'md').set_index('Model')
     assert list(three.loc['SFT v4'])[:3] == ['○', '✗', '○'] and list(three.columns[:3]) == ['Alpaca-GPT4', 'OpenOrca', 'Synth. Math-Instruct']
-    assert list(tables.printed(5, frame(), 'html')['Base SFT Model']) == ['SFT\xa0v3', 'SFT\xa0v3\xa0+\xa0v4']
-    assert list(tables.printed(7, frame(), 'tex')['Merge Method'])[3] == 'SLERP' and r'$\times$' in set(tables.printed(4, frame(), 'tex')['Synth. Math-Alignment'])
+    assert list(printed(5, frame(), 'html')['Base SFT Model']) == ['SFT\xa0v3', 'SFT\xa0v3\xa0+\xa0v4']
+    assert list(printed(7, frame(), 'tex')['Merge Method'])[3] == 'SLERP' and r'$\times$' in set(printed(4, frame(), 'tex')['Synth. Math-Alignment'])
     for row in paper.ROWS:
-        cells = tables.printed(row.table, frame(), 'md').set_index('Model').loc[row.model]
+        cells = printed(row.table, frame(), 'md').set_index('Model').loc[row.model]
         for task, title in zip(TASKS, TITLES): assert cells[title].endswith('**)') == (task in row.bold), (row.model, task)
 
 
@@ -328,7 +332,7 @@ def test_a_claim_shows_the_numbers_that_decide_it():
 @pytest.mark.parametrize('n', COUNTS)
 def test_a_figure_sets_paper_and_ours_each_about_its_own_mean(n):
     "The pattern down a column can be read however far apart the levels are: dots of each side add up to nothing, a point is equally wide in all panels."
-    fig = tables.figure(n, frame(.1, **{f'{paper.models(n)[0]}|arc': .2}), 'invented')
+    fig = figure(n, frame(.1, **{f'{paper.models(n)[0]}|arc': .2}), 'invented')
     axes = fig.axes
     assert [a.get_title(loc='left') for a in axes] == TITLES
     for a in axes:
@@ -339,7 +343,7 @@ def test_a_figure_sets_paper_and_ours_each_about_its_own_mean(n):
     fig.canvas.draw()
     points = [a.get_window_extent().width/(a.get_xlim()[1] - a.get_xlim()[0]) for a in axes]
     assert max(points) < 1.02*min(points)
-    tables.plt.close(fig)
+    plt.close(fig)
 
 
 # ---- files
@@ -358,7 +362,7 @@ class References(HTMLParser):
 def published(tmp_path_factory):
     out = tmp_path_factory.mktemp('run')
     provenance = pd.DataFrame([dict(stage='base', kind='base', seconds=1.25), dict(stage='<odd & name>', kind='data', seconds=None)])
-    return out, tables.publish(frame(plain=True, **{'SFT v4|arc': .7}), out, 'a <label> & more', provenance)
+    return out, publish(frame(plain=True, **{'SFT v4|arc': .7}), out, 'a <label> & more', provenance)
 
 
 def test_what_is_published(published):
@@ -375,8 +379,8 @@ def test_csv(n, published):
     assert head == ['model', *TASKS, *(f'{x}_se' for x in TASKS), *(f'{x}_paper' for x in TASKS)]
     assert [r[0] for r in rows] == list(paper.models(n))
     assert all(re.fullmatch(r'\d+\.\d\d', x) for r in rows for x in r[1:])
-    printed = [r for r in paper.ROWS if r.table == n]
-    assert [[float(x) for x in r[15:22]] for r in rows] == [list(p.scores) for p in printed]
+    theirs = [r for r in paper.ROWS if r.table == n]
+    assert [[float(x) for x in r[15:22]] for r in rows] == [list(p.scores) for p in theirs]
 
 
 @pytest.mark.parametrize('n', COUNTS)
@@ -398,7 +402,7 @@ def test_report_is_one_self_contained_page(published):
 
 
 def test_published_twice_is_the_same_bytes(tmp_path, published):
-    again = tables.publish(frame(plain=True, **{'SFT v4|arc': .7}), tmp_path, 'a <label> & more',
+    again = publish(frame(plain=True, **{'SFT v4|arc': .7}), tmp_path, 'a <label> & more',
                            pd.DataFrame([dict(stage='base', kind='base', seconds=1.25), dict(stage='<odd & name>', kind='data', seconds=None)]))
     assert [f.read_bytes() for f in again] == [f.read_bytes() for f in published[1]]
 
@@ -407,11 +411,11 @@ def test_published_twice_is_the_same_bytes(tmp_path, published):
 def test_a_long_label_stays_on_the_picture(which):
     "Labels of published data name their stand-ins; they once ran off the edge, under the legend and through the marks."
     label = 'SmolLM2-135M, seed 0, from an instruction-tuned base, math sets by a stand-in rule (MATH and GSM8K train rows, no MetaMathQA)'
-    fig = tables.figure(3, frame(), label) if which == 'table' else tables.claims_figure(tables.claims(frame()), label)
+    fig = figure(3, frame(), label) if which == 'table' else claims_figure(tables.claims(frame()), label)
     fig.canvas.draw()
     parts = [fig._suptitle, *fig.legends, *(ax._left_title for ax in fig.axes)] + ([fig._supxlabel] if which == 'table' else [])
     boxes = [p.get_window_extent() for p in parts]
     assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1 for b in boxes)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i] if a.width and b.width)
     assert 'no MetaMathQA' in fig._suptitle.get_text().replace('\n', ' ')
-    tables.plt.close(fig)
+    plt.close(fig)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +24,8 @@ from solar_repro.reports.cli import main
 from solar_repro.reports.verify import export_results, judged, number, recounted, verify
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.core.files import content_hash, file_hash
+from solar_repro.publishing.figures import figure
+from solar_repro.publishing.text import printed, write_tables
 from solar_repro.core.display import explore
 from solar_repro.paper import H6_TASKS
 
@@ -33,7 +36,7 @@ def whole(full, tmp_path_factory):
     "A full store, and the tables of its run. Read only."
     exp = Experiment('smoke', store=full)
     folder = tmp_path_factory.mktemp('tables')/'tables'
-    tables.write_tables(exp.scores(), folder, exp.label, exp.custom, exp.samples())
+    write_tables(exp.scores(), folder, exp.label, exp.custom, exp.samples())
     return full, folder
 
 @pytest.fixture
@@ -504,19 +507,19 @@ def scores_of(records):
 
 
 def test_best_is_marked_where_it_is_not_resolved():
-    names, n = tables.models(7), 40
+    names, n = paper.models(7), 40
     far = items_of({m: [1]*(30 if k == 0 else 10) + [0]*(10 if k == 0 else 30) for k, m in enumerate(names)})
     close = items_of({m: [1]*30 + [0]*10 if k == 0 else [0]*11 + [1]*29 for k, m in enumerate(names)})
     tie = items_of({m: ([1]*20 + [0]*20)[::1 if k % 2 else -1] for k, m in enumerate(names)})
     for records, marked, bold in ((far, 0, 1), (close, 1, 1), (tie, 4, 4)):
-        shown = tables.printed(7, scores_of(records), 'md', records=records)
+        shown = printed(7, scores_of(records), 'md', samples=records)
         for t in map(paper.TITLES.get, ('h6', 'arc', 'gsm8k')):
             cells = shown[t].str.split('(').str[0]
             assert cells.str.contains('≈').sum() == marked and cells.str.startswith('**').sum() == bold
 
 def test_a_title_and_the_marks_below_it_say_the_same():
     "H6 of two models that agree on most items: far apart for a paired test, close by their own errors."
-    names, n = tables.models(7), 60
+    names, n = paper.models(7), 60
     right = dict(zip(names, (40, 36, 30, 29)))
     records = items_of({m: [1]*k + [0]*(n - k) for m, k in right.items()})
     t = tables.table(7, scores_of(records))
@@ -524,8 +527,8 @@ def test_a_title_and_the_marks_below_it_say_the_same():
         7, t, 'x', records
     )
     assert 'h6' not in tables.unresolved(t, records) and 'is not resolved from' in tables.finding(7, t, 'x')
-    fig = tables.figure(7, scores_of(records), 'x', records=records)
-    assert 'is ahead of' in fig._suptitle.get_text(); tables.plt.close(fig)
+    fig = figure(7, scores_of(records), 'x', samples=records)
+    assert 'is ahead of' in fig._suptitle.get_text(); plt.close(fig)
     close = items_of(
         {m: [1] * (40 if k == 0 else 39) + [0] * (20 if k == 0 else 21) for k, m in enumerate(names)}
     ).query('task == "arc" or model != @names[0]')

@@ -36,6 +36,7 @@ SECTIONS = {
     'models': 'Models',
     'inference': 'Inference',
     'merging': 'Merging',
+    'publishing': 'Publishing',
     'pipeline': 'Pipeline',
     'reports': 'Reports',
 }  # in this order; others by their own name, last

@@ -39,7 +39,7 @@ def run(exp)->None:
     """
     exp.run()
     by_seed = {seed: e.scores() for seed, e in exp.repeated().items()}
-    about, publish = (exp.label, exp.provenance(), exp.custom), library('tables').publish
+    about, publish = (exp.label, exp.provenance(), exp.custom), library('publishing.report').publish
     for f in publish(exp.scores(), exp.folder, *about, exp.samples(), by_seed): print(f)
 
 # %% ../../nbs/reports/02_commands.ipynb #cc59ae6d

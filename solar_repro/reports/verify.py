@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from .. import tables
 from ..core.display import lineage, View
 from ..core.files import content_hash, folder_files, whole
 from ..core.store import Store
 from ..data import BENCHMARKS
 from ..eval import mean_se, METRICS, request_hash, score_as
-from ..paper import H6_TASKS
+from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
+from ..publishing.text import write_tables
 
 # %% ../../nbs/reports/00_verify.ipynb #3938ff6e
 PROBLEM = ['where', 'what', 'recorded', 'found']
@@ -182,7 +182,7 @@ def recounted(
 def _lacking(scores:pd.DataFrame)->list[str]: # models
     "Rows of the tables that are not scored on all six benchmarks."
     n_scored = scores[scores['task'].isin(H6_TASKS)].groupby('model').size()
-    return sorted(m for m in {m for n in range(3, 8) for m in tables.models(n)} if n_scored.get(m, 0) < len(H6_TASKS))
+    return sorted(m for m in {m for n in range(3, 8) for m in models(n)} if n_scored.get(m, 0) < len(H6_TASKS))
 
 def _line_problems(name:str, made:list[str], want:list[str])->list[tuple[str,str,str,str]]:
     "Where the lines of a file are not those that are wanted."
@@ -207,7 +207,7 @@ def table_problems(
     if not made: return 0, pd.DataFrame(columns=PROBLEM)
     with TemporaryDirectory() as d:
         tested = samples if 'comparisons.csv' in made else None
-        tables.write_tables(scores, Path(d), exp.label, exp.custom, tested, runs)
+        write_tables(scores, Path(d), exp.label, exp.custom, tested, runs)
         want = _lines(Path(d))
     out = [(n, 'all', 'a table', 'nothing that makes it') for n in made.keys() - want.keys()]
     out += [x for n in sorted(made.keys() & want.keys()) for x in _line_problems(n, made[n], want[n])]
