@@ -95,6 +95,14 @@ class Experiment:
         self._built: dict[str, Artifact] = {}
         self._builder = None
 
+    def build_with(self,
+        workers:int, # at least 1
+    )->None:
+        "Build so many stages side by side from now on; this changes no result."
+        if workers < 1: raise ValueError(f'experiment: {workers} workers; expected 1 or more.')
+        machine = self.profile.machine.model_copy(update=dict(workers=workers))
+        self.profile = self.profile.model_copy(update=dict(machine=machine))
+
     def _stage(self, name:str)->Stage:
         if name not in self.graph:
             near = difflib.get_close_matches(name, self.graph, 1, 0)

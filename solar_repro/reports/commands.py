@@ -31,12 +31,17 @@ def _as_records(frame)->list[dict]: # of a pandas DataFrame; what is missing is 
     return json.loads(frame.to_json(orient='records', double_precision=15))
 
 # %% ../../nbs/reports/02_commands.ipynb #764369ef
-def run(exp)->None:
+def run(exp,
+    *,
+    workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
+)->None:
     """Build every stage, with every seed of the profile; write tables, figures and the report.
 
     solar-repro run
     solar-repro run --profile mine.toml --seed 1
+    solar-repro run --workers 1
     """
+    if workers is not None: exp.build_with(workers)
     exp.run()
     by_seed = {seed: e.scores() for seed, e in exp.repeated().items()}
     about, publish = (exp.label, exp.provenance(), exp.custom), library('publishing.report').publish
@@ -148,12 +153,14 @@ def plan(exp,
     calibrate:bool=False, # measure the present machine instead, for a minute
     price:float|None=None, # of an hour
     actual:bool=False, # after a run: planned beside measured
+    workers:int|None=None, # also say how long so many workers take, each with a card of its own
     json_:bool=False, # as JSON, for a program
 )->None:
     """Print what the profile takes: tokens, hours, memory, disk, price; and after a run, planned beside measured.
 
     solar-repro plan --profile a100 --price 2
     solar-repro plan --profile tiny --actual
+    solar-repro plan --profile a100 --workers 8
     """
     planning = library('pipeline.plan')
     if card and calibrate:
@@ -169,6 +176,7 @@ def plan(exp,
         return _print_json(about | dict(stages=_as_records(made.stages if measured is None else measured)))
     print(f'{made.name} ({made.label}) on {on.name}: {on.source}')
     print(planning.table(made) if measured is None else planning.actual_text(measured))
+    if workers: print(planning.workers_text(made, exp.graph, workers))
 
 def doctor(exp)->None:
     """Print what this machine has, and which of the shipped profiles it can run.
