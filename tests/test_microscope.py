@@ -20,7 +20,8 @@ from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.base import random_base
 
 smoke = load_profile('smoke')
-ROWS = [dict(prompt='What is 2 + 3?', completion='5'), dict(prompt='7 + 9 =', completion='7 + 9 = 16.'), dict(prompt='What is 10 - 4?', completion='10 - 4 = 6.')]
+ROWS = [dict(prompt='What is 2 + 3?', completion='5'), dict(prompt='7 + 9 =', completion='7 + 9 = 16.'),
+        dict(prompt='What is 10 - 4?', completion='10 - 4 = 6.')]
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +42,8 @@ def random_adapter(folder, seed, size=.05):
     for layer in range(2):
         for m, (n_out, n_in) in dict(up_proj=(128, 64), down_proj=(64, 128)).items():
             name = f'base_model.model.model.layers.{layer}.mlp.{m}'
-            t |= {f'{name}.lora_A.weight': torch.randn(4, n_in, generator=g), f'{name}.lora_B.weight': torch.randn(n_out, 4, generator=g)*size/2}
+            t |= {f'{name}.lora_A.weight': torch.randn(4, n_in, generator=g),
+                  f'{name}.lora_B.weight': torch.randn(n_out, 4, generator=g)*size/2}
     return save_adapter(t, 4, 4, folder)
 
 
@@ -63,7 +65,8 @@ def test_points_and_checkpoints_on_disk_compare_alike(base, tmp_path):
     mine = geometry(a, b, base)
     theirs = compare(tmp_path/'on disk a', tmp_path/'on disk b', base)
     assert len(mine) > 10
-    pd.testing.assert_frame_equal(mine.sort_values('tensor', ignore_index=True), theirs.sort_values('tensor', ignore_index=True), rtol=1e-9)
+    mine, theirs = (x.sort_values('tensor', ignore_index=True) for x in (mine, theirs))
+    pd.testing.assert_frame_equal(mine, theirs, rtol=1e-9)
 
 
 def test_a_slerp_compares_with_what_it_was_made_of(base, tmp_path):
@@ -73,7 +76,9 @@ def test_a_slerp_compares_with_what_it_was_made_of(base, tmp_path):
     assert to(a) == pytest.approx(to(b), rel=.1) and 0 < to(average([a, b], [.5, .5])) < to(a)/2
     other = tmp_path/'other'; other.mkdir()
     from safetensors.torch import load_file, save_file
-    w = load_file(base/'model.safetensors'); w['renamed'] = w.pop('model.norm.weight'); save_file(w, other/'model.safetensors')
+    w = load_file(base/'model.safetensors')
+    w['renamed'] = w.pop('model.norm.weight')
+    save_file(w, other/'model.safetensors')
     with pytest.raises(ValueError, match='same tensors'): geometry(a, AdaptedModel(other), base)
 
 
@@ -81,9 +86,10 @@ def test_kl_by_hand(base):
     fair, bent = torch.tensor([[.5, .5], [.9, .1]]).log(), torch.tensor([[.25, .75], [.9, .1]]).log()
     assert kl_divergence(fair, bent).tolist() == pytest.approx([.5*math.log(4/3), 0], abs=1e-7)
     d = kl_summary(fair, bent)
-    assert d['kl'] == pytest.approx(.25*math.log(4/3), abs=1e-7) and d['kl_max'] == pytest.approx(.5*math.log(4/3), abs=1e-7)
+    assert d['kl'] == pytest.approx(.25*math.log(4/3), abs=1e-7)
+    assert d['kl_max'] == pytest.approx(.5*math.log(4/3), abs=1e-7)
     never = torch.tensor([[1., 0.]]).log()
-    assert kl_divergence(never, torch.tensor([[.5, .5]]).log()).item() == pytest.approx(math.log(2), abs=1e-7)   # 0 log 0 is 0
+    assert kl_divergence(never, torch.tensor([[.5, .5]]).log()).item() == pytest.approx(math.log(2), abs=1e-7)
     said = log_probs(materialize(AdaptedModel(base)), probe_of(ROWS, base, smoke.template, 64))
     assert kl_divergence(said, said).max() < 1e-6
     with pytest.raises(ValueError, match='one vocabulary'): kl_divergence(said, said[:, 1:])
@@ -91,11 +97,13 @@ def test_kl_by_hand(base):
 
 def test_rounding_of_known_weights(base, tmp_path):
     one = torch.ones(4)
-    by = torch.tensor([1/512, 1/128, 3/512, 0.])                       # goes back, is held, is rounded up, does not move
+    by = torch.tensor([1/512, 1/128, 3/512, 0.])   # goes back, is held, is rounded up, does not move
     got = rounding_loss(one+by, one)
-    assert got == dict(n_params=4, change=pytest.approx(by.norm().item()), lost=pytest.approx(math.sqrt(2)/512), n_moved=3, n_back=1)
+    assert got == dict(n_params=4, change=pytest.approx(by.norm().item()),
+                       lost=pytest.approx(math.sqrt(2)/512), n_moved=3, n_back=1)
     assert rounding_loss(one+by, one, torch.float32)['lost'] == 0
-    far, near = (rounded(AdaptedModel(base, ((random_adapter(tmp_path/n, 1, size), 1.),))) for n, size in (('far', 1.), ('near', 1e-4)))
+    far, near = (rounded(AdaptedModel(base, ((random_adapter(tmp_path/n, 1, size), 1.),)))
+                 for n, size in (('far', 1.), ('near', 1e-4)))
     share = lambda r: math.sqrt((r.lost**2).sum()/(r.change**2).sum())
     assert len(far) == len(near) == 4 and share(far) < .01 < share(near)   # small changes lose more
 
@@ -107,7 +115,7 @@ def test_dequantised_and_merged_is_what_was_trained(base, tmp_path, dtype):
     probe = probe_of(ROWS, base, smoke.template, 64)
     trained = log_probs(load_policy(point, tmp_path/'one', numerics, 'cpu').base_model.model.eval(), probe)
     back = AdaptedModel(dequantized(base, tmp_path/'back', dtype), point.adapters)
-    eps = dict(float32=1e-4, bfloat16=.15)[dtype]                          # sums in another order; bf16 arithmetic against float32
+    eps = dict(float32=1e-4, bfloat16=.15)[dtype]   # sums in another order; bf16 arithmetic against float32
     assert (log_probs(materialize(back), probe)-trained).abs().max() < eps
     full = log_probs(materialize(point), probe)
     assert kl_summary(trained, full)['kl'] > 1e-6                               # four bits are not nothing
@@ -127,7 +135,8 @@ def test_the_choice_is_strict(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'merge_onto'"): profile(tmp_path, 'merge_on = "original"')
     half = profile(tmp_path, 'merge_onto = "dequantized"', '[dpo]\nnf4 = false')
     with pytest.raises(ValueError, match='both trainings in four bits'): build_graph(half)
-    with pytest.raises(ValueError, match='trained on full weights'): quantization_stage(profile(tmp_path, '', '[dpo]\nnf4 = false'), 'DPO v1', 2)
+    full_weights = profile(tmp_path, '', '[dpo]\nnf4 = false')
+    with pytest.raises(ValueError, match='trained on full weights'): quantization_stage(full_weights, 'DPO v1', 2)
     with pytest.raises(ValueError, match='quantization names the training'): quantization_stage(smoke, 'Merge v1', 2)
 
 
@@ -135,8 +144,10 @@ def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
     full, back = (build_graph(profile(tmp_path, f'merge_onto = "{h}"')) for h in ('original', 'dequantized'))
     assert set(back)-set(full) == {DEQUANTIZED}
     moved = {n for n in full if full[n] != back[n]}
-    assert moved == {'Merge v4'} | {n for n in full if n.startswith('eval/') and n.split('/')[1] not in ('base', 'Merge v4')}
-    assert all(back[n].inputs['merge_onto'] == DEQUANTIZED and back[n].settings['merge_onto'] == 'dequantized' for n in moved)
+    evals = {n for n in full if n.startswith('eval/') and n.split('/')[1] not in ('base', 'Merge v4')}
+    assert moved == {'Merge v4'} | evals
+    assert all(back[n].inputs['merge_onto'] == DEQUANTIZED
+               and back[n].settings['merge_onto'] == 'dequantized' for n in moved)
     plain = build_graph(profile(tmp_path, '', '[sft]\nnf4 = false\n[dpo]\nnf4 = false'))
     assert not any('merge_onto' in s.settings for s in plain.values())     # there is nothing to choose
 
@@ -147,9 +158,9 @@ def test_both_ways_run_and_say_so(full, tmp_path):
     one, two = (Experiment(profile(tmp_path, f'merge_onto = "{h}"'), store=tmp_path/'store')
                 for h in ('original', 'dequantized'))
     two.scores(['SFT v3'])
-    score = lambda exp: json.loads((exp.build('eval/SFT v3/hellaswag').path/'items.parquet').with_name('score.json').read_text())
+    score = lambda exp: json.loads((exp.build('eval/SFT v3/hellaswag').path/'score.json').read_text())
     for exp, h in ((one, 'original'), (two, 'dequantized')):
-        assert exp.show('eval/SFT v3/hellaswag')['settings']['merge_onto'] == exp.show('Merge v4')['settings']['merge_onto'] == h
+        for n in 'eval/SFT v3/hellaswag', 'Merge v4': assert exp.show(n)['settings']['merge_onto'] == h
     assert 'merge_onto' in two.show('Merge v4')['inputs'] and two.model('SFT v3').base != one.model('SFT v3').base
     assert two.model('SFT v3').adapters == one.model('SFT v3').adapters          # the same training
     said = [exp.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for exp in (one, two)]
@@ -166,8 +177,10 @@ def test_both_ways_run_and_say_so(full, tmp_path):
 
 
 def test_table_by_hand():
-    items = lambda w, right: [dict(way=w, task=t, doc_id=i, score=float(i < n)) for t, n in zip(H6_TASKS, right) for i in range(4)]
+    items = lambda w, right: [dict(way=w, task=t, doc_id=i, score=float(i < n))
+                              for t, n in zip(H6_TASKS, right) for i in range(4)]
     its = pd.DataFrame(items('as trained', [2]*6)+items('full', [2]*5+[3]))
     sc = its.groupby(['way', 'task'], as_index=False)['score'].mean().assign(se=.25)
-    got = quantization_table(pd.DataFrame([dict(way='as trained', kl=0.), dict(way='full', kl=.1)]), sc, its).set_index('way').loc['full']
+    kl = pd.DataFrame([dict(way='as trained', kl=0.), dict(way='full', kl=.1)])
+    got = quantization_table(kl, sc, its).set_index('way').loc['full']
     assert (got.h6, got.h6_change, got.change_se, got.items_changed) == pytest.approx((3.25/6, .25/6, .25/6, 1))

@@ -172,8 +172,9 @@ def test_what_peft_writes_for_plain_lora_is_read(tmp_path):
 @pytest.mark.parametrize('key, value', [
     ('init_lora_weights', 'pissa'), ('init_lora_weights', 'olora'), ('init_lora_weights', 'pissa_niter_4'),
     ('layer_replication', [[0, 2], [0, 2]]), ('use_dora', True), ('use_rslora', True), ('bias', 'all'),
-    ('lora_bias', True), ('rank_pattern', dict(q_proj=4)), ('modules_to_save', ['lm_head']), ('trainable_token_indices', [1]),
-    ('of_next_year', 'something'), ('lora_alpha', 'DROP'), ('r', 0), ('peft_type', 'LOHA')])
+    ('lora_bias', True), ('rank_pattern', dict(q_proj=4)), ('modules_to_save', ['lm_head']),
+    ('trainable_token_indices', [1]), ('of_next_year', 'something'), ('lora_alpha', 'DROP'), ('r', 0),
+    ('peft_type', 'LOHA')])
 def test_what_peft_would_honour_on_loading_is_refused_by_name(key, value, tmp_path):
     folder = adapter_of(tmp_path, **{key: value})
     with pytest.raises(ValueError, match='LOHA' if key == 'peft_type' else key): read_adapter(folder)

@@ -108,8 +108,8 @@ def _check_pair(folder:Path, name:str, pair:dict[str,Tensor], rank:int)->None:
     "Raise unless these are the two finite factors of a weight's change."
     shapes = {k: tuple(t.shape) for k,t in pair.items()}
     if set(pair)!={'A.weight', 'B.weight'}:
-        raise ValueError(f"read_adapter: {folder} holds {shapes} of {name}; expected A and B matrices only, one of each. "
-                         "Save the adapter again.")
+        raise ValueError(f"read_adapter: {folder} holds {shapes} of {name}; expected A and B matrices only, "
+                         "one of each. Save the adapter again.")
     whole = all(t.dim()==2 and torch.isfinite(t).all() for t in pair.values())
     if not whole or (shapes['A.weight'][0], shapes['B.weight'][1])!=(rank, rank):
         raise ValueError(f"read_adapter: {folder} holds {shapes} of {name}, or values that are no numbers; "
