@@ -411,9 +411,9 @@ def test_data_from_a_folder_puts_the_wheel_in_the_hubs_place(tmp_path, monkeypat
 
 def test_the_ledger_finds_what_is_planted(folder, tmp_path):
     exp = Experiment(profile_of(tmp_path, model_of(tmp_path/'base'), folder), store=tmp_path/'store')
-    from solar_repro.core.contamination import ledger
+    from solar_repro.core.contamination import overlaps
     items = {'gsm8k': [item_text('gsm8k', r) for r in Published(folder).items('gsm8k', 6)[0]['test']]}
-    found = ledger({'set': ['nothing', f"so {items['gsm8k'][2]}"]}, items, (13,))
+    found = overlaps({'set': ['nothing', f"so {items['gsm8k'][2]}"]}, items, (13,))
     assert found[['set', 'task', 'doc_id', 'row']].values.tolist() == [['set', 'gsm8k', 2, 1]]
     exp.run(['contamination', *(f'eval/base/{t}' for t in H6_TASKS)])
     clean = exp.clean_scores(['base'], 8)

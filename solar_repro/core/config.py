@@ -151,7 +151,7 @@ class CustomRow(DpoRow):
     sets: list[str] | None = None # trained on these
     start: str | None = None # the model that DPO starts from; None: SFT on the base
     weights: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = None # of two models merged; they sum to 1
-    method: str = 'linear' # of a merge, one of those that merging.methods offers to rows; SLERP's t is the second weight
+    method: str = 'linear' # of a merge, one that merging.methods offers to rows; SLERP's t is the second weight
 
     @model_validator(mode='after')
     def _training_or_merge(self):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import DpoStep, Numerics, Sft, Template
-from ..core.contamination import ledger
+from ..core.contamination import overlaps
 from ..core.data_files import read_rows, write_rows
 from ..core.store import Artifact
 from ..data import item_text, row_text
@@ -69,7 +69,7 @@ def build_contamination(out, settings, inputs, context):
     sets = {n.removeprefix('data/'): texts(a) for n, a in inputs.items() if n.startswith('data/')}
     tests = {n.removeprefix('bench/'): a.path/'test.jsonl' for n, a in inputs.items() if n.startswith('bench/')}
     items = {t: [item_text(t, r) for r in read_rows(f)] for t, f in tests.items()}
-    ledger(sets, items).to_parquet(out/'overlaps.parquet', index=False)
+    overlaps(sets, items).to_parquet(out/'overlaps.parquet', index=False)
 
 # %% ../../nbs/pipeline/04_stages.ipynb #c0304a45
 def build_sft(out, settings, inputs, context):
