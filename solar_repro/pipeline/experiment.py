@@ -27,10 +27,10 @@ from ..core.store import Artifact, Store
 from ..models.base_source import base_note
 from ..paper import MODELS
 from . import results
-from .executor import Engine, Event, execute, InlineEngine, Outcome, TRIES, widest
+from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import benchmarks, build_graph, CODE_VERSIONS, DEQUANTIZED, in_words, MODEL_KINDS, Stage
 from .plan import make_plan
-from .progress import cost, duration, headline, Progress, relative_costs
+from .progress import cost, duration, headline, Progress, relative_costs, say_interrupted
 from .sources import STAND_IN
 from .workers import n_workers, ProcessEngine
 
@@ -236,24 +236,6 @@ def _engine(self:Experiment, missing:list[str], inputs:dict, costs:dict, on_even
         return threads | dict(CUDA_VISIBLE_DEVICES=cards[slot]) if cards else threads
     return ProcessEngine([sys.executable, '-m', 'solar_repro.pipeline.serve'], hello, n, env)
 
-# %% ../../nbs/pipeline/14_experiment.ipynb #87f0fbd3
-@patch
-def _raise_failed(self:Experiment, o:Outcome)->None:
-    "Raise the first failure, and say what it cost."
-    if not o.failed: return
-    error, lost = next(iter(o.failed.values())), [*o.failed, *o.left_out]
-    rows = list(dict.fromkeys(self.graph[n].inputs['model'] for n in lost if self.graph[n].kind == 'eval'))
-    error.add_note(f'{len(lost)} stages are not built: {", ".join(o.failed)} failed, {len(o.left_out)} need them.'
-                   + (f' Rows without all scores: {", ".join(rows)}.' if rows else '')
-                   + f' What is built is kept; go on with: solar-repro run --profile {self.profile.name}')
-    for n, e in list(o.failed.items())[1:]: error.add_note(f'{n}: {e}')
-    raise error
-
-def _interrupted(e:KeyboardInterrupt, said:str)->None:
-    "Say what is kept: in a notebook in place of the traceback."
-    e._render_traceback_ = lambda: [said]
-    if 'ipykernel' not in sys.modules: print(f'\n{said}', file=sys.stderr)
-
 # %% ../../nbs/pipeline/14_experiment.ipynb #7ef4b6bb
 @patch
 def run(self:Experiment,
@@ -266,26 +248,21 @@ def run(self:Experiment,
     missing = [n for n in missing if self.find(n) is None]
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
     costs = relative_costs(self.graph[n] for n in missing)
-    engine = self._engine(missing, inputs, costs, lambda e: _follow(progress, e))
+    engine = self._engine(missing, inputs, costs, lambda e: progress.follow(e))
     progress = self._progress(missing, engine.n_slots)
     uses_base = {n for n in missing if self.graph[n].kind in USES_BASE}
     try: outcome = execute(inputs, engine, costs, uses_base, lambda n: self.find(n) is not None,
-                           lambda e: _follow(progress, e), tries=TRIES if engine.n_slots > 1 else 1)
+                           progress.follow, tries=TRIES if engine.n_slots > 1 else 1)
     except KeyboardInterrupt as e:
         n = sum(self.find(n) is not None for n in missing)
-        _interrupted(e, f'interrupted; {n} of {len(missing)} stages are finished and kept. Run again to go on.')
+        say_interrupted(e, f'interrupted; {n} of {len(missing)} stages are finished and kept. Run again to go on.')
         raise
     finally:
         progress.close()
         engine.stop()
     for n in outcome.built: self.find(n)
-    self._raise_failed(outcome)
-
-def _follow(progress:Progress, e:Event)->None:
-    "Show what happens to a stage."
-    if e.kind == 'start': progress.start(e.name)
-    elif e.kind == 'step': progress.on_progress(e.name, e.done, e.total)
-    else: progress.end(e.name, e.kind == 'done')
+    rows = {n: self.graph[n].inputs['model'] for n in missing if self.graph[n].kind == 'eval'}
+    raise_failed(outcome, rows, f'solar-repro run --profile {self.profile.name}')
 
 @patch
 def build(self:Experiment, name:str)->Artifact:

@@ -273,7 +273,8 @@ def workers_text(
     if workers < 1: raise ValueError(f'plan: {workers} workers; expected 1 or more.')
     r = by_workers(plan, graph, [workers]).iloc[0]
     return (f'{workers} workers, each with a card: {_near(r["hours"])} h from begin to end, in work {r["busy"]:.0%} of '
-            f'the time; {r["bound"]:.0%} of these hours no scheduler could save.\nLongest path: {" -> ".join(critical_path(plan, graph))}')
+            f'the time; {r["bound"]:.0%} of these hours no scheduler could save.\n'
+            f'Longest path: {" -> ".join(critical_path(plan, graph))}')
 
 # %% ../../nbs/pipeline/07_plan.ipynb #cbe3a171
 def actual(
