@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['completion_logps', 'dpo_loss', 'dpo_rows', 'load_policy', 'shared_prefix_length', 'shared_prefix_microbatch',
            'shared_prefix_logps', 'pair_logps', 'reference_logps', 'PairTrainer', 'SharedPrefixTrainer', 'pair_trainer',
-           'check_start', 'train_dpo', 'plot_rewards']
+           'rounded_otherwise', 'answer_lengths', 'check_start', 'train_dpo', 'plot_rewards']
 
 # %% ../nbs/03_dpo.ipynb #759bd3d2
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +31,7 @@ from .core.figures import style
 from .models.adapters import concat_adapter, AdaptedModel
 from .models.loading import encode, load_base, load_tokenizer, quiet
 from .models.training import (
-    arguments, batches_by_length, MicrobatchMixin, restore, run_trainer, token_logps, trainable)
+    arguments, batches_by_length, MicrobatchMixin, on_one_device, restore, run_trainer, token_logps, trainable)
 
 # %% ../nbs/03_dpo.ipynb #a1206677
 def completion_logps(
@@ -200,6 +201,7 @@ def pair_trainer(
     config = DPOConfig(**arguments(settings, scratch, seed, device), beta=settings.beta, loss_type=['sigmoid'],
                        precompute_ref_log_probs=True, train_sampling_strategy='group_by_length',
                        length_column_name='length', remove_unused_columns=False)
+    on_one_device(config)
     kind = SharedPrefixTrainer if settings.max_tokens_per_microbatch else PairTrainer
     with quiet(): trainer = kind(model, args=config, train_dataset=data, processing_class=tokenizer)
     if settings.max_tokens_per_microbatch: trainer.divide_steps(settings.max_tokens_per_microbatch)
@@ -208,6 +210,28 @@ def pair_trainer(
     return trainer
 
 # %% ../nbs/03_dpo.ipynb #d727e110
+@contextmanager
+def rounded_otherwise(
+    model:PreTrainedModel,
+):
+    "Run a block with the input embeddings moved by one unit in the last place, up and down by turns."
+    def move(module, args, out):
+        sign = torch.ones(out.numel(), dtype=out.dtype, device=out.device)
+        sign[::2] = -1
+        return out*(1+torch.finfo(out.dtype).eps*sign.view_as(out))
+    hook = model.get_input_embeddings().register_forward_hook(move)
+    try: yield
+    finally: hook.remove()
+
+# %% ../nbs/03_dpo.ipynb #d51b6848
+def answer_lengths(
+    batch:dict, # of `shared_prefix_microbatch`, or of TRL's collator
+)->Tensor: # predicted tokens, (pairs, 2): chosen, rejected
+    "How many tokens the log-probability of each answer sums over."
+    if 'sizes' in batch: return torch.tensor(batch['sizes']).view(-1, 2)
+    return batch['completion_mask'][:, 1:].sum(1).view(2, -1).T
+
+# %% ../nbs/03_dpo.ipynb #bedc828f
 def check_start(
     trainer:PairTrainer, # built, not run
     compute_dtype:str, # 'float32' or 'bfloat16'
@@ -218,11 +242,15 @@ def check_start(
     parts = batch.get('microbatches', [batch])
     ref = torch.cat([torch.stack([b['ref_chosen_logps'], b['ref_rejected_logps']], 1) for b in parts])
     policy = torch.cat([pair_logps(trainer.model, b, compute_dtype) for b in parts])
-    apart, loss = (policy-ref).abs().max().item(), dpo_loss(*policy.T, *ref.T, trainer.beta).item()
-    tolerance = dict(float32=1e-3, bfloat16=1.)[compute_dtype]   # nats over a whole answer
-    if not (apart<=tolerance and abs(loss-math.log(2))<=trainer.beta*tolerance):
-        raise ValueError(f"train_dpo: before the first step policy and reference differ by up to {apart:.4g} nats and "
-                         f"the loss is {loss:.6f}; expected at most {tolerance:g} and ln 2 = {math.log(2):.6f}. "
+    with rounded_otherwise(trainer.model):
+        moved = torch.cat([pair_logps(trainer.model, b, compute_dtype) for b in parts])
+    n_tok = torch.cat([answer_lengths(b) for b in parts]).clamp(min=1)
+    apart, noise = (((policy-x).pow(2)/n_tok).mean().sqrt().item() for x in (ref, moved))
+    tolerance, loss = max(1e-4, 4*noise), dpo_loss(*policy.T, *ref.T, trainer.beta).item()
+    if not apart<=tolerance:
+        raise ValueError(f"train_dpo: before the first step policy and reference differ by {apart:.4g} nats a root of "
+                         f"an answer's tokens (up to {(policy-ref).abs().max():.4g} nats) and the loss is {loss:.6f}; "
+                         f"expected at most {tolerance:g} and ln 2 = {math.log(2):.6f}. "
                          "The reference log-probabilities belong to another model, other rows or another numerical "
                          "setting: compute them again with reference_logps.")
     return loss

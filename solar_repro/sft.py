@@ -22,7 +22,8 @@ from trl import SFTConfig, SFTTrainer
 
 from .core.figures import style
 from .models.loading import encode, load_base, load_tokenizer, quiet
-from .models.training import arguments, MicrobatchMixin, run_trainer, token_logps, trainable
+from .models.training import (
+    arguments, MicrobatchMixin, on_one_device, run_trainer, token_logps, trainable)
 
 # %% ../nbs/02_sft.ipynb #a3d2049c
 def sft_rows(
@@ -84,6 +85,7 @@ def packed_trainer(
 )->SFTTrainer: # built, not run
     "TRL's trainer over packed rows, its steps in microbatches where the profile sets a budget of tokens."
     config = SFTConfig(**arguments(settings, scratch, seed, device), packing=True, packing_strategy='bfd')
+    on_one_device(config)
     kind = PackedTrainer if settings.max_tokens_per_microbatch else SFTTrainer
     trainer = kind(model, args=config, train_dataset=data, processing_class=tokenizer)
     if settings.max_tokens_per_microbatch: trainer.divide_steps(settings.max_tokens_per_microbatch)

@@ -13,8 +13,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import solar_repro.dpo as dpo
 import solar_repro.models.training as training
+import solar_repro.sft as sft
 from solar_repro.dpo import (
     check_start, dpo_loss, dpo_rows, load_policy, pair_logps, pair_trainer, reference_logps, shared_prefix_length,
     shared_prefix_microbatch, train_dpo)
@@ -26,7 +29,7 @@ from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import slerp
 from solar_repro.sft import packed_batch, packed_trainer, sft_rows, train_sft
 from solar_repro.tiny.base import random_base
-from solar_repro.tiny.world import make_world, training_rows
+from solar_repro.tiny.world import make_world, shipped_base, training_rows
 
 smoke = load_profile('smoke')
 COMMON = dict(max_length=128, learning_rate=1e-2, save_steps=4, epochs=1, nf4=True, compute_dtype='float32')
@@ -204,7 +207,6 @@ def test_packed_batch_has_the_loss_of_its_rows_alone(base):
 def test_the_trainer_does_not_leak_either(base, tmp_path, monkeypatch):
     "Batches hold every row once and whole, and TRL's first loss is that of its rows alone."
     seen = []
-    import solar_repro.sft as sft
     def spy(rows): seen.append(rows); return packed_batch(rows)
     monkeypatch.setattr(sft, 'packed_batch', spy)
     train_sft(base, math_rows(), tmp_path, SFT, smoke.template, seed=0)
@@ -233,11 +235,11 @@ def packed(rows): # examples in one row
 def _gradients(model): return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def _close(a, b):
+def _close(a, b, share=1e-4):
     "Two gradients: the same but for rounding, and large enough for that to say something."
     assert set(a) == set(b) and len(a) > 10
     norm = sum(x.pow(2).sum() for x in a.values())**.5
-    assert norm > 1e-2 and sum((a[n]-b[n]).pow(2).sum() for n in a)**.5 < 1e-4*norm
+    assert norm > 1e-2 and sum((a[n]-b[n]).pow(2).sum() for n in a)**.5 < share*norm
 
 
 @pytest.fixture
@@ -257,18 +259,19 @@ def packed_rows(base):
     return [packed([data[i] for i in k]) for k in ([0, 1, 2], [3], [4, 5], [6, 7, 8, 9], [10, 11])]
 
 
-def sft_step(base, rows, settings, tmp_path):
+def sft_step(base, rows, settings, tmp_path, dtype='float32'):
     "Inputs, loss, accuracy and gradients of a step, of an adapter that is not at zero."
     torch.manual_seed(0)
     tok, lora = load_tokenizer(base), LoraConfig(r=4, target_modules='all-linear', init_lora_weights=False)
     with quiet():
-        model = get_peft_model(load_base(base, settings.nf4, settings.compute_dtype), lora)
+        model = get_peft_model(load_base(base, settings.nf4, dtype), lora)
         saved = training.trainable(model)
         data = sft_rows(math_rows(), tok, smoke.template, 128)
         t = packed_trainer(model, data, tok, settings, tmp_path, 0, 'cpu')
     training.restore(model, saved)
     t.current_gradient_accumulation_steps = 1
     t.create_optimizer()
+    if dtype == 'float64': model.double()
     inputs = t.data_collator(rows)
     n = None if 'microbatches' in inputs else (inputs['labels'][:, 1:] != -100).sum()
     loss = t.training_step(model, inputs, n).item()
@@ -296,13 +299,15 @@ def moved_pairs(models, ref):
     return data
 
 
-def dpo_step(start, data, settings, tmp_path):
-    "Inputs, loss, rewards and gradients of a step on eight pairs."
-    model = load_policy(start, tmp_path/'start', settings, 'cpu')
+def dpo_step(start, data, settings, tmp_path, rows=None, dtype='float32'):
+    "Inputs, loss, rewards and gradients of a step, on eight pairs."
+    rows = [data[i] for i in range(8)] if rows is None else rows
+    model = load_policy(start, tmp_path/'start', settings.model_copy(update=dict(compute_dtype=dtype)), 'cpu')
     t = pair_trainer(model, data, load_tokenizer(start.base), settings, tmp_path, 0, 'cpu')
     t.current_gradient_accumulation_steps = 1
     t.create_optimizer()
-    inputs = t.data_collator([data[i] for i in range(8)])
+    if dtype == 'float64': model.double()
+    inputs = t.data_collator(rows)
     loss = t.training_step(model, inputs).item()
     rewards = {k: v for k, v in t._metrics['train'].items() if k.startswith('rewards')}
     return inputs, loss, rewards, _gradients(model)
@@ -322,6 +327,117 @@ def test_pairs_with_a_shared_prefix_are_trls_step(models, moved_pairs, tmp_path,
     assert sum(heads) == batch['completion_mask'][:, 1:].sum()
     assert inputs['input_ids'].numel() < batch['input_ids'].numel()
     assert max(shared_prefix_length(moved_pairs[i]) for i in range(8)) < 300
+
+
+def divided(settings, budget, dtype='float32'):
+    "Steps in microbatches, on a base that is not quantized; autocast is on for 'bfloat16'."
+    return settings.model_copy(update=dict(max_tokens_per_microbatch=budget, compute_dtype=dtype, nf4=False))
+
+
+@pytest.fixture
+def wide_norms(monkeypatch):
+    "Norms in the dtype of the model; transformers rounds them to float32."
+    def forward(self, x): return self.weight*x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True)+self.variance_epsilon)
+    monkeypatch.setattr(LlamaRMSNorm, 'forward', forward)
+
+
+GROUPINGS = [(budget, order) for budget in (1, 150, 300) for order in ((0, 1, 2, 3, 4), (4, 2, 0, 3, 1))]
+
+
+@pytest.mark.parametrize('autocast', ['float32', 'bfloat16'])
+def test_one_step_one_gradient(base, packed_rows, models, moved_pairs, tmp_path, wide_norms, autocast):
+    "For any budget and order of rows, to float64's rounding: autocast leaves float64 alone, and is on or off."
+    def sft(budget, order=range(5)):
+        rows = [packed_rows[i] for i in order]
+        return sft_step(base, rows, divided(SFT, budget, autocast), tmp_path, 'float64')[-1]
+
+    def dpo(budget, order=range(5)):
+        rows = [moved_pairs[i] for i in order]
+        return dpo_step(models[0], moved_pairs, divided(DPO, budget, autocast), tmp_path, rows, 'float64')[-1]
+    for gradient in (sft, dpo):
+        at_once = gradient(10**6)
+        assert {x.dtype for x in at_once.values()} == {torch.float64}
+        for budget, order in GROUPINGS: _close(gradient(budget, order), at_once, 1e-12)
+
+
+def test_a_mean_of_means_is_another_gradient(base, packed_rows, tmp_path, monkeypatch):
+    "The mistake that the test above is for: each microbatch divided by its own tokens."
+    at_once = sft_step(base, packed_rows, divided(SFT, 10**6), tmp_path)[-1]
+    def mean(self, model, batch):
+        logps, right = training.token_logps(model, batch)
+        return dict(loss=-logps.mean()*40, mean_token_accuracy=right.sum())
+    monkeypatch.setattr(sft.PackedTrainer, 'sums', mean)
+    with pytest.raises(AssertionError): _close(sft_step(base, packed_rows, divided(SFT, 1), tmp_path)[-1], at_once, .01)
+
+
+@pytest.mark.parametrize('what', ['sft', 'dpo'])
+def test_bfloat16_runs_under_autocast(what, base, packed_rows, models, moved_pairs, tmp_path, monkeypatch):
+    "Adapters compute in bfloat16, and the gradient is that of the rows at once, to its rounding."
+    seen, forward = [], torch.nn.Linear.forward
+    def spy(self, x):
+        out = forward(self, x)
+        if self.weight.requires_grad: seen.append((torch.is_autocast_enabled('cpu'), out.dtype))
+        return out
+    monkeypatch.setattr(torch.nn.Linear, 'forward', spy)
+
+    def gradient(budget):
+        settings = divided(dict(sft=SFT, dpo=DPO)[what], budget, 'bfloat16')
+        if what == 'sft': return sft_step(base, packed_rows, settings, tmp_path, 'bfloat16')[-1]
+        return dpo_step(models[0], moved_pairs, settings, tmp_path, dtype='bfloat16')[-1]
+    at_once = gradient(10**6)
+    for budget in (1, 150): _close(gradient(budget), at_once, 8*torch.finfo(torch.bfloat16).eps)
+    assert len(seen) > 20 and set(seen) == {(True, torch.bfloat16)}
+
+
+@pytest.mark.parametrize('what', ['sft', 'dpo'])
+def test_one_device_however_many_there_are(what, base, packed_rows, models, moved_pairs, tmp_path, monkeypatch):
+    "Four GPUs neither multiply the batch nor wrap the model."
+    module, name = dict(sft=(sft, 'SFTConfig'), dpo=(dpo, 'DPOConfig'))[what]
+    class Crowd(getattr(module, name)):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4 if self.device else 0
+    monkeypatch.setattr(module, name, Crowd)
+    built, train = [], module.on_one_device
+    monkeypatch.setattr(module, 'on_one_device', lambda args: built.append(args) or train(args))
+    if what == 'sft': sft_step(base, packed_rows, SFT, tmp_path)
+    else: dpo_step(models[0], moved_pairs, DPO, tmp_path)
+    assert built[0].n_gpu == 1 and built[0].train_batch_size == dict(sft=SFT, dpo=DPO)[what].batch_size
+
+
+@pytest.fixture(scope='module')
+def real(tmp_path_factory):
+    "On the tiny base, whose weights say something: two adapters, pairs, and a function that checks a start."
+    start, out, pairs = shipped_base(), tmp_path_factory.mktemp('real'), belief_pairs()
+    rough = SFT.model_copy(update=dict(learning_rate=1e-2))
+    for k, rows in ((1, math_rows()), (2, [dict(prompt=p['prompt'], completion=p['chosen']) for p in pairs])):
+        train_sft(start, rows, out/str(k), rough, smoke.template, seed=k)
+    tuned = [AdaptedModel(start, ((out/str(k)/'adapter', 1.),)) for k in (1, 2)]
+    tok = load_tokenizer(start)
+
+    def check(reference, rows=pairs, dtype='bfloat16', **other):
+        settings = DPO.model_copy(update=dict(DIVIDED, compute_dtype=dtype, batch_size=len(pairs)))
+        ref = reference_logps(reference, rows, settings.model_copy(update=other), smoke.template)
+        data = dpo_rows(pairs, tok, smoke.template, DPO.max_length)
+        for side in ('chosen', 'rejected'): data = data.add_column(f'ref_{side}_logps', ref[side].tolist())
+        policy = load_policy(tuned[0], out/'policy', settings, 'cpu')
+        return check_start(pair_trainer(policy, data, tok, settings, out/'x', 0, 'cpu'), dtype)
+    return tuned, pairs, check
+
+
+def test_a_start_in_bfloat16_passes_however_pairs_are_grouped(real):
+    (start, _), _, check = real
+    for grouping in (1, 10**5, None):
+        assert abs(check(start, max_tokens_per_microbatch=grouping)-math.log(2)) < .02
+
+
+def test_the_check_of_a_start_sees_what_it_is_for(real):
+    "Another adapter, rows off by one, NF4 against none, bfloat16 for a policy in float32; in bfloat16, too."
+    (start, other), pairs, check = real
+    with pytest.raises(ValueError, match='another'): check(other)
+    with pytest.raises(ValueError, match='other rows'): check(start, rows=pairs[1:]+pairs[:1])
+    with pytest.raises(ValueError, match='numerical'): check(start, nf4=False)
+    with pytest.raises(ValueError, match='numerical'): check(start, dtype='float32', compute_dtype='bfloat16')
 
 
 def test_answers_of_a_pair_do_not_see_each_other(models, tmp_path):
