@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import solar_repro.dpo as dpo
 import solar_repro.models.training as training
+import solar_repro.pipeline.builder as builder
 import solar_repro.sft as sft
 from solar_repro.dpo import (
     check_start, dpo_loss, dpo_rows, load_policy, pair_logps, pair_trainer, reference_logps, shared_prefix_length,
@@ -24,7 +26,8 @@ from solar_repro.dpo import (
 from solar_repro.models.adapters import AdaptedModel, average, concat_adapter, materialize, read_adapter
 from solar_repro.models.loading import load_base, load_tokenizer, quiet
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import build_graph
+from solar_repro.core.store import Store
+from solar_repro.pipeline.graph import build_graph, Stage
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import slerp
 from solar_repro.sft import packed_batch, packed_trainer, sft_rows, train_sft
@@ -425,12 +428,14 @@ def real(tmp_path_factory):
     return tuned, pairs, check
 
 
+@pytest.mark.slow
 def test_a_start_in_bfloat16_passes_however_pairs_are_grouped(real):
     (start, _), _, check = real
     for grouping in (1, 10**5, None):
         assert abs(check(start, max_tokens_per_microbatch=grouping)-math.log(2)) < .02
 
 
+@pytest.mark.slow
 def test_the_check_of_a_start_sees_what_it_is_for(real):
     "Another adapter, rows off by one, NF4 against none, bfloat16 for a policy in float32; in bfloat16, too."
     (start, other), pairs, check = real
@@ -438,6 +443,19 @@ def test_the_check_of_a_start_sees_what_it_is_for(real):
     with pytest.raises(ValueError, match='other rows'): check(start, rows=pairs[1:]+pairs[:1])
     with pytest.raises(ValueError, match='numerical'): check(start, nf4=False)
     with pytest.raises(ValueError, match='numerical'): check(start, dtype='float32', compute_dtype='bfloat16')
+
+
+@pytest.mark.parametrize('kind', ['sft', 'ref', 'dpo', 'quantization', 'eval'])
+def test_loading_for_training_lets_go_of_the_model_in_memory(kind, base, tmp_path, monkeypatch):
+    "A card need not hold the evaluated model beside the one that is trained; an evaluation keeps it."
+    made = builder.Builder(smoke.machine, Store(tmp_path/'store'))
+    model, alive = weakref.ref(made.materialized(AdaptedModel(base))), []
+    def write(out, settings, inputs, context):
+        alive.append(model() is not None)
+        (out/'x').write_text('')
+    monkeypatch.setitem(builder.BUILDERS, kind, write)
+    made.build(Stage('toy', kind, {}, {}), 'key', {}, None)
+    assert alive == [kind == 'eval']
 
 
 def test_answers_of_a_pair_do_not_see_each_other(models, tmp_path):
