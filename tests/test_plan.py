@@ -104,8 +104,8 @@ def test_a_budget_of_tokens_computes_prompts_once_and_unpacks_less_often(plans):
     for n in ('DPO v1', 'ref/SFT v3/ultrafeedback_clean'):
         assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(60_800*LENGTHS['ultrafeedback_clean'].prompt)
         assert a.loc[n, 'hours'] < .85*b.loc[n, 'hours']
-    # the longest pair fills a microbatch; logits of an answer's tokens only
-    assert .97*b.loc['DPO v1', 'gib'] < a.loc['DPO v1', 'gib'] < b.loc['DPO v1', 'gib']
+    # the longest pair fills a microbatch; logits of an answer's tokens only, but a mask over both answers
+    assert .97*b.loc['DPO v1', 'gib'] < a.loc['DPO v1', 'gib'] < 1.03*b.loc['DPO v1', 'gib']
     assert plan.stages['hours'].sum() < 72
 
 

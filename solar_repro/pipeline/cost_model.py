@@ -185,12 +185,15 @@ def activation_bytes(
     lora_r:int, # rank of the adapter
     compute_dtype:str, # 'float32' or 'bfloat16'
     dropout:bool, # is there dropout before the adapter?
+    nf4:bool=True, # a plain layer casts its input once for each adapter
+    n_row:int=0, # tokens of a row with a mask; 0: no mask
 )->int: # bytes a token and layer
     "What autograd keeps of a layer with LoRA on all linear layers."
     h, f, kv, r = s.hidden, s.intermediate, s.kv, lora_r
     norms = 4*s.n_heads + 8                                # attention's and the norms' statistics
     if compute_dtype == 'float32': return 24*h + 16*f + 8*kv + 28*r + norms + dropout*(40*h + 4*f)
-    return 24*h + 8*f + 4*kv + 14*r + norms + dropout*(24*h + 4*f)
+    copies = 8*h*(dropout or not nf4)                      # of what several adapters read
+    return 19*h + 8*f + 4*kv + 14*r + norms + copies + dropout*(6*h + f) + 2*n_row
 
 def head_bytes(
     s:Shape, # of the model
@@ -216,16 +219,20 @@ def train_memory(
     microbatches:int|None, # of a step; more than one keep gradients between them; None: by a budget of tokens
     again:bool, # layers are computed again in the backward pass
     device:str='cpu', # 'cpu' or 'cuda'
+    n_row:int=0, # tokens of a row with a mask; 0: no mask
 )->dict[str,int]: # part -> bytes; their sum is the peak
     "Peak memory of training with LoRA, by its parts."
     n, a = 4 if compute_dtype == 'float32' else 2, s.lora(lora_r)
-    kept = activation_bytes(s, lora_r, compute_dtype, dropout > 0)*n_tok
+    kept = activation_bytes(s, lora_r, compute_dtype, dropout > 0, nf4, n_row)*n_tok
     head = head_bytes(s, n_tok, compute_dtype, device, microbatches is None)
-    layer = 2*kept if again else 0                        # one layer in full, and gradients of as much
     unpacked = 2*n*max(s.hidden*s.intermediate, s.hidden**2) if nf4 else 0
+    if n == 2 and microbatches is None:                   # hidden states, and what is largest beside them
+        states = 16*n_tok*s.hidden
+        work = states + max(head - states, unpacked, kept*again)
+    else: work = max(head, 2*kept*again) + unpacked       # one layer in full, and gradients of as much
     return dict(weights=int(s.linear*(.5 + 1/64 + 4/(64*256) if nf4 else n)) + s.other*n,
                 adapter=a*(4 + (n == 2)*2), gradients=a*4*(microbatches != 1), optimizer=a*8,
-                activations=s.n_layers*(s.hidden*n*n_tok if again else kept), head=max(head, layer) + unpacked)
+                activations=s.n_layers*(s.hidden*n*n_tok if again else kept), head=work)
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #52265272
 def lora_rank(

@@ -1,0 +1,357 @@
+"""Minutes on a card: what has only ever run on a CPU runs on the card, and its rates are measured.
+
+    python benchmarks/gpu_check.py --minutes 8 [--wheels FOLDER] [--out benchmarks/results/gpu_check.json]
+
+Steps in this order, each for as long as time is left; the JSON is written after every one of them:
+  four_bits  NF4 there and back, and a step of the paged optimizer
+  recipe     a random fp16 base in shards: SFT, stopped and resumed, reference, DPO, averages, SLERP, benchmarks
+  sft, dpo   a random base of SOLAR-10.7B's shape made on the card, in NF4: tokens a second, share of the peak,
+             bytes; SFT with and without autocast and once profiled; how far log-probabilities move when pairs are
+             grouped otherwise
+  scoring    benchmarks/h6.py on HellaSwag, MMLU, GSM8K in bfloat16
+  merging    merges on the card and on the CPU: the same bits?
+On a machine without a card everything runs at toy size. Missing packages are installed from --wheels, without an
+index.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+NEEDED = dict(transformers='transformers', peft='peft', trl='trl', bitsandbytes='bitsandbytes', lm_eval='lm-eval',
+              fastcore='fastcore', execnb='execnb')
+
+
+def install(wheels: Path) -> list[str]:
+    "Install what is missing from a folder of wheels."
+    missing = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
+    command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--find-links', str(wheels), *missing]
+    if missing: subprocess.run(command, check=True)
+    return missing
+
+
+def bits_of(folder: Path) -> dict:
+    from safetensors.torch import load_file
+    return {k: v for f in sorted(folder.glob('*.safetensors')) for k, v in load_file(f).items()}
+
+
+def synchronize(device: str):
+    import torch
+    if device == 'cuda': torch.cuda.synchronize()
+
+
+def four_bits(device: str, folder: Path) -> dict:
+    "NF4 there and back; AdamW whose state may leave the card."
+    import bitsandbytes as bnb
+    import torch
+    x = torch.randn(1024, 1024, device=device)
+    packed, state = bnb.functional.quantize_4bit(x, quant_type='nf4', compress_statistics=True)
+    far = (bnb.functional.dequantize_4bit(packed, state) - x).norm()/x.norm()
+    w = torch.nn.Parameter(torch.ones(64, 64, device=device))
+    optimizer = bnb.optim.PagedAdamW32bit([w], lr=.1)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    synchronize(device)
+    return dict(nf4_error=far.item(), after_a_step=w.detach().mean().item())
+
+
+PROFILE = """
+extends = "a100"
+name = "check"
+label = "check of a card, random weights"
+[machine]
+device = "{device}"
+threads = 2
+[base]
+source = "./base"
+[data]
+source = "tiny"
+[data.rows]
+alpaca_gpt4 = 24
+openorca = 16
+synth_math_instruct = 24
+ultrafeedback_clean = 12
+synth_math_alignment = 12
+[sft]
+lora_r = 8
+batch_size = 4
+max_length = 256
+max_tokens_per_microbatch = 256
+save_steps = 1
+[dpo]
+batch_size = 4
+max_length = 256
+max_tokens_per_microbatch = 512
+save_steps = 1
+[eval]
+n_items = 6
+[eval.num_fewshot]
+arc = 4
+hellaswag = 0
+mmlu = 5
+truthfulqa = 0
+winogrande = 0
+gsm8k = 2
+"""
+
+
+def fp16_base(out: Path):
+    "A random base in float16, in shards."
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from solar_repro.tiny.world import shipped_base
+    tokenizer = AutoTokenizer.from_pretrained(shipped_base())
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
+                         num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=4096,
+                         tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         initializer_range=.05)
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(out, max_shard_size='600KB')
+    tokenizer.save_pretrained(out)
+
+
+def resumed(exp, out: Path, device: str) -> dict:
+    "SFT stopped after two steps and gone on with; the same without the stop."
+    import torch
+    from solar_repro.sft import train_sft
+    base, rows, p = exp.build('base').path, exp.rows('data/alpaca_gpt4'), exp.profile
+
+    class Stop(Exception): pass
+
+    def stop(done, total):
+        if done == 2: raise Stop
+    try: train_sft(base, rows, out/'stopped', p.sft, p.template, 0, device, stop)
+    except Stop: pass
+    found = sorted(x.name for x in (out/'stopped'/'scratch').glob('checkpoint-*'))
+    for name in ('stopped', 'whole'): train_sft(base, rows, out/name, p.sft, p.template, 0, device)
+    a, b = (bits_of(out/n/'adapter') for n in ('stopped', 'whole'))
+    return dict(checkpoints=found, same_bits=all(torch.equal(a[k], b[k]) for k in b))
+
+
+def recipe(device: str, folder: Path) -> dict:
+    "The recipe on a toy, from the base to SLERP and its six scores."
+    from solar_repro.paper import H6_TASKS
+    from solar_repro.pipeline.experiment import Experiment
+    (folder/'check.toml').write_text(PROFILE.format(device=device))
+    fp16_base(folder/'base')
+    exp = Experiment(folder/'check.toml', store=folder/'store')
+    kill = resumed(exp, folder, device)
+    exp.run(['Merge v1', 'Merge v4', *(f'eval/Merge v4/{t}' for t in H6_TASKS)])
+    scores = {t: json.loads((exp.find(f'eval/Merge v4/{t}').path/'score.json').read_text())['score'] for t in H6_TASKS}
+    losses = {n: exp.log(n)['loss'].round(4).tolist() for n in ('SFT v3', 'Cand. 1')}
+    return dict(resume=kill, scores=scores, losses=losses)
+
+
+def quantized(layer, device: str):
+    "A linear layer of random weights in NF4, made where it will be."
+    import bitsandbytes as bnb
+    import torch
+    new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16,
+                            compress_statistics=True, quant_type='nf4', device='meta')
+    w = torch.randn(layer.out_features, layer.in_features, dtype=torch.bfloat16, device=device)*.02
+    new.weight = bnb.nn.Params4bit(w, requires_grad=False, quant_type='nf4', compress_statistics=True, module=new)
+    return new.to(device)
+
+
+def random_model(device: str, rank: int, dropout: float):
+    "SOLAR's shape (a toy's without a card), layer by layer in NF4, with a float32 adapter."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+    names = 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'
+    size = (4096, 14336, 48, 32, 8) if device == 'cuda' else (64, 128, 2, 4, 2)
+    config = LlamaConfig(**dict(zip(names, size)), vocab_size=32000, tie_word_embeddings=False,
+                         max_position_embeddings=4096)
+    config._attn_implementation = 'sdpa'
+    with torch.device('meta'): model = LlamaForCausalLM(config).to(torch.bfloat16)
+    for name, m in list(model.named_modules()):
+        if type(m) is not torch.nn.Linear or name == 'lm_head': continue
+        parent, _, attribute = name.rpartition('.')
+        setattr(model.get_submodule(parent), attribute, quantized(m, device))
+    for m in model.modules():                              # what is not in four bits
+        for k, w in list(m._parameters.items()):
+            if w is None or not w.is_meta: continue
+            value = torch.ones(w.shape, dtype=w.dtype, device=device)
+            if w.dim() > 1: value.normal_(std=.02)
+            m._parameters[k] = torch.nn.Parameter(value, requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    model.is_loaded_in_4bit = True
+    lora = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules='all-linear', task_type='CAUSAL_LM')
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for w in model.parameters():
+        if w.requires_grad: w.data = w.data.float()
+    return model.train()
+
+
+def trainer_of(cls, device: str):
+    "A trainer with what a step asks of it and no more."
+    from accelerate import Accelerator
+    t = cls.__new__(cls)
+    t.accelerator, t.beta = Accelerator(mixed_precision='bf16', cpu=device == 'cpu'), .1
+    t._metrics, t._prepare_inputs = dict(train=defaultdict(list)), lambda x: x
+    return t
+
+
+def timed(step, n_tok: int, device: str, flops: float, peak: float, n: int = 4) -> dict:
+    "Tokens a second, share of the card's peak, and most bytes, of a step done a few times; the first one warms up."
+    import torch
+    step()
+    synchronize(device)
+    if device == 'cuda': torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(n): step()
+    synchronize(device)
+    rate = n*n_tok/(time.perf_counter() - start)
+    gib = torch.cuda.max_memory_allocated()/2**30 if device == 'cuda' else None
+    return dict(tok_s=round(rate), share_of_peak=round(rate*flops/peak, 4), peak_gib=gib)
+
+
+def peak_flops(device: str) -> float:
+    "Dense bfloat16 peak of the card, by its data sheet; where it is not known, the A100's."
+    import torch
+    known = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'A6000': 155e12, '4090': 165e12}
+    name = torch.cuda.get_device_name() if device == 'cuda' else ''
+    return next((v for k, v in known.items() if k in name), 312e12)
+
+
+def profiled(step) -> list:
+    "The ten operations that take most of a step's time."
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen: step()
+    def spent(e): return getattr(e, 'self_device_time_total', 0) or e.self_cpu_time_total
+    return [[e.key[:60], round(spent(e)/1e3, 2)] for e in sorted(seen.key_averages(), key=spent, reverse=True)[:10]]
+
+
+def flops_of(model, n_row: int, rank: int) -> float:
+    from solar_repro.pipeline.cost_model import Shape, train_flops
+    c = model.get_base_model().config
+    kv = c.hidden_size//c.num_attention_heads*c.num_key_value_heads
+    shape = Shape(c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, kv, c.vocab_size,
+                  False)
+    return train_flops(shape, n_row, rank, False)
+
+
+def sft(device: str, folder: Path) -> dict:
+    "A microbatch of packed rows as `a100` has it."
+    import torch
+    from accelerate.utils import send_to_device
+    from solar_repro import sft as ours
+    n, rank = (2048, 64) if device == 'cuda' else (256, 8)
+    model, out = random_model(device, rank, .05), {}
+    ids, part = torch.randint(10, 30000, (n,)).tolist(), n//4
+    batch = ours.sft_microbatch([dict(input_ids=ids, labels=ids, seq_lengths=[part]*4)])
+    batch = send_to_device(batch, device)
+    trainer, step = trainer_of(ours.PackedTrainer, device), dict(microbatches=[batch], n=batch['n'])
+    work = lambda: trainer.training_step(model, step)
+    out['autocast'] = timed(work, n, device, flops_of(model, part, rank), peak_flops(device))
+    out['profile_ms'] = profiled(work)
+    trainer.accelerator.autocast = lambda *a, **k: nullcontext()
+    try: out['no_autocast'] = timed(work, n, device, flops_of(model, part, rank), peak_flops(device), 2)
+    except RuntimeError as e: out['no_autocast'] = f'{type(e).__name__}: {str(e)[:200]}'
+    return out
+
+
+def dpo(device: str, folder: Path) -> dict:
+    "A microbatch of pairs as `a100` has it; log-probabilities of pairs alone and together."
+    import torch
+    from accelerate.utils import send_to_device
+    from solar_repro import dpo as ours
+    n, rank = (4096, 64) if device == 'cuda' else (256, 8)
+    model, part = random_model(device, rank, 0.), n//16
+    pick = lambda k: torch.randint(10, 30000, (k,)).tolist()
+    rows = [dict(prompt_ids=pick(part), chosen_ids=pick(part), rejected_ids=pick(part*2), ref_chosen_logps=0.,
+                 ref_rejected_logps=0.) for _ in range(4)]
+    batch = send_to_device(ours.shared_prefix_microbatch(rows), device)
+    trainer = trainer_of(ours.SharedPrefixTrainer, device)
+    work = lambda: trainer.training_step(model, dict(microbatches=[batch], n=batch['n']))
+    out = timed(work, batch['inputs']['input_ids'].numel(), device, flops_of(model, n//4, rank), peak_flops(device))
+    model.eval()
+    with torch.no_grad():
+        together = ours.pair_logps(model, batch, 'bfloat16')
+        alone = torch.cat([ours.pair_logps(model, ours.shared_prefix_microbatch([r]), 'bfloat16') for r in rows])
+    return dict(out, noise_nats=(together - alone).abs().max().item())
+
+
+def scoring(device: str, folder: Path) -> dict:
+    "Our scoring against lm-eval's own on the card."
+    toy = ['--shape', 'smoke', '--items', '2', '--mmlu_items', '2']
+    shape = ['--shape', 'solar-10.7b', '--dtype', 'bfloat16'] if device == 'cuda' else toy
+    command = [sys.executable, HERE/'h6.py', '--tasks', 'hellaswag', 'mmlu', 'gsm8k', '--device', device, *shape]
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if said.returncode: raise RuntimeError(said.stderr[-1500:])
+    return dict(said=said.stdout.splitlines()[-12:])
+
+
+def merging(device: str, folder: Path) -> dict:
+    "Which merges have the same bits on the card as on the CPU."
+    import torch
+    from solar_repro.merging.config import merge_config
+    from solar_repro.merging.engine import merge
+    from solar_repro.tiny.base import random_base
+    base, a, b = (random_base(folder/f'model{i}', i) for i in range(3))
+    methods = dict(linear=dict(weights=[.4, .6]), slerp=dict(t=.5), ties=dict(base=base, density=.5),
+                   dare_ties=dict(base=base, density=.5))
+    same = {}
+    for method, x in methods.items():
+        for d in (device, 'cpu'):
+            to = folder/f'{method}-{d}'
+            if not to.exists(): merge(merge_config(method, [a, b], **x), to, device=d, threads=2)
+        one, two = (bits_of(folder/f'{method}-{d}') for d in (device, 'cpu'))
+        same[method] = all(torch.equal(one[k], two[k]) for k in two)
+    return same
+
+
+STEPS = four_bits, recipe, sft, dpo, scoring, merging
+
+
+def run(step, device: str, folder: Path) -> dict:
+    "A step's findings, or its error: later steps run all the same."
+    start = time.time()
+    try: found = dict(ok=True, **step(device, folder))
+    except Exception as e:
+        found = dict(ok=False, error=f'{type(e).__name__}: {e}'[:800], at=traceback.format_exc(limit=-3))
+    import gc
+    import torch
+    gc.collect()
+    if device == 'cuda': torch.cuda.empty_cache()
+    return dict(found, seconds=round(time.time() - start, 1))
+
+
+def main():
+    import tempfile
+    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    a.add_argument('--minutes', type=float, default=8.)
+    a.add_argument('--wheels', type=Path)
+    a.add_argument('--out', type=Path, default=HERE/'results'/'gpu_check.json')
+    a.add_argument('--steps', nargs='+', choices=[s.__name__ for s in STEPS], default=[s.__name__ for s in STEPS])
+    a = a.parse_args()
+    end = time.time() + 60*a.minutes
+    installed = install(a.wheels) if a.wheels else []
+    import torch
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    name = torch.cuda.get_device_name() if device == 'cuda' else 'CPU, toy size'
+    out = dict(card=name, torch=torch.__version__, python=platform.python_version(), installed=installed, steps={})
+    for step in STEPS:
+        if step.__name__ not in a.steps: continue
+        if time.time() > end: out['steps'][step.__name__] = dict(ok=None, error='no time left')
+        else:
+            with tempfile.TemporaryDirectory() as d: out['steps'][step.__name__] = run(step, device, Path(d))
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        a.out.write_text(json.dumps(out, indent=1) + '\n')
+        print(step.__name__, json.dumps(out['steps'][step.__name__])[:300], flush=True)
+    sys.exit(any(x['ok'] is False for x in out['steps'].values()))
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,118 @@
+"""Training, evaluation and merging on the fake card; prints JSON. Run: python tests/on_fake_card.py WHAT FOLDER
+
+FOLDER holds base/ and bench/TASK/ (train.jsonl, test.jsonl). WHAT is train, eval or merge.
+"""
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+os.environ['ACCELERATE_TORCH_DEVICE'] = 'fakecard'
+os.environ['HF_DEACTIVATE_ASYNC_LOAD'] = '1'
+
+import fake_card
+import torch
+import transformers.training_args
+from safetensors.torch import load_file
+
+from solar_repro import dpo, sft
+from solar_repro.core.config import load_profile
+from solar_repro.eval import evaluate
+from solar_repro.inference import forward
+from solar_repro.merging.config import merge_config
+from solar_repro.merging.engine import merge
+from solar_repro.models.adapters import AdaptedModel
+from solar_repro.models.resident import Resident
+from solar_repro.models.training import MicrobatchMixin
+from solar_repro.paper import H6_TASKS
+
+CARD = fake_card.NAME
+
+
+def as_if_it_had_bf16():
+    "transformers knows no such card."
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    for name in ('is_torch_bf16_gpu_available', 'is_torch_bf16_available'):
+        if hasattr(transformers.training_args, name): setattr(transformers.training_args, name, lambda *a, **k: True)
+
+
+def settings_of(section, again):
+    small = dict(nf4=False, optimizer='adamw_torch_fused', compute_dtype='bfloat16', batch_size=4, max_length=128,
+                 max_tokens_per_microbatch=128 if section == 'sft' else 256, activation_checkpointing=again)
+    small |= dict(lora_r=4) if section == 'sft' else {}
+    return getattr(load_profile('a100'), section).model_copy(update=small)
+
+
+def counted(work):
+    "What happens inside a step, and in all: microbatches, host syncs there, tensors fetched there."
+    inside, step = Counter(), MicrobatchMixin.training_step
+
+    def watched(self, model, inputs, *args):
+        before = sum(fake_card.SYNCS.values()), sum(fake_card.TO_CPU.values())
+        out = step(self, model, inputs, *args)
+        inside.update(steps=1, microbatches=len(inputs['microbatches']),
+                      syncs=sum(fake_card.SYNCS.values()) - before[0],
+                      fetched=sum(fake_card.TO_CPU.values()) - before[1])
+        return out
+    MicrobatchMixin.training_step = watched
+    try:
+        with fake_card.Card(): work()
+    finally: MicrobatchMixin.training_step = step
+    return dict(inside, all_syncs=dict(fake_card.SYNCS), all_fetched=dict(fake_card.TO_CPU))
+
+
+def train(folder):
+    "SFT, reference log-probabilities and DPO, with and without checkpointing of activations."
+    as_if_it_had_bf16()
+    base, template, out = folder/'base', load_profile('a100').template, {}
+    rows = [dict(prompt=f'what is {i}', completion=f'{i} and {i} is {2*i}. '*3) for i in range(40)]
+    pairs = [dict(prompt=f'what is {i}', chosen=f'{2*i} '*5, rejected=f'{3*i} '*4) for i in range(8)]
+    for again in (False, True):
+        to, x, y = folder/f'again-{again}', settings_of('sft', again), settings_of('dpo', again)
+        out[f'sft {again}'] = counted(lambda: sft.train_sft(base, rows, to/'sft', x, template, 0, CARD))
+        start, ref = AdaptedModel(base, ((to/'sft'/'adapter', 1.),)), []
+        out[f'ref {again}'] = counted(lambda: ref.append(dpo.reference_logps(start, pairs, y, template, CARD)))
+        out[f'dpo {again}'] = counted(lambda: dpo.train_dpo(start, pairs, ref[0], to/'dpo', y, template, 0, CARD))
+    return out
+
+
+def evaluated(folder):
+    "Six benchmarks of a model that was put together on the card; the same on the CPU."
+    forward.free_bytes = lambda device: 20*fake_card.GIB
+    point, out = AdaptedModel(folder/'base'), {}
+    fewshot = load_profile('smoke').eval.num_fewshot
+    for task in H6_TASKS:
+        scores = []
+        for device in (CARD, 'cpu'):
+            passes = Counter()
+            with fake_card.Card():
+                model = Resident(device).become(point)
+                model.register_forward_pre_hook(lambda *args: passes.update(n=1))
+                fake_card.SYNCS.clear()
+                score, _ = evaluate(point, task, folder/'bench'/task, fewshot[task], 64, device, model)
+            scores.append(score['score'])
+            if device == CARD: out[task] = dict(passes=passes['n'], syncs=sum(fake_card.SYNCS.values()),
+                                                fetched=sum(fake_card.TO_CPU.values()), where=dict(fake_card.SYNCS))
+        out[task]['scores'] = scores
+    return out
+
+
+def merged(folder):
+    "Merges on the card and on the CPU: whether they have the same bits."
+    base, models, out = folder/'base', [folder/'a', folder/'b'], {}
+    methods = dict(linear=dict(weights=[.4, .6]), slerp=dict(t=.5), task_arithmetic=dict(base=base),
+                   ties=dict(base=base, density=.5), dare_ties=dict(base=base, density=.5))
+    for method, x in methods.items():
+        got = []
+        for device in (CARD, 'cpu'):
+            to = folder/f'{method}-{device}'
+            with fake_card.Card(): merge(merge_config(method, models, **x), to, device=device, threads=1)
+            got.append({k: v for f in sorted(to.glob('*.safetensors')) for k, v in load_file(f).items()})
+        out[method] = got[0].keys() == got[1].keys() and all(torch.equal(v, got[1][k]) for k, v in got[0].items())
+    return out
+
+
+if __name__ == '__main__':
+    work = dict(train=train, eval=evaluated, merge=merged)[sys.argv[1]]
+    print(json.dumps(work(Path(sys.argv[2]))))

@@ -1,0 +1,83 @@
+"""Where tensors live and how often the host waits, on a card that is the CPU in disguise (`fake_card.py`).
+
+On the fake card a tensor of the CPU that meets one of the card raises, as on a real one. NF4 is not shown here.
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from solar_repro.core.data_files import write_rows
+from solar_repro.paper import H6_TASKS
+from solar_repro.pipeline.sources import TinyWorld
+from solar_repro.tiny.base import random_base
+
+HERE = Path(__file__).parent
+
+
+def python(*words):
+    said = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-3000:]
+    return said.stdout
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Minute bases and benchmarks."
+    d = tmp_path_factory.mktemp('card')
+    for i, name in enumerate(('base', 'a', 'b')): random_base(d/name, seed=i)
+    for task in H6_TASKS:
+        (d/'bench'/task).mkdir(parents=True)
+        for part, rows in TinyWorld().items(task, 8)[0].items(): write_rows(rows, d/'bench'/task/f'{part}.jsonl')
+    return d
+
+
+def on_card(what, folder): return json.loads(python(HERE/'on_fake_card.py', what, folder).splitlines()[-1])
+
+
+MEETS = """
+import sys; sys.path.insert(0, sys.argv[1])
+import fake_card, torch
+with fake_card.Card():
+    x = torch.arange(6., device=fake_card.NAME)
+    assert (x + 1).device == fake_card.CARD and not fake_card.SYNCS
+    assert x[torch.tensor([0, 2])].device == fake_card.CARD               # CUDA takes indices of the CPU
+    for meets in (lambda: x + torch.ones(6), lambda: torch.cat([x, torch.ones(1)])):
+        try: meets()
+        except RuntimeError as e: assert 'meets fakecard' in str(e), e
+        else: sys.exit('a CPU tensor met one of the card')
+    assert x.sum().item() == 15 and sum(fake_card.SYNCS.values()) == 1
+    assert x.cpu().tolist() == [0, 1, 2, 3, 4, 5] and sum(fake_card.TO_CPU.values()) == 1
+"""
+
+
+def test_the_fake_card_sees_what_it_is_for(): python('-c', MEETS, HERE)
+
+
+def test_training_stays_on_the_card_and_the_host_seldom_waits(folder):
+    stages = on_card('train', folder)
+    assert set(stages) == {f'{s} {again}' for s in ('sft', 'ref', 'dpo') for again in (False, True)}
+    for name, x in stages.items():
+        if name.startswith('ref'):
+            assert not x['all_syncs'] and sum(x['all_fetched'].values()) <= 2, (name, x)    # the log-probabilities
+            continue
+        assert x['steps'] >= 2 and x['microbatches'] >= x['steps'], (name, x)
+        metrics = 1 if name.startswith('sft') else 4
+        assert x['syncs'] <= x['microbatches'] + metrics*x['steps'] and not x['fetched'], (name, x)
+    assert stages['sft False']['microbatches'] > stages['sft False']['steps'], 'a step of several microbatches'
+
+
+def test_six_benchmarks_run_on_the_card_with_two_waits_a_pass_at_most(folder):
+    tasks = on_card('eval', folder)
+    assert list(tasks) == list(H6_TASKS)
+    for name, x in tasks.items():
+        rows = 8 if name == 'gsm8k' else 1                                 # generation fetches the token of every row
+        assert x['passes'] and x['syncs'] <= (1 + rows)*x['passes'] and not x['fetched'], (name, x)
+        assert x['scores'][0] == x['scores'][1], (name, x)
+
+
+def test_merges_on_the_card_have_the_bits_of_the_cpu(folder):
+    same = on_card('merge', folder)
+    assert len(same) == 5 and all(same.values()), same
