@@ -186,7 +186,7 @@ def random_model(device: str, rank: int, dropout: float):
             value = torch.ones(w.shape, dtype=w.dtype, device=device)
             if w.dim() > 1: value.normal_(std=.02)
             m._parameters[k] = torch.nn.Parameter(value, requires_grad=False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.is_loaded_in_4bit = True
     lora = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules='all-linear', task_type='CAUSAL_LM')
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
