@@ -1,11 +1,12 @@
 """Training, evaluation and merging on the fake card; prints JSON. Run: python tests/on_fake_card.py WHAT FOLDER
 
-FOLDER holds base/ and bench/TASK/ (train.jsonl, test.jsonl). WHAT is train, eval or merge.
+FOLDER holds base/ and bench/TASK/ (train.jsonl, test.jsonl). WHAT is kept or again (training), eval or merge.
 """
 import json
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 os.environ['ACCELERATE_TORCH_DEVICE'] = 'fakecard'
@@ -62,18 +63,17 @@ def counted(work):
     return dict(inside, all_syncs=dict(fake_card.SYNCS), all_fetched=dict(fake_card.TO_CPU))
 
 
-def train(folder):
-    "SFT, reference log-probabilities and DPO, with and without checkpointing of activations."
+def train(folder, again):
+    "SFT, reference log-probabilities and DPO; again: activations are computed again, not kept."
     as_if_it_had_bf16()
-    base, template, out = folder/'base', load_profile('a100').template, {}
+    base, template, out, to = folder/'base', load_profile('a100').template, {}, folder/f'trained-{again}'
     rows = [dict(prompt=f'what is {i}', completion=f'{i} and {i} is {2*i}. '*3) for i in range(40)]
     pairs = [dict(prompt=f'what is {i}', chosen=f'{2*i} '*5, rejected=f'{3*i} '*4) for i in range(8)]
-    for again in (False, True):
-        to, x, y = folder/f'again-{again}', settings_of('sft', again), settings_of('dpo', again)
-        out[f'sft {again}'] = counted(lambda: sft.train_sft(base, rows, to/'sft', x, template, 0, CARD))
-        start, ref = AdaptedModel(base, ((to/'sft'/'adapter', 1.),)), []
-        out[f'ref {again}'] = counted(lambda: ref.append(dpo.reference_logps(start, pairs, y, template, CARD)))
-        out[f'dpo {again}'] = counted(lambda: dpo.train_dpo(start, pairs, ref[0], to/'dpo', y, template, 0, CARD))
+    x, y = settings_of('sft', again), settings_of('dpo', again)
+    out['sft'] = counted(lambda: sft.train_sft(base, rows, to/'sft', x, template, 0, CARD))
+    start, ref = AdaptedModel(base, ((to/'sft'/'adapter', 1.),)), []
+    out['ref'] = counted(lambda: ref.append(dpo.reference_logps(start, pairs, y, template, CARD)))
+    out['dpo'] = counted(lambda: dpo.train_dpo(start, pairs, ref[0], to/'dpo', y, template, 0, CARD))
     return out
 
 
@@ -114,5 +114,5 @@ def merged(folder):
 
 
 if __name__ == '__main__':
-    work = dict(train=train, eval=evaluated, merge=merged)[sys.argv[1]]
-    print(json.dumps(work(Path(sys.argv[2]))))
+    work = dict(kept=partial(train, again=False), again=partial(train, again=True), eval=evaluated, merge=merged)
+    print(json.dumps(work[sys.argv[1]](Path(sys.argv[2]))))
