@@ -31,12 +31,14 @@ SHELL = [sys.executable, '-c', 'from solar_repro.reports.cli import main; raise 
 def write(folder: Path, tensors: dict, n_files: int = 1, **config) -> Path:
     "A checkpoint of made-up tensors."
     folder.mkdir(parents=True)
-    (folder/'config.json').write_text(json.dumps(dict(model_type='llama', architectures=['LlamaForCausalLM'], dtype='bfloat16') | config))
+    config = dict(model_type='llama', architectures=['LlamaForCausalLM'], dtype='bfloat16') | config
+    (folder/'config.json').write_text(json.dumps(config))
     names = sorted(tensors)
     where = {n: f'model-{i*n_files//len(names)+1:05}-of-{n_files:05}.safetensors' for i, n in enumerate(names)}
     if n_files > 1: (folder/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=where)))
     for f in set(where.values()):
-        save_file({n: tensors[n].contiguous() for n in names if where[n] == f}, folder/(f if n_files > 1 else 'model.safetensors'), metadata=dict(format='pt'))
+        part = {n: tensors[n].contiguous() for n in names if where[n] == f}
+        save_file(part, folder/(f if n_files > 1 else 'model.safetensors'), metadata=dict(format='pt'))
     return folder
 
 
@@ -49,9 +51,19 @@ def read(folder: Path) -> dict:
 def noise(seed: int, like: dict | None = None, size: float = 1.) -> dict:
     "Random tensors of awkward sizes, or a model near another."
     g = torch.Generator().manual_seed(seed)
-    if like: return {n: (w.double() + size*torch.randn(w.shape, generator=g, dtype=torch.double)).to(w.dtype) for n, w in like.items()}
-    shapes = {'model.embed_tokens.weight': (1001, 33), 'model.layers.0.mlp.up_proj.weight': (257, 129), 'model.layers.1.mlp.up_proj.weight': (257, 129),
-              'model.layers.2.mlp.up_proj.weight': (1, 1), 'model.norm.weight': (7,), 'lm_head.weight': (5_000_003,)}   # the last does not fit one chunk of a file
+    if like:
+        return {
+            n: (w.double() + size * torch.randn(w.shape, generator=g, dtype=torch.double)).to(w.dtype)
+            for n, w in like.items()
+        }
+    shapes = {
+        'model.embed_tokens.weight': (1001, 33),
+        'model.layers.0.mlp.up_proj.weight': (257, 129),
+        'model.layers.1.mlp.up_proj.weight': (257, 129),
+        'model.layers.2.mlp.up_proj.weight': (1, 1),
+        'model.norm.weight': (7,),
+        'lm_head.weight': (5_000_003,),        # does not fit one chunk of a file
+    }
     return {n: torch.randn(s, generator=g) for n, s in shapes.items()}
 
 
@@ -97,37 +109,43 @@ def test_slerp_against_float64(tmp_path, dtype, t):
     A, B = to(A, dtype), to(B, dtype)
     out = merge(merge_config('slerp', [write(tmp_path/'A', A), write(tmp_path/'B', B, 3)], t=t), tmp_path/'out')
     got, record = read(out), json.loads((out/'slerp.json').read_text())
-    assert [n for n in sorted(A) if record[n]['fell_back']] == ['model.layers.2.mlp.up_proj.weight', 'model.norm.weight']   # one number is parallel to another
+    parallel = ['model.layers.2.mlp.up_proj.weight', 'model.norm.weight']      # one number is parallel to another
+    assert [n for n in sorted(A) if record[n]['fell_back']] == parallel
     for n in A:
         a, b = A[n].double(), B[n].double()
         angle = torch.acos(((a*b).sum()/a.norm()/b.norm()).clamp(-1, 1))
-        want = (1-t)*a + t*b if record[n]['fell_back'] else (torch.sin((1-t)*angle)*a + torch.sin(t*angle)*b)/torch.sin(angle)
+        want = (torch.sin((1-t)*angle)*a + torch.sin(t*angle)*b)/torch.sin(angle)
+        if record[n]['fell_back']: want = (1-t)*a + t*b
         assert ulps(got[n], want.to(dtype)).max() <= 1, n
 
 
 def test_bfloat16_is_rounded_once(tmp_path):
-    "So little above the middle between 130/128 and 131/128 that float32 holds the middle, from which one goes to the even 130."
+    "So little above the middle of 130/128 and 131/128 that float32 holds the middle, which goes to the even 130."
     row = lambda v: {'model.layers.0.w': torch.tensor([v, -v]).bfloat16()}
     a, b = write(tmp_path/'a', row(130/64)), write(tmp_path/'b', row(2**-26))
     w = 130.5/260
     exact = torch.tensor(w*130/64 + (1-w)*2**-26, dtype=torch.float64)
     assert exact > 130.5/128 == exact.float() and exact.bfloat16() == 130/128
-    assert read(merge(merge_config('linear', [a, b], [w, 1-w]), tmp_path/'out'))['model.layers.0.w'].tolist() == [131/128, -131/128]
+    got = read(merge(merge_config('linear', [a, b], [w, 1-w]), tmp_path/'out'))
+    assert got['model.layers.0.w'].tolist() == [131/128, -131/128]
 
 
 def test_methods_by_hand(tmp_path):
     row = lambda *x: {'model.layers.0.w': torch.tensor(x)}
-    C, A, B = (write(tmp_path/n, row(*x)) for n, x in dict(C=[1., 1., 1., 1.], A=[3., 1.5, 0., 1.], B=[2., 1., 2., -3.]).items())   # changes (2, .5, -1, 0) and (1, 0, 1, -4)
+    C = write(tmp_path/'C', row(1., 1., 1., 1.))
+    A = write(tmp_path/'A', row(3., 1.5, 0., 1.))        # changes 2, .5, -1, 0
+    B = write(tmp_path/'B', row(2., 1., 2., -3.))        # changes 1, 0, 1, -4
 
     def values(i, *a, **kw): return read(merge(merge_config(*a, **kw), tmp_path/f'out{i}'))['model.layers.0.w'].tolist()
     assert values(0, 'linear', [A, B], [.25, .75]) == [2.25, 1.125, 1.5, -2.]
     assert values(1, 'linear', [A, B], [1, 3], normalize=True) == [2.25, 1.125, 1.5, -2.]
     assert values(2, 'task_arithmetic', [A, B], [1, -1], base=C, lam=.5) == [1.5, 1.25, 0., 3.]
-    assert values(3, 'ties', [A, B], base=C, density=.5) == [2.5, 1., 2., -3.]           # kept: (2, ., -1, .) and (1, ., 1, -4): 1 ties with 1; third: -1 and 1 cancel, so plus
+    # kept: (2, ., -1, .) and (1, ., 1, -4), as 1 ties with 1; the third: -1 and 1 cancel, so plus
+    assert values(3, 'ties', [A, B], base=C, density=.5) == [2.5, 1., 2., -3.]
     assert values(4, 'ties', [A, B], [3, 1], base=C, density=1.) == [2.75, 1.5, 0., -3.]   # third: -3 outvotes 1
     x, y = ({'model.layers.0.w': torch.tensor(v)} for v in ([1., 0.], [.5, math.sqrt(.75)]))
-    half = read(merge(merge_config('slerp', [write(tmp_path/'x', x), write(tmp_path/'y', y)]), tmp_path/'xy'))['model.layers.0.w']
-    assert half.tolist() == pytest.approx([math.sqrt(.75), .5], abs=1e-7)                # 30 degrees of 60
+    half = read(merge(merge_config('slerp', [write(tmp_path/'x', x), write(tmp_path/'y', y)]), tmp_path/'xy'))
+    assert half['model.layers.0.w'].tolist() == pytest.approx([math.sqrt(.75), .5], abs=1e-7)     # 30 degrees of 60
 
 
 @pytest.mark.parametrize('method', ['dare_linear', 'dare_ties'])
@@ -135,14 +153,19 @@ def test_dare_is_the_same_however_it_is_cut(tmp_path, method, monkeypatch):
     C = noise(0); A, B = (noise(i, C, .5) for i in (1, 2))
     paths = [write(tmp_path/n, T) for n, T in dict(A=A, B=B).items()]
     base = write(tmp_path/'C', C)
-    make = lambda name, seed, **kw: read(merge(merge_config(method, paths, base=base, density=.3, seed=seed), tmp_path/name, **kw))
+
+    def make(name, seed, **kw):
+        r = merge_config(method, paths, base=base, density=.3, seed=seed)
+        return read(merge(r, tmp_path/name, **kw))
     one = make('one', 5)
     monkeypatch.setattr(shards, 'CHUNK', 1 << 16); monkeypatch.setattr(arithmetic, 'PIECE', 1000)
     two, other = make('two', 5, threads=3, shard_bytes=300_000), make('other', 6)
-    assert all(torch.equal(one[n], two[n]) for n in C) and not torch.equal(one['lm_head.weight'], other['lm_head.weight'])
+    assert all(torch.equal(one[n], two[n]) for n in C)
+    assert not torch.equal(one['lm_head.weight'], other['lm_head.weight'])
     if method == 'dare_linear':
         n, total = 'lm_head.weight', 0.
-        for i, T in enumerate((A, B)): total = total + (T[n].double()-C[n].double())*kept_at_random(f'5 {n} {i}', .3, 0, len(C[n]))/.3
+        for i, T in enumerate((A, B)):
+            total = total + (T[n].double()-C[n].double())*kept_at_random(f'5 {n} {i}', .3, 0, len(C[n]))/.3
         assert torch.allclose(one[n].double(), C[n].double()+total, rtol=1e-6, atol=1e-6)
         drift = (one[n]-C[n]).double().mean() - sum((T[n]-C[n]).double().mean() for T in (A, B))
         assert abs(drift) < 4*math.sqrt(2*.25*(1/.3-1)/len(C[n]))                        # thinning keeps the mean
@@ -151,8 +174,10 @@ def test_dare_is_the_same_however_it_is_cut(tmp_path, method, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('method', ['linear', 'slerp', 'ties', 'dare_ties'])
 def test_gpu_gives_what_the_processor_gives(tmp_path, method):
-    C = to(noise(0), torch.bfloat16); paths = [write(tmp_path/f'm{i}', noise(i, C, .5)) for i in (1, 2)]
-    r = merge_config(method, paths, base=None if method in ('linear', 'slerp') else write(tmp_path/'C', C), density=None if method in ('linear', 'slerp') else .3)
+    C = to(noise(0), torch.bfloat16)
+    paths = [write(tmp_path/f'm{i}', noise(i, C, .5)) for i in (1, 2)]
+    on_base = {} if method in ('linear', 'slerp') else dict(base=write(tmp_path/'C', C), density=.3)
+    r = merge_config(method, paths, **on_base)
     one, two = read(merge(r, tmp_path/'one')), read(merge(r, tmp_path/'two', device='cuda'))
     assert all(ulps(one[n], two[n]).max() <= 1 for n in one)
 
@@ -169,8 +194,10 @@ def test_bounded_files_index_and_card(tmp_path, pair):
     out = merge(merge_config('linear', pair, [.4, .6]), tmp_path/'out', shard_bytes=100_000)
     index = json.loads((out/'model.safetensors.index.json').read_text())
     assert index['weight_map'] == {n: e.file.name for n, e in open_checkpoint(out).entries.items()}
-    sizes = {f.name: sum(e.stop-e.start for e in open_checkpoint(out).entries.values() if e.file == f) for f in open_checkpoint(out).files}
-    assert len(sizes) >= 3 and sum(v > 100_000 for v in sizes.values()) == 1 and index['metadata']['total_size'] == sum(sizes.values())   # one tensor alone is larger
+    sizes = dict.fromkeys(open_checkpoint(out).files, 0)
+    for e in open_checkpoint(out).entries.values(): sizes[e.file] += e.stop-e.start
+    assert len(sizes) >= 3 and sum(v > 100_000 for v in sizes.values()) == 1     # one tensor alone is larger
+    assert index['metadata']['total_size'] == sum(sizes.values())
     card = (out/'README.md').read_text()
     head = yaml.safe_load(card.split('---')[1])
     assert head['base_model'] == ['A', 'B'] and 'linear' in head['tags'] and f'torch {torch.__version__}' in card
@@ -196,7 +223,8 @@ def llamas(tmp_path_factory) -> list[Path]:
             with torch.no_grad():
                 for p in m.parameters(): p.add_(.02*torch.randn(p.shape, generator=g))
             m.generation_config.max_new_tokens = 7
-            m.save_pretrained(tmp/f'm{i}', max_shard_size='100KB'); AutoTokenizer.from_pretrained(base).save_pretrained(tmp/f'm{i}')
+            m.save_pretrained(tmp/f'm{i}', max_shard_size='100KB')
+            AutoTokenizer.from_pretrained(base).save_pretrained(tmp/f'm{i}')
     return [Path(base), tmp/'m1', tmp/'m2']
 
 
@@ -209,8 +237,46 @@ def test_transformers_loads_what_is_merged(tmp_path, llamas):
     with torch.no_grad():
         for p, q in zip(a.parameters(), b.parameters(), strict=True): p.mul_(.25).add_(q, alpha=.75)
     ids = torch.arange(30)[None]
-    assert torch.allclose(got(ids).logits, a(ids).logits, atol=1e-5) and not torch.allclose(got(ids).logits, b(ids).logits, atol=1e-2)
-    assert AutoTokenizer.from_pretrained(out)('2 + 3') == AutoTokenizer.from_pretrained(one)('2 + 3') and got.generation_config.max_new_tokens == 7
+    assert torch.allclose(got(ids).logits, a(ids).logits, atol=1e-5)
+    assert not torch.allclose(got(ids).logits, b(ids).logits, atol=1e-2)
+    assert AutoTokenizer.from_pretrained(out)('2 + 3') == AutoTokenizer.from_pretrained(one)('2 + 3')
+    assert got.generation_config.max_new_tokens == 7
+
+
+@pytest.mark.parametrize('other', [
+    dict(rope_parameters=dict(rope_theta=10000.0, rope_type='default')),     # as transformers 5 writes it
+    dict(rope_theta=10000, head_dim=8, tie_word_embeddings=False),
+    dict(num_key_value_heads=2, rms_norm_eps=1e-6)])
+def test_one_configuration_in_several_spellings(tmp_path, other):
+    common = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    one = write(tmp_path/'hub', noise(0), rope_theta=10000.0, **common)
+    two = write(tmp_path/'tuned', noise(1), **common, **other)
+    assert len(read(merge(merge_config('linear', [one, two]), tmp_path/'out'))) == 6
+    third = write(tmp_path/'third', noise(2), **common, **other | dict(rope_parameters=dict(rope_theta=5e5)))
+    with pytest.raises(ValueError, match='expected one architecture'):
+        merge(merge_config('linear', [one, third]), tmp_path/'refused')
+
+
+def test_no_program_and_no_link_out_of_the_model_is_copied(tmp_path):
+    hub = tmp_path/'models--o--n'
+    one = write(hub/'snapshots'/'0', noise(0), transformers_weights='model.safetensors')
+    two = write(tmp_path/'two', noise(1))
+    (hub/'blobs').mkdir()
+    (hub/'blobs'/'5').write_text('{}')
+    (one/'generation_config.json').symlink_to('../../blobs/5')               # as the hub's cache has its files
+    (tmp_path/'secret').write_text('mine')
+    (one/'special_tokens_map.json').symlink_to(tmp_path/'secret')
+    for name in ('tokenizer.py', 'tokenizer_config.py', 'modeling_x.py', 'vocab.py'):
+        (one/name).write_text('raise SystemExit')
+        (one/name).chmod(0o755)
+    (one/'merges.txt').write_text('a b')
+    (one/'merges.txt').chmod(0o755)
+    out = merge(merge_config('linear', [one, two]), tmp_path/'out')
+    assert sorted(f.name for f in out.iterdir()) == [
+        'README.md', 'config.json', 'generation_config.json', 'mergekit_config.yml', 'merges.txt', 'model.safetensors']
+    assert not any(f.is_symlink() or f.stat().st_mode & 0o111 for f in out.iterdir())
+    assert 'not copied' in (out/'README.md').read_text() and 'special_tokens_map.json' in (out/'README.md').read_text()
+    assert 'transformers_weights' not in json.loads((out/'config.json').read_text())
 
 
 # ---- killed, and run again
@@ -219,8 +285,9 @@ def test_killed_and_run_again(tmp_path):
     g = torch.Generator().manual_seed(0)
     A = {f'model.layers.{i}.w': torch.randn(1000, 4000, generator=g).bfloat16() for i in range(12)}
     a, b = write(tmp_path/'A', A), write(tmp_path/'B', noise(1, A, .5))
-    words = ['merge', '--method', 'ties', '--density', '.5', '--base', a, '--shard-size', '.016', '--threads', '1', a, b]
-    p = subprocess.Popen([*SHELL, *map(str, words), str(tmp_path/'out')], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = ['merge', *'--method ties --density .5 --shard-size .016 --threads 1 --base'.split(), a, a, b]
+    command = [*SHELL, *map(str, words), str(tmp_path/'out')]
+    p = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(6000):
         done = sorted(tmp_path.glob('.out.*.merging/*.safetensors.json'))
         if len(done) >= 3 or p.poll() is not None: break
@@ -231,11 +298,13 @@ def test_killed_and_run_again(tmp_path):
     finished = {f.stem: (private/'model'/f.stem).stat().st_mtime_ns for f in done}
     (private/'model-00012-of-00012.safetensors.part').write_bytes(b'half')
     assert run(*words, tmp_path/'out').returncode == 0
-    assert finished and all((tmp_path/'out'/f).stat().st_mtime_ns == t for f, t in finished.items())     # not written again
+    assert finished
+    for f, t in finished.items(): assert (tmp_path/'out'/f).stat().st_mtime_ns == t      # not written again
     assert run(*words, tmp_path/'whole').returncode == 0
     again, whole = read(tmp_path/'out'), read(tmp_path/'whole')
     assert len(again) == 12 and all(torch.equal(again[n], whole[n]) for n in whole)
-    assert sorted(f.name for f in (tmp_path/'out').iterdir()) == sorted(f.name for f in (tmp_path/'whole').iterdir()) and not list(tmp_path.glob('.*merging'))
+    names = lambda folder: sorted(f.name for f in folder.iterdir())
+    assert names(tmp_path/'out') == names(tmp_path/'whole') and not list(tmp_path.glob('.*merging'))
 
 
 def test_what_another_merge_left_is_not_taken_for_this_one(tmp_path, pair):
@@ -248,7 +317,7 @@ def test_what_another_merge_left_is_not_taken_for_this_one(tmp_path, pair):
 def test_an_input_that_changed_is_read_again(tmp_path, pair, monkeypatch):
     r = merge_config('linear', pair, [.5, .5])
     with monkeypatch.context() as m:
-        m.setattr(merging, 'publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))              # stopped at the very end
+        m.setattr(merging, 'publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))  # stopped at the very end
         with pytest.raises(KeyboardInterrupt): merge(r, tmp_path/'out')
     B = {n: w*2 for n, w in read(pair[1]).items()}
     save_file(B, pair[1]/'model.safetensors')
@@ -296,7 +365,8 @@ def test_an_input_changed_with_its_size_and_time_is_read_again(tmp_path, pair, s
 
 def test_four_equal_merges_at_once_leave_one_folder(tmp_path, pair):
     words = [*SHELL, 'merge', '--method', 'linear', *map(str, pair), str(tmp_path/'out')]
-    several = [subprocess.Popen(words, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    several = [subprocess.Popen(words, env=ENV, **pipes) for _ in range(4)]
     heard = [p.communicate()[1] for p in several]
     assert sorted(p.returncode for p in several) == [0, 2, 2, 2], heard
     assert sum('another process' in e or 'exists' in e for e in heard) == 3, heard
@@ -307,19 +377,29 @@ def test_four_equal_merges_at_once_leave_one_folder(tmp_path, pair):
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
     "Half a gigabyte each, of zeros that take no place on the disk."
+    n_bytes, shape = 1 << 29, [1 << 14, 1 << 14]
+    header = json.dumps({'layers.0.w': dict(dtype='BF16', shape=shape, data_offsets=[0, n_bytes])}).encode()
     for m in 'AB':
-        (tmp_path/m).mkdir(); (tmp_path/m/'config.json').write_text('{}')
-        n, header = 1 << 28, json.dumps({'layers.0.w': dict(dtype='BF16', shape=[1 << 14, 1 << 14], data_offsets=[0, 1 << 29])}).encode()
-        with open(tmp_path/m/'model.safetensors', 'wb') as f: f.write(len(header).to_bytes(8, 'little') + header); f.truncate(8+len(header)+2*n)
-    code = ("import re; from pathlib import Path; from solar_repro.merging.config import merge_config; from solar_repro.merging.engine import merge\n"
-            "anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024\n"
-            "peak, before = [0], anon()\n"
-            "def on_progress(done, total): peak[0] = max(peak[0], anon())\n"
-            f"merge(merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), on_progress=on_progress)\nprint(before, peak[0])")
+        (tmp_path/m).mkdir()
+        (tmp_path/m/'config.json').write_text('{}')
+        with open(tmp_path/m/'model.safetensors', 'wb') as f:
+            f.write(len(header).to_bytes(8, 'little') + header)
+            f.truncate(8+len(header)+n_bytes)
+    code = f'''
+import re
+from pathlib import Path
+from solar_repro.merging.config import merge_config
+from solar_repro.merging.engine import merge
+anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024
+peak, before = [0], anon()
+def on_progress(done, total): peak[0] = max(peak[0], anon())
+merge(merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), on_progress=on_progress)
+print(before, peak[0])
+'''
     done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     before, peak = map(float, done.stdout.split())
-    assert 0 < peak < 1024 and peak-before < 300, (before, peak)      # MiB; a thread has 8 for writing and 4 for computing
+    assert 0 < peak < 1024 and peak-before < 300, (before, peak)     # MiB; a thread has 8 to write and 4 to compute in
     assert (tmp_path/'out'/'model.safetensors').stat().st_size > 1 << 29
 
 
@@ -332,28 +412,45 @@ def tokens(folder: Path, vocab: dict) -> None:
 def broken(folder: Path, A: dict, how: str) -> Path:
     "A checkpoint that cannot be merged with `A`."
     n = 'model.layers.0.mlp.up_proj.weight'
-    if how == 'architecture': return write(folder, A, architectures=['MistralForCausalLM'])
-    if how == 'function': return write(folder, A, rope_theta=5e5)
-    if how == 'shape': return write(folder, A | {n: A[n].T.contiguous()})
-    if how == 'missing': return write(folder, {k: v for k, v in A.items() if k != n})
-    if how == 'extra': return write(folder, A | {'model.layers.9.w': torch.ones(2, 3)})
-    if how in ('nan', 'inf'): w = A[n].clone(); w[5, 6] = float(how); return write(folder, A | {n: w})
-    if how == 'quantized': return write(folder, A, quantization_config=dict(quant_method='awq'))
-    if how == 'dtype': return write(folder, to(A, torch.float32))
-    if how == 'pickle': folder.mkdir(); (folder/'config.json').write_text('{}'); torch.save(A, folder/'pytorch_model.bin'); return folder
-    if how == 'cut': f = write(folder, A)/'model.safetensors'; f.write_bytes(f.read_bytes()[:-10]); return folder
-    if how == 'part': f = write(folder, A, 2)/'model-00002-of-00002.safetensors'; f.unlink(); return folder
-    if how == 'vocabulary': write(folder, A); tokens(folder, dict(a=0, c=1)); return folder
-    if how == 'added token': write(folder, A | {'model.embed_tokens.weight': torch.ones(1002, 33, dtype=torch.bfloat16)}); tokens(folder, dict(a=0, b=1, c=2)); return folder
-    if how == 'order': write(folder, A); tokens(folder, dict(a=1, b=0)); return folder
-    raise AssertionError(how)
+    damaged = A[n].clone()
+    if how in ('nan', 'inf'): damaged[5, 6] = float(how)
+    wider = A | {'model.embed_tokens.weight': torch.ones(1002, 33, dtype=torch.bfloat16)}
+    vocabularies = {'vocabulary': dict(a=0, c=1), 'added token': dict(a=0, b=1, c=2), 'order': dict(a=1, b=0)}
+    tensors = {
+        'shape': A | {n: A[n].T.contiguous()}, 'missing': {k: v for k, v in A.items() if k != n},
+        'extra': A | {'model.layers.9.w': torch.ones(2, 3)}, 'nan': A | {n: damaged}, 'inf': A | {n: damaged},
+        'dtype': to(A, torch.float32), 'added token': wider}.get(how, A)
+    config = dict(
+        architecture=dict(architectures=['MistralForCausalLM']), function=dict(rope_theta=5e5),
+        quantized=dict(quantization_config=dict(quant_method='awq'))).get(how, {})
+    write(folder, tensors, 2 if how == 'part' else 1, **config)
+    file = folder/'model.safetensors'
+    if how in vocabularies: tokens(folder, vocabularies[how])
+    if how == 'part': (folder/'model-00002-of-00002.safetensors').unlink()
+    if how == 'cut': file.write_bytes(file.read_bytes()[:-10])
+    if how == 'pickle':
+        file.unlink()
+        torch.save(A, folder/'pytorch_model.bin')
+    return folder
 
 
-REFUSED = dict(architecture=['MistralForCausalLM'], function=['rope_theta', '500000.0'], shape=['model.layers.0.mlp.up_proj.weight is (257, 129)', '(129, 257)'],
-               missing=['lacks model.layers.0.mlp.up_proj.weight (257, 129)'], extra=['model.layers.9.w (2, 3)'], nan=['model.layers.0.mlp.up_proj.weight (257, 129)', 'is nan at (5, 6)'],
-               inf=['is inf at (5, 6)', 'take an earlier checkpoint'], quantized=['quantized (awq)'], dtype=['BF16 and F32', '--dtype'], pickle=['pytorch_model.bin', 'save_pretrained'],
-               cut=['expected a whole file'], part=['model-00002-of-00002.safetensors', 'index'], vocabulary=['only in', ': b (1 in all)', ': c (1 in all)'],
-               **{'added token': ['only in', ': c (1 in all)']}, order=["with another id: 'a' (0 and 1), 'b' (1 and 0)"])
+REFUSED = dict(
+    architecture=['MistralForCausalLM'],
+    function=['rope_theta', '500000.0'],
+    shape=['model.layers.0.mlp.up_proj.weight is (257, 129)', '(129, 257)'],
+    missing=['lacks model.layers.0.mlp.up_proj.weight (257, 129)'],
+    extra=['model.layers.9.w (2, 3)'],
+    nan=['model.layers.0.mlp.up_proj.weight (257, 129)', 'is nan at (5, 6)'],
+    inf=['is inf at (5, 6)', 'take an earlier checkpoint'],
+    quantized=['quantized (awq)'],
+    dtype=['BF16 and F32', '--dtype'],
+    pickle=['pytorch_model.bin', 'save_pretrained'],
+    cut=['expected a whole file'],
+    part=['model-00002-of-00002.safetensors', 'index'],
+    vocabulary=['only in', ': b (1 in all)', ': c (1 in all)'],
+    **{'added token': ['only in', ': c (1 in all)']},
+    order=["with another id: 'a' (0 and 1), 'b' (1 and 0)"],
+)
 
 
 @pytest.mark.parametrize('how', REFUSED)
@@ -380,11 +477,22 @@ def test_pickle_advice_works(tmp_path, llamas):
     assert compare(one, f'{old}-safetensors')['distance'].max() == 0
 
 
-@pytest.mark.parametrize('words, heard', [
-    (['--method', 'linear', '--weights', '.5', '.6'], ['sum to 1.1', '--normalize']), (['--method', 'linear', '--weights', '1'], ['1 weights for 2 models']),
-    (['--method', 'slerp', '--t', '1.5'], ['t=1.5']), (['--method', 'ties'], ['Give --base']), (['--method', 'karcher'], ['karcher', 'slerp']), ([], ['no --method']),
-    (['--method', 'linear', '--t', '.5'], ['--t 0.5']), (['--method', 'slerp', '--weights', '.5', '.5'], ['weights']), (['--method', 'linear', '--lambda', '2'], ['lambda']),
-    (['--method', 'linear', '--base', 'x'], ['base']), (['--method', 'linear', '--dtype', 'int8'], ['int8'])])
+@pytest.mark.parametrize(
+    'words, heard',
+    [
+        (['--method', 'linear', '--weights', '.5', '.6'], ['sum to 1.1', '--normalize']),
+        (['--method', 'linear', '--weights', '1'], ['1 weights for 2 models']),
+        (['--method', 'slerp', '--t', '1.5'], ['t=1.5']),
+        (['--method', 'ties'], ['Give --base']),
+        (['--method', 'karcher'], ['karcher', 'slerp']),
+        ([], ['no --method']),
+        (['--method', 'linear', '--t', '.5'], ['--t 0.5']),
+        (['--method', 'slerp', '--weights', '.5', '.5'], ['weights']),
+        (['--method', 'linear', '--lambda', '2'], ['lambda']),
+        (['--method', 'linear', '--base', 'x'], ['base']),
+        (['--method', 'linear', '--dtype', 'int8'], ['int8']),
+    ],
+)
 def test_arguments_refused(tmp_path, pair, capsys, words, heard):
     code, _, err = said(capsys, 'merge', *words, *pair, tmp_path/'out')
     assert code == 2 and 'expected' in err and not (tmp_path/'out').exists()
@@ -392,8 +500,9 @@ def test_arguments_refused(tmp_path, pair, capsys, words, heard):
 
 
 def test_normalize_is_asked_for(tmp_path, pair, capsys):
-    assert said(capsys, 'merge', '--method', 'linear', '--weights', '1', '3', '--normalize', *pair, tmp_path/'out')[0] == 0
-    assert said(capsys, 'merge', '--method', 'linear', '--weights', '0.25', '0.75', *pair, tmp_path/'same')[0] == 0
+    start = 'merge', '--method', 'linear', '--weights'
+    assert said(capsys, *start, '1', '3', '--normalize', *pair, tmp_path/'out')[0] == 0
+    assert said(capsys, *start, '0.25', '0.75', *pair, tmp_path/'same')[0] == 0
     one, two = read(tmp_path/'out'), read(tmp_path/'same')
     assert all(torch.equal(one[n], two[n]) for n in one)
 
@@ -413,7 +522,8 @@ def test_target_and_space_refused(tmp_path, pair, capsys, monkeypatch):
 
 def test_two_processes_do_not_write_one_target(tmp_path, pair):
     r = merge_config('linear', pair)
-    with private_folder(tmp_path/'out', dict(of='another merge')), pytest.raises(OSError, match='another process'): merge(r, tmp_path/'out')
+    with private_folder(tmp_path/'out', dict(of='another merge')), pytest.raises(OSError, match='another process'):
+        merge(r, tmp_path/'out')
     assert len(read(merge(r, tmp_path/'out'))) == 6
 
 
@@ -443,43 +553,69 @@ tokenizer_source: base
 ''')
     assert said(capsys, 'merge', config, tmp_path/'out')[0] == 0
     got, A, B = read(tmp_path/'out'), read(a), read(b)
-    t = {'model.embed_tokens.weight': .75, 'model.layers.0.mlp.up_proj.weight': 0, 'model.layers.1.mlp.up_proj.weight': .25, 'model.layers.2.mlp.up_proj.weight': 1,
-         'model.norm.weight': 0, 'lm_head.weight': 0}
+    t = {
+        'model.embed_tokens.weight': 0.75,
+        'model.layers.0.mlp.up_proj.weight': 0,
+        'model.layers.1.mlp.up_proj.weight': 0.25,
+        'model.layers.2.mlp.up_proj.weight': 1,
+        'model.norm.weight': 0,
+        'lm_head.weight': 0,
+    }
     for n, w in got.items():                                      # the base is t=0
         x, y = B[n].double(), A[n].double()
         angle = torch.acos(((x*y).sum()/x.norm()/y.norm()).clamp(-1, 1))
-        want = x if t[n] == 0 else y if t[n] == 1 else (torch.sin((1-t[n])*angle)*x + torch.sin(t[n]*angle)*y)/torch.sin(angle)
+        between = (torch.sin((1-t[n])*angle)*x + torch.sin(t[n]*angle)*y)/torch.sin(angle)
+        want = {0: x, 1: y}.get(t[n], between)
         assert ulps(w, want.bfloat16()).max() <= 1, n
     again = tmp_path/'again.yml'; again.write_bytes((tmp_path/'out'/'mergekit_config.yml').read_bytes())
     assert said(capsys, 'merge', again, tmp_path/'out2')[0] == 0
     assert all(torch.equal(w, got[n]) for n, w in read(tmp_path/'out2').items())
 
 
-@pytest.mark.parametrize('r', [merge_config('linear', ['A', 'B', 'C'], [.2, .3, .5]), merge_config('linear', ['A', 'B'], [1, 2], normalize=True, dtype='float32'), merge_config('slerp', ['A', 'B'], t=.1),
-                               merge_config('task_arithmetic', ['A', 'B'], [1, -.5], base='C', lam=.7), merge_config('ties', ['A', 'B'], base='C', density=.2),
-                               merge_config('dare_linear', ['A'], base='C', density=.1, seed=9), merge_config('dare_ties', ['A', 'B'], [.5, .5], base='C', density=.1)], ids=lambda r: r.method)
+@pytest.mark.parametrize(
+    'r',
+    [
+        merge_config('linear', ['A', 'B', 'C'], [0.2, 0.3, 0.5]),
+        merge_config('linear', ['A', 'B'], [1, 2], normalize=True, dtype='float32'),
+        merge_config('slerp', ['A', 'B'], t=0.1),
+        merge_config('task_arithmetic', ['A', 'B'], [1, -0.5], base='C', lam=0.7),
+        merge_config('ties', ['A', 'B'], base='C', density=0.2),
+        merge_config('dare_linear', ['A'], base='C', density=0.1, seed=9),
+        merge_config('dare_ties', ['A', 'B'], [0.5, 0.5], base='C', density=0.1),
+    ],
+    ids=lambda r: r.method,
+)
 def test_yaml_there_and_back(r): assert from_yaml(to_yaml(r)) == r
 
 
 @pytest.mark.parametrize('layers', [1, 40])
 def test_part_of_the_layers_is_refused(tmp_path, pair, capsys, layers):
     sources = ', '.join(f'{{model: {p}, layer_range: [0, {layers}]}}' for p in pair)
-    (tmp_path/'r.yml').write_text(f'{{slices: [{{sources: [{sources}]}}], merge_method: slerp, base_model: {pair[0]}, parameters: {{t: 0.5}}}}')
+    recipe = f'slices: [{{sources: [{sources}]}}], merge_method: slerp, base_model: {pair[0]}, parameters: {{t: 0.5}}'
+    (tmp_path/'r.yml').write_text(f'{{{recipe}}}')
     code, _, err = said(capsys, 'merge', tmp_path/'r.yml', tmp_path/'out')
     assert code == 2 and f'layer_range [0, {layers}] of models with 3 layers' in err and not (tmp_path/'out').exists()
 
 
 def test_slerp_runs_from_its_base_however_it_is_written(tmp_path, pair):
     a, b = pair
-    recipe = f'{{merge_method: slerp, base_model: {b}, models: [{{model: {a}}}, {{model: {b}/}}], parameters: {{t: 0}}}}'
-    got, B = read(merge(from_yaml(recipe), tmp_path/'out')), read(b)
+    recipe = f'merge_method: slerp, base_model: {b}, models: [{{model: {a}}}, {{model: {b}/}}], parameters: {{t: 0}}'
+    got, B = read(merge(from_yaml(f'{{{recipe}}}'), tmp_path/'out')), read(b)
     assert all(torch.equal(got[n], B[n]) for n in B)
 
 
-@pytest.mark.parametrize('text, heard', [
-    ('models:\n\t- model: A\nmerge_method: slerp\n', 'no YAML'), ('models:\nmerge_method: linear\n', 'expected a list'),
-    ('{slices: [{sources: [{model: A}, {model: B}]}], merge_method: slerp, base_model: A, parameters: {t: 0.5}}', 'layer_range is None'),
-    ('{models: [{model: A}], merge_method: dare_ties, base_model: B, parameters: {seed: abc, weight: 1}}', 'seed')])
+@pytest.mark.parametrize(
+    'text, heard',
+    [
+        ('models:\n\t- model: A\nmerge_method: slerp\n', 'no YAML'),
+        ('models:\nmerge_method: linear\n', 'expected a list'),
+        (
+            '{slices: [{sources: [{model: A}, {model: B}]}], merge_method: slerp, base_model: A, parameters: {t: 0.5}}',
+            'layer_range is None',
+        ),
+        ('{models: [{model: A}], merge_method: dare_ties, base_model: B, parameters: {seed: abc, weight: 1}}', 'seed'),
+    ],
+)
 def test_slips_in_a_recipe_are_one_line(tmp_path, capsys, text, heard):
     (tmp_path/'r.yml').write_text(text)
     code, _, err = said(capsys, 'merge', tmp_path/'r.yml', tmp_path/'out')
@@ -487,8 +623,14 @@ def test_slips_in_a_recipe_are_one_line(tmp_path, capsys, text, heard):
 
 
 def test_recipe_and_options_do_not_mix(tmp_path, capsys):
-    (tmp_path/'c.yml').write_text('{merge_method: linear, models: [{model: A, parameters: {weight: 1}}, {model: B, parameters: {weight: 1}}]}')
-    for words, heard in ((['--method', 'slerp'], 'expected one of them'), (['--normalize'], 'expected one of them'), ([], 'hf download A')):
+    (tmp_path/'c.yml').write_text(
+        '{merge_method: linear, models: [{model: A, parameters: {weight: 1}}, {model: B, parameters: {weight: 1}}]}'
+    )
+    for words, heard in (
+        (['--method', 'slerp'], 'expected one of them'),
+        (['--normalize'], 'expected one of them'),
+        ([], 'hf download A'),
+    ):
         code, _, err = said(capsys, 'merge', *words, tmp_path/'c.yml', tmp_path/'out')
         assert code == 2 and heard in err, err
 
@@ -504,7 +646,8 @@ def test_compare_prints_and_returns(tmp_path, pair, capsys, llamas):
     assert code == 0 and all(n in out for n in rows.tensor) and set(rows.tensor) == set(read(one))
     whole = together(compare(one, two, base=base), None).iloc[0]
     a, b, c = (torch.cat([read(p)[n].double().flatten() for n in sorted(read(p))]) for p in (one, two, base))
-    assert whole.distance == pytest.approx((a-b).norm().item()) and whole.cosine_change == pytest.approx(((a-c)@(b-c)/(a-c).norm()/(b-c).norm()).item())
+    assert whole.distance == pytest.approx((a-b).norm().item())
+    assert whole.cosine_change == pytest.approx(((a-c)@(b-c)/(a-c).norm()/(b-c).norm()).item())
     code, _, err = said(capsys, 'compare', one, pair[0])
     assert code == 2 and 'expected one architecture' in err
 
@@ -524,19 +667,27 @@ def test_adapters_of_one_base(tmp_path, llamas):
     base, g = llamas[0], torch.Generator().manual_seed(0)
 
     def adapter(name, r, module='up_proj', n_in=64):
-        t = {f'base_model.model.model.layers.{i}.mlp.{module}.lora_{x}.weight': torch.randn(s, generator=g)/8 for i in range(2) for x, s in (('A', (r, n_in)), ('B', (128, r)))}
+        name_of = 'base_model.model.model.layers.{}.mlp.{}.lora_{}.weight'.format
+        shapes = dict(A=(r, n_in), B=(128, r))
+        t = {name_of(i, module, x): torch.randn(s, generator=g)/8 for i in range(2) for x, s in shapes.items()}
         return save_adapter(t, r, 16, tmp_path/name)
     one, two = adapter('one', 4), adapter('two', 8)
-    load = lambda a: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), a).merge_and_unload().state_dict()
-    start, x, y, got = AutoModelForCausalLM.from_pretrained(base).state_dict(), load(one), load(two), load(merge_any(merge_config('linear', [one, two], [.3, .7]), tmp_path/'mean'))
+    fresh = lambda: AutoModelForCausalLM.from_pretrained(base)
+    load = lambda a: PeftModel.from_pretrained(fresh(), a).merge_and_unload().state_dict()
+    start, x, y = fresh().state_dict(), load(one), load(two)
+    got = load(merge_any(merge_config('linear', [one, two], [.3, .7]), tmp_path/'mean'))
     summed = load(merge_any(merge_config('task_arithmetic', [one, two], [1, -.5], base=base, lam=2), tmp_path/'sum'))
     changed = [n for n in x if not torch.equal(x[n], y[n])]
     assert len(changed) == 2
     for n in x:
         assert torch.allclose(got[n], .3*x[n]+.7*y[n], atol=1e-6), n
         assert torch.allclose(summed[n], start[n]+2*(x[n]-start[n])-(y[n]-start[n]), atol=1e-5), n
-    for r, heard in ((merge_config('slerp', [one, two]), 'only ones whose result is an adapter'), (merge_config('linear', [one, adapter('gate', 4, 'gate_proj')]), 'is absent in'),
-                     (merge_config('linear', [one, two], [.5, .6]), 'sum to 1.1'), (merge_config('linear', [one, base]), 'expected one kind')):
+    for r, heard in (
+        (merge_config('slerp', [one, two]), 'only ones whose result is an adapter'),
+        (merge_config('linear', [one, adapter('gate', 4, 'gate_proj')]), 'is absent in'),
+        (merge_config('linear', [one, two], [0.5, 0.6]), 'sum to 1.1'),
+        (merge_config('linear', [one, base]), 'expected one kind'),
+    ):
         with pytest.raises(ValueError, match=heard): merge_any(r, tmp_path/'refused')
 
 
@@ -557,7 +708,8 @@ def test_export_loads_in_one_line(tmp_path, full, capsys):
     code, _, err = said(capsys, 'export', 'Merge v4', tmp_path/'slerp', '--adapter', *common)
     assert code == 2 and 'Leave out --adapter' in err
     assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', '--adapter', *common)[0] == 0
-    got, want = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter')), logits(materialize(exp.model('Merge v1')))
+    got = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter'))
+    want = logits(materialize(exp.model('Merge v1')))
     assert torch.allclose(got, want, atol=1e-4)      # float32 in another order
     assert not torch.allclose(want, logits(materialize(exp.model('base'))), atol=1e-4)
     assert said(capsys, 'export', 'Merge v1', tmp_path/'adapter', *common)[0] == 2

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import transformers   # its configurations are loaded where two are spelled differently
 from torch import Tensor
 
 from .files import checkpoint_files
@@ -207,13 +208,25 @@ FUNCTION = (   # what of a config changes the function
 def _some(found:list[str], n:int=4)->str:
     return ', '.join(found[:n])+(f' and {len(found)-n} more' if len(found)>n else '')
 
+def _as_read(m:Checkpoint)->dict: # keys of FUNCTION, with the defaults of what the file leaves out
+    "What transformers makes of a configuration, whichever of its versions wrote it."
+    kind = m.config.get('model_type')
+    if kind not in transformers.CONFIG_MAPPING: return m.config
+    try: read = transformers.CONFIG_MAPPING[kind].from_dict(m.config)
+    except Exception as e: # of several kinds, all meaning that the file is wrong
+        raise ValueError(f"merge: {m.folder/'config.json'} is no configuration of {kind} ({' '.join(str(e).split())}); "
+                         "expected one that transformers reads. Fetch or save it again.") from None
+    return {k: getattr(read, k, None) for k in FUNCTION}
+
 def check_same_architecture(
     models:Sequence[Checkpoint], # the first is what the others are held against
 )->None:
     "Raise unless the checkpoints' configurations are of one function of the weights."
     a = models[0]
     for b in models[1:]:
-        odd = [f'{k} ({a.config.get(k)} and {b.config.get(k)})' for k in FUNCTION if a.config.get(k)!=b.config.get(k)]
+        if all(a.config.get(k)==b.config.get(k) for k in FUNCTION): continue
+        x, y = _as_read(a), _as_read(b)
+        odd = [f'{k} ({x.get(k)} and {y.get(k)})' for k in FUNCTION if x.get(k)!=y.get(k)]
         if odd:
             raise ValueError(f"merge: {a.folder} and {b.folder} differ in {_some(odd)}; expected one architecture. "
                              "Merge fine-tunes of one base.")
