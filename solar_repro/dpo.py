@@ -133,12 +133,12 @@ def shared_prefix_logps(
 def pair_logps(
     model:PreTrainedModel, # the model that scores
     batch:dict, # of `shared_prefix_microbatch`, or of TRL's collator: the chosen answers, then the rejected ones
-    compute_dtype:str, # 'bfloat16': under autocast, as the trainer runs it
+    compute_dtype:str, # 'bfloat16', 'float16': under autocast, as the trainer runs it
 )->Tensor: # log-probabilities, (pairs, 2): chosen, rejected; nats, float32
     "What a model gives to the two answers of each pair, without gradient."
     device = next(model.parameters()).device
     batch = send_to_device(batch, device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype=='bfloat16'):
+    with torch.no_grad(), torch.autocast(device.type, getattr(torch, compute_dtype), enabled=compute_dtype!='float32'):
         if 'segments' in batch: return shared_prefix_logps(model, batch).cpu()
         logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False).logits
     labels = batch['input_ids'].masked_fill(batch['completion_mask']==0, -100)

@@ -13,6 +13,7 @@ from solar_repro.pipeline.hardware import CARDS, Hardware
 from solar_repro.pipeline import machine
 from solar_repro.pipeline.plan import actual, blockers, make_plan, table
 from solar_repro.core.config import load_profile
+from solar_repro.models.training import arguments
 from solar_repro.pipeline.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +60,18 @@ def test_every_card_holds_its_profile(plans, name, gib):
     exp, plan = plans[name]
     assert blockers(exp.profile, plan, replace(GOOD, gib=gib*.985)) == []
     assert plan.stages['gib'].max() > gib/4, 'far too small to be true for 10.7 B parameters'
+
+
+def test_a_working_day_on_a_card_without_bfloat16(tmp_path):
+    exp = Experiment('gpu-16gib', store=tmp_path/'s')
+    plan, p = planned(exp), exp.profile
+    assert plan.card.name == 'T4' and 'assumed' in plan.card.source
+    assert blockers(p, plan, replace(GOOD, name='T4', gib=15., bf16=False, nf4_problem='no driver')) == []
+    assert 3 < plan.stages['hours'].sum() < plan.stages['hours_high'].sum() < 9
+    for section in (p.sft, p.dpo):
+        x = arguments(section, tmp_path, 0, 'cuda')
+        assert x['fp16'] and not x['bf16'] and section.compute_dtype == 'float16' and not section.nf4
+    assert p.data.source == 'hub' and len(p.data.rows) == 5 and p.eval.protocol == 'leaderboard-2023'
 
 
 def test_a_smaller_card_is_refused_and_told_what_to_do(plans):

