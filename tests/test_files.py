@@ -1,4 +1,4 @@
-"Writing whole: under kills, full disks, two writers at once and refused renames, a final name stands for whole content or for nothing."
+"Writing whole: under kills, full disks and two writers at once, a final name stands for whole content or for nothing."
 import errno
 import os
 import signal
@@ -115,7 +115,14 @@ def test_rights_are_those_of_any_other_file(tmp_path):
 
 
 def test_a_lock_is_free_after_a_kill(tmp_path):
-    code = 'import sys, time\nfrom solar_repro.core.files import locked\nwith locked(sys.argv[1]): print("held", flush=True); time.sleep(600)'
+    code = '''
+import sys, time
+from pathlib import Path
+from solar_repro.core.files import locked
+with locked(Path(sys.argv[1])):
+    print('held', flush=True)
+    time.sleep(600)
+'''
     p = subprocess.Popen([sys.executable, '-c', code, tmp_path/'lock'], stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'held\n'
     with pytest.raises(BlockingIOError), locked(tmp_path/'lock'): pass
@@ -126,6 +133,22 @@ def test_a_lock_is_free_after_a_kill(tmp_path):
         p.send_signal(signal.SIGKILL)
     with locked(tmp_path/'lock', kill): assert told == [1]
     p.communicate()
+
+
+def test_a_lock_whose_file_was_removed_is_made_again(tmp_path):
+    "The one who held it may have renamed or removed the folder in which it stood."
+    lock = tmp_path/'lock'
+
+    def holder():
+        with locked(lock):
+            yield
+            lock.unlink()
+        yield
+    first = holder()
+    next(first)
+    with locked(lock, lambda: next(first)):
+        assert lock.exists()
+        with pytest.raises(BlockingIOError), locked(lock): pass
 
 
 def test_content_is_of_names_and_bytes(tmp_path):

@@ -1,6 +1,8 @@
 "Tables 3 to 7: what the paper prints, and what is printed beside it."
 import csv
+import errno
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,26 +17,28 @@ from solar_repro.publishing.report import publish
 from solar_repro.publishing.text import printed
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPER_TEXT = next((p for d in ROOT.parents if (p := d / 'shared' / 'paper-section-4.3.md').exists()), None) # no part of the project
-needs_text = pytest.mark.skipif(not PAPER_TEXT, reason="shared/paper-section-4.3.md, the paper's text, is not beside the project")
+TEXTS = (d / 'shared' / 'paper-section-4.3.md' for d in ROOT.parents)
+PAPER_TEXT = next((p for p in TEXTS if p.exists()), None)    # no part of the project
+needs_text = pytest.mark.skipif(not PAPER_TEXT, reason="shared/paper-section-4.3.md is not beside the project")
 TASKS = ['h6', 'arc', 'hellaswag', 'mmlu', 'truthfulqa', 'winogrande', 'gsm8k']
 TITLES = ['H6 (Avg.)', 'ARC', 'HellaSwag', 'MMLU', 'TruthfulQA', 'Winogrande', 'GSM8K']
 COUNTS = {3: 5, 4: 3, 5: 2, 6: 2, 7: 4}
-MODELS = ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4', 'SFT v3 + v4', 'DPO v1', 'DPO v2', 'DPO v1 + v2', 'DPO v3', 'Cand. 1', 'Cand. 2',
-          'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4']
+MODELS = ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4', 'SFT v3 + v4', 'DPO v1', 'DPO v2', 'DPO v1 + v2', 'DPO v3',
+          'Cand. 1', 'Cand. 2', 'Merge v1', 'Merge v2', 'Merge v3', 'Merge v4']
 
 
 def frame(score=.5, se=.05, models=MODELS, plain=False, **changed) -> pd.DataFrame:
     "A tidy frame with the same score everywhere; `changed` is {'MODEL|task': score}."
     at = {tuple(k.split('|')): v for k, v in changed.items()}
     tasks = TASKS[1:] + ['truthfulqa_plain']*plain
-    return pd.DataFrame([dict(model=m, task=t, metric='acc', score=at.get((m, t), score), se=se, n=100) for m in models for t in tasks])
+    return pd.DataFrame([dict(model=m, task=t, metric='acc', score=at.get((m, t), score), se=se, n=100)
+                         for m in models for t in tasks])
 
 
 # ---- the paper
 
 def printed_tables() -> dict[int, list[dict[str, str]]]:
-    "The tables in the paper's text: number -> rows of {heading: cell}. A table's number stands in the caption that follows it."
+    "The tables in the paper's text: number -> rows of {heading: cell}. The number stands in the caption below."
     found, rows = {}, []
     for line in PAPER_TEXT.read_text(encoding='utf-8').splitlines():
         if line.startswith('|'): rows.append([c.strip() for c in line.strip().strip('|').split('|')])
@@ -69,7 +73,8 @@ def test_what_is_quoted_stands_in_the_text():
     wrong += [quote for quote, _ in (*paper.STATEMENTS, paper.STRENGTHS) if flat(quote) not in text]
     assert not wrong
     assert [x for *_, x in paper.TYPED if f'{x:.2f}' not in text] == []
-    assert {f'{x:.2f}' for *_, x in paper.TYPED} == set(re.findall(r'\d+\.\d\d', text))   # every such number of the text is checked
+    in_text = set(re.findall(r'\d+\.\d\d', text))
+    assert {f'{x:.2f}' for *_, x in paper.TYPED} == in_text                # every such number of the text is checked
 
 
 @needs_text
@@ -115,15 +120,19 @@ def test_audit_finds_what_a_recount_finds():
 def test_text_against_tables():
     "DPO v2 is below DPO v1 on three benchmarks, so it is no strict improvement; SFT v4 is above SFT v3 everywhere."
     what = ' | '.join(paper.audit().query('where == "text"')['what'])
-    assert 'strict improvement' in what and 'not negatively impacted' in what and 'higher scores than SFT v3 for all tasks' not in what
+    assert 'strict improvement' in what and 'not negatively impacted' in what
+    assert 'higher scores than SFT v3 for all tasks' not in what
     strict = paper.audit().set_index('what').loc['DPO v2 is a strict improvement over DPO v1', 'recomputed']
     assert strict == 'HellaSwag 88.28 and 88.49; MMLU 65.97 and 66.14; TruthfulQA 71.71 and 72.04'
 
 
 def test_scores_that_are_no_share_of_whole_items():
     "Recounted in whole numbers: of the four benchmarks that count items, one printed score is impossible."
-    bad = {(r.model, t) for r in paper.ROWS for t, x in zip(TASKS, r.scores) if t in ('arc', 'hellaswag', 'winogrande', 'gsm8k')
-           if not any(abs(10_000*k - round(100*x)*paper.N_ITEMS[t])*2 <= paper.N_ITEMS[t] for k in range(paper.N_ITEMS[t] + 1))}
+    counted = 'arc', 'hellaswag', 'winogrande', 'gsm8k'
+
+    def possible(score, n): return any(abs(10_000*k - round(100*score)*n)*2 <= n for k in range(n + 1))
+    bad = {(r.model, t) for r in paper.ROWS for t, x in zip(TASKS, r.scores)
+           if t in counted and not possible(x, paper.N_ITEMS[t])}
     assert bad == {('Cand. 2', 'winogrande')}
     found = paper.audit().set_index('what').loc['Winogrande in whole items']
     assert tuple(found) == ('Table 6, Cand. 2', '81.99', 'not 1038/1267, 81.93; not 1039/1267, 82.00')
@@ -203,14 +212,15 @@ def test_row_order_does_not_depend_on_the_frame():
 
 
 def test_bold_and_ties():
-    "The best of each column is bold; two that print alike are both bold; the paper's values where the paper has them bold."
+    "The best of each column is bold, two that print alike both; the paper's values where the paper has them bold."
     s = frame(**{'Merge v1|arc': .8, 'Merge v3|arc': .800001, 'Merge v2|gsm8k': .9})
     md = printed(7, s, 'md').set_index('Model')
     bold = lambda title: {m for m, c in md[title].items() if c.startswith('**')}
     assert bold('ARC') == {'Merge v1', 'Merge v3'}
     assert bold('GSM8K') == {'Merge v2'}
     assert bold('MMLU') == set(md.index)                     # all alike
-    assert md.loc['Merge v1', 'ARC'] == '**80.00** ± 5.0 (**71.16**)' and md.loc['Merge v2', 'ARC'] == '50.00 ± 5.0 (71.08)'
+    assert md.loc['Merge v1', 'ARC'] == '**80.00** ± 5.0 (**71.16**)'
+    assert md.loc['Merge v2', 'ARC'] == '50.00 ± 5.0 (71.08)'
     assert printed(7, s, 'tex').set_index('Model').loc['Merge v2', 'GSM8K'] == r'\textbf{90.00} $\pm$ 5.0 (64.52)'
     assert printed(7, s, 'html').set_index('Model').loc['Merge v2', 'GSM8K'].startswith('<b>90.00</b>')
 
@@ -225,12 +235,15 @@ def test_plain_words_stand_beside_truthfulqa(markup):
 def test_the_papers_own_columns_and_bold_are_printed():
     "Marks, base and method stand where the paper has them, in every format; its bold values are bold."
     three = printed(3, frame(), 'md').set_index('Model')
-    assert list(three.loc['SFT v4'])[:3] == ['○', '✗', '○'] and list(three.columns[:3]) == ['Alpaca-GPT4', 'OpenOrca', 'Synth. Math-Instruct']
+    assert list(three.loc['SFT v4'])[:3] == ['○', '✗', '○']
+    assert list(three.columns[:3]) == ['Alpaca-GPT4', 'OpenOrca', 'Synth. Math-Instruct']
     assert list(printed(5, frame(), 'html')['Base SFT Model']) == ['SFT\xa0v3', 'SFT\xa0v3\xa0+\xa0v4']
-    assert list(printed(7, frame(), 'tex')['Merge Method'])[3] == 'SLERP' and r'$\times$' in set(printed(4, frame(), 'tex')['Synth. Math-Alignment'])
+    assert list(printed(7, frame(), 'tex')['Merge Method'])[3] == 'SLERP'
+    assert r'$\times$' in set(printed(4, frame(), 'tex')['Synth. Math-Alignment'])
     for row in paper.ROWS:
         cells = printed(row.table, frame(), 'md').set_index('Model').loc[row.model]
-        for task, title in zip(TASKS, TITLES): assert cells[title].endswith('**)') == (task in row.bold), (row.model, task)
+        for task, title in zip(TASKS, TITLES):
+            assert cells[title].endswith('**)') == (task in row.bold), (row.model, task)
 
 
 @pytest.mark.parametrize('n,gone', [(3, 'SFT v4'), (4, 'DPO v1 + v2'), (7, 'Merge v4')])
@@ -254,9 +267,10 @@ def test_no_such_table(n):
 
 
 def test_a_shared_first_place_is_said():
-    said = tables.finding(7, tables.table(7, frame(**{'Merge v1|arc': .8, 'Merge v3|arc': .8})), 'invented').splitlines()[0]
+    def first_line(**changed): return tables.finding(7, tables.table(7, frame(**changed)), 'invented').splitlines()[0]
+    said = first_line(**{'Merge v1|arc': .8, 'Merge v3|arc': .8})
     assert said == 'Table 7, invented: Merge v1 and Merge v3 share the highest H6 (55.0)'
-    said = tables.finding(7, tables.table(7, frame(**{'Merge v1|arc': .8})), 'invented').splitlines()[0]
+    said = first_line(**{'Merge v1|arc': .8})
     assert said.startswith('Table 7, invented: Merge v1 has the highest H6 (55.0) and is not resolved from Merge v2')
 
 
@@ -266,9 +280,11 @@ S, C, N = 'supported', 'contradicted', 'within the noise'
 
 
 @pytest.mark.parametrize('op,d,se,verdict', [
-    ('>', .021, .01, S), ('>', .019, .01, N), ('>', -.019, .01, N), ('>', -.021, .01, C), ('<', -.021, .01, S), ('<', .019, .01, N), ('<', .021, .01, C),
-    ('≈', 0, .009, S), ('≈', .009, .005, S), ('≈', -.011, .005, N), ('≈', .029, .005, N), ('≈', .031, .005, C), ('≈', -.031, .005, C),
-    ('≥', 0, .009, S), ('≥', -.009, .005, S), ('≥', -.011, .005, N), ('≥', -.031, .005, C), ('≥', .09, .04, S)])
+    ('>', .021, .01, S), ('>', .019, .01, N), ('>', -.019, .01, N), ('>', -.021, .01, C),
+    ('<', -.021, .01, S), ('<', .019, .01, N), ('<', .021, .01, C),
+    ('≈', 0, .009, S), ('≈', .009, .005, S), ('≈', -.011, .005, N), ('≈', .029, .005, N), ('≈', .031, .005, C),
+    ('≈', -.031, .005, C), ('≥', 0, .009, S), ('≥', -.009, .005, S), ('≥', -.011, .005, N), ('≥', -.031, .005, C),
+    ('≥', .09, .04, S)])
 def test_judge(op, d, se, verdict):
     "The interval d ± 2 se against where the claim puts it; the margin of ≈ and ≥ is two points."
     assert tables.MARGIN == .02
@@ -292,7 +308,8 @@ def test_overall(parts, verdict):
 
 @pytest.mark.parametrize('se,same', [(.005, S), (.01, N)])
 def test_claims_on_equal_scores(se, same):
-    "Where nothing differs, a claim of a difference is undecided; one of none is supported if a difference of two points would have shown (2·√2·se below .02)."
+    """Where nothing differs, a claim of a difference is undecided; one of none is supported if a difference of two
+    points would have shown (2·√2·se below .02)."""
     c = tables.claims(frame(se=se)).set_index('claim')
     assert list(c.index) == [x.name for x in paper.CLAIMS]
     for x in paper.CLAIMS:
@@ -331,7 +348,8 @@ def test_a_claim_shows_the_numbers_that_decide_it():
 
 @pytest.mark.parametrize('n', COUNTS)
 def test_a_figure_sets_paper_and_ours_each_about_its_own_mean(n):
-    "The pattern down a column can be read however far apart the levels are: dots of each side add up to nothing, a point is equally wide in all panels."
+    """The pattern down a column can be read however far apart the levels are: dots of each side add up to nothing, a
+    point is equally wide in all panels."""
     fig = figure(n, frame(.1, **{f'{paper.models(n)[0]}|arc': .2}), 'invented')
     axes = fig.axes
     assert [a.get_title(loc='left') for a in axes] == TITLES
@@ -348,28 +366,38 @@ def test_a_figure_sets_paper_and_ours_each_about_its_own_mean(n):
 
 # ---- files
 
+FETCHING = 'script', 'link', 'iframe', 'object', 'embed', 'video', 'audio', 'source', 'base'
+
+
 class References(HTMLParser):
     "Everything in a page that a browser would fetch."
     def __init__(self): super().__init__(); self.images, self.others = [], []
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         if tag == 'img': self.images.append(a['src'])
-        elif tag in ('script', 'link', 'iframe', 'object', 'embed', 'video', 'audio', 'source', 'base'): self.others.append(tag)
+        elif tag in FETCHING: self.others.append(tag)
         elif tag != 'a': self.others += [v for k, v in attrs if k in ('src', 'href', 'background', 'data')]
+
+
+def publish_invented(out):
+    provenance = pd.DataFrame([dict(stage='base', kind='base', seconds=1.25),
+                               dict(stage='<odd & name>', kind='data', seconds=None)])
+    return publish(frame(plain=True, **{'SFT v4|arc': .7}), out, 'a <label> & more', provenance)
 
 
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
     out = tmp_path_factory.mktemp('run')
-    provenance = pd.DataFrame([dict(stage='base', kind='base', seconds=1.25), dict(stage='<odd & name>', kind='data', seconds=None)])
-    return out, publish(frame(plain=True, **{'SFT v4|arc': .7}), out, 'a <label> & more', provenance)
+    return out, publish_invented(out)
 
 
 def test_what_is_published(published):
     out, files = published
-    want = {f'tables/table{n}.{e}' for n in COUNTS for e in ('csv', 'html', 'md', 'tex')} | {f'figures/table{n}.png' for n in COUNTS}
+    want = {f'tables/table{n}.{e}' for n in COUNTS for e in ('csv', 'html', 'md', 'tex')}
+    want |= {f'figures/table{n}.png' for n in COUNTS}
     want |= {'figures/claims.png', 'report.html', 'tables/claims.csv', 'tables/truthfulqa_plain.csv'}
-    assert {f.relative_to(out).as_posix() for f in files} == want == {f.relative_to(out).as_posix() for f in out.rglob('*') if f.is_file()}
+    there = [f for f in out.rglob('*') if f.is_file()]
+    for found in (files, there): assert {f.relative_to(out).as_posix() for f in found} == want
     assert all(f.stat().st_size for f in files)
 
 
@@ -388,32 +416,56 @@ def test_html_md_and_tex_hold_the_same_rows(n, published):
     for e in ('html', 'md', 'tex'):
         text = (published[0]/'tables'/f'table{n}.{e}').read_text(encoding='utf-8')
         assert [m for m in paper.models(n) if m not in text] == [], e
-        assert {'html': 'a &lt;label&gt; &amp; more', 'md': 'a <label> & more', 'tex': r'a <label> \& more'}[e] in text, e   # says what the scores are of
+        label = {'html': 'a &lt;label&gt; &amp; more', 'md': 'a <label> & more', 'tex': r'a <label> \& more'}[e]
+        assert label in text, e                              # says what the scores are of
     assert len(pd.read_html(published[0]/'tables'/f'table{n}.html')[0]) == COUNTS[n]
 
 
 def test_report_is_one_self_contained_page(published):
     page = (published[0]/'report.html').read_text(encoding='utf-8')
     seen = References(); seen.feed(page)
-    assert seen.others == [] and len(seen.images) == 6 and all(i.startswith('data:image/png;base64,') for i in seen.images)
+    assert seen.others == [] and len(seen.images) == 6
+    assert all(i.startswith('data:image/png;base64,') for i in seen.images)
     assert not re.search(r'https?://|@import|url\(', re.sub(r'base64,[^"]*', '', page))
     for c in paper.CLAIMS: assert c.name in page
     assert 'a &lt;label&gt; &amp; more' in page and '&lt;odd &amp; name&gt;' in page and '<label>' not in page
 
 
 def test_published_twice_is_the_same_bytes(tmp_path, published):
-    again = publish(frame(plain=True, **{'SFT v4|arc': .7}), tmp_path, 'a <label> & more',
-                           pd.DataFrame([dict(stage='base', kind='base', seconds=1.25), dict(stage='<odd & name>', kind='data', seconds=None)]))
+    again = publish_invented(tmp_path)
     assert [f.read_bytes() for f in again] == [f.read_bytes() for f in published[1]]
+
+
+@pytest.mark.parametrize('which', ['table7.csv', 'table3.png', 'report.html'])
+def test_a_full_disk_leaves_the_files_of_before(tmp_path, monkeypatch, which):
+    "Tables, pictures and the page were once written in place: a run that was stopped left half of one."
+    publish_invented(tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    real = os.fsync
+
+    def full(fd):
+        name = Path(os.readlink(f'/proc/self/fd/{fd}')).name
+        stem, ending = which.split('.')
+        if name.startswith(f'.{stem}.') and name.endswith(ending): raise OSError(errno.ENOSPC, 'No space left')
+        return real(fd)
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'):
+        publish(frame(.3, plain=True), tmp_path, 'another', pd.DataFrame(dict(stage=['x'])))
+    after = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    assert after.keys() == before.keys()
+    there, = (f for f in before if f.name == which)
+    assert after[there] == before[there]
 
 
 @pytest.mark.parametrize('which', ('table', 'claims'))
 def test_a_long_label_stays_on_the_picture(which):
     "Labels of published data name their stand-ins; they once ran off the edge, under the legend and through the marks."
-    label = 'SmolLM2-135M, seed 0, from an instruction-tuned base, math sets by a stand-in rule (MATH and GSM8K train rows, no MetaMathQA)'
+    label = ('SmolLM2-135M, seed 0, from an instruction-tuned base, math sets by a stand-in rule '
+             '(MATH and GSM8K train rows, no MetaMathQA)')
     fig = figure(3, frame(), label) if which == 'table' else claims_figure(tables.claims(frame()), label)
     fig.canvas.draw()
-    parts = [fig._suptitle, *fig.legends, *(ax._left_title for ax in fig.axes)] + ([fig._supxlabel] if which == 'table' else [])
+    parts = [fig._suptitle, *fig.legends, *(ax._left_title for ax in fig.axes)]
+    if which == 'table': parts.append(fig._supxlabel)
     boxes = [p.get_window_extent() for p in parts]
     assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 and b.y1 <= fig.bbox.y1 for b in boxes)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i] if a.width and b.width)

@@ -78,7 +78,7 @@ def locked(
                 if on_wait is None: raise
                 on_wait()
                 fcntl.flock(f, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+            if os.fstat(f.fileno()).st_nlink:     # the file still has its name
                 yield
                 return
 

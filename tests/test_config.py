@@ -1,0 +1,32 @@
+"Profiles: which one is taken, and what somebody with an old one is told."
+import pytest
+
+from solar_repro.core.config import default_profile, load_profile
+
+
+@pytest.mark.parametrize('environment,expected', [
+    ({}, 'tiny'), (dict(IN_TEST='1'), 'smoke'), (dict(SOLAR_PROFILE='a100'), 'a100'),
+    (dict(SOLAR_PROFILE='a100', IN_TEST='1'), 'a100'), (dict(SOLAR_PROFILE=''), 'tiny')])
+def test_the_environment_chooses_where_nobody_does(monkeypatch, environment, expected):
+    for name in ('SOLAR_PROFILE', 'IN_TEST'): monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items(): monkeypatch.setenv(name, value)
+    assert default_profile() == expected == load_profile().name
+    assert load_profile('smol').name == 'smol'
+
+
+def test_a_profile_of_ones_own_is_chosen_by_its_path(tmp_path, monkeypatch):
+    (tmp_path/'mine.toml').write_text('extends = "smoke"\n')
+    monkeypatch.setenv('SOLAR_PROFILE', str(tmp_path/'mine.toml'))
+    assert load_profile().name == 'mine'
+
+
+@pytest.mark.parametrize('text,says', [
+    ('[sft]\npasses = 2', "sft.passes: is 'microbatches' now"),
+    ('[dpo]\npass_tokens = 512', "dpo.pass_tokens: is 'max_tokens_per_microbatch' now"),
+    ('[merge]\nhandover = "full"', "merge.handover: is 'merge_onto' now, and 'full' is 'original'"),
+    ('[merge]\nhandover = "dequantised"', "merge.handover: is 'merge_onto' now, and 'dequantised' is 'dequantized'"),
+    ('[merge]\nmerge_onto = "full"', "merge.merge_onto = 'full': is 'original' now")])
+def test_an_old_key_or_value_is_answered_with_the_new_one(tmp_path, text, says):
+    (tmp_path/'old.toml').write_text(f'extends = "tiny"\n{text}\n')
+    with pytest.raises(ValueError) as e: load_profile(tmp_path/'old.toml')
+    assert says in str(e.value)
