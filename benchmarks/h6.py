@@ -1,24 +1,39 @@
-"""Our scoring backend against lm-eval's own (`HFLM`): the same items in one process, a line for each of the six benchmarks.
+"""Our scoring backend against lm-eval's own (`HFLM`): the same items in one process, a line for each of the six
+benchmarks.
 
-    python benchmarks/h6.py [--items 4] [--mmlu_items 16] [--tasks arc mmlu] [--hf_batch 1 8] [--hf_packed] [--shape smollm2-135m] [--device cpu] [--dtype float32] [--out NAME]
+    python benchmarks/h6.py [--items 4] [--mmlu_items 16] [--tasks arc mmlu] [--hf_batch 1 8] [--hf_packed] [--shape
+    smollm2-135m] [--device cpu] [--dtype float32] [--out NAME]
     python benchmarks/h6.py --profile smol [...]
 
-The model has random weights and the shape of a known one, so that nothing is fetched; or it is the base of a profile, asked the first items of that profile:
-real weights and published items for `smol`. Otherwise items are random words, as long as those of the real benchmarks are on average in tokens (LENGTHS); shots are the leaderboard's (25, 10, 5, 0 with the six fixed pairs, 5, 5) and drawn by lm-eval's default sampler, other
-examples for each item except in MMLU, whose items are all of one subject: its real subjects have 246 items on average, so few items understate
-what sharing its examples saves, and `--mmlu_items` may ask for more of them. Two ratios are given: of the times as measured, and with each task's time
+The model has random weights and the shape of a known one, so that nothing is fetched; or it is the base of a profile,
+asked the first items of that profile:
+real weights and published items for `smol`. Otherwise items are random words, as long as those of the real benchmarks
+are on average in tokens (LENGTHS); shots are the leaderboard's (25, 10, 5, 0 with the six fixed pairs, 5, 5) and drawn
+by lm-eval's default sampler, other
+examples for each item except in MMLU, whose items are all of one subject: its real subjects have 246 items on average,
+so few items understate
+what sharing its examples saves, and `--mmlu_items` may ask for more of them. Two ratios are given: of the times as
+measured, and with each task's time
 an item multiplied by the items of its real test set (SIZES), which is what H6 costs.
 
-A random model never writes a stop string, so GSM8K generates all its 256 tokens; and greedy texts of a random model soon go in circles, which our
-backend's guesses of what comes next follow better than they follow real answers. So GSM8K is also timed without guesses, and a second pair of ratios counts that;
+A random model never writes a stop string, so GSM8K generates all its 256 tokens; and greedy texts of a random model
+soon go in circles, which our
+backend's guesses of what comes next follow better than they follow real answers. So GSM8K is also timed without
+guesses, and a second pair of ratios counts that;
 a profile's base shows what they are worth on text that a trained model writes.
 
-Each backend answers one request first, to warm up. A hook counts tokens that go through the model and positions that get logits, padding included. On a
-CPU our backend multiplies float32 matrices of large models with oneDNN, HFLM with what torch takes (MKL); `--hf_packed` lets HFLM's products go the same
-way as ours, and what is left of the ratio is then due to other things. The share of the matmul rate is the time that the model's matrix products take
-by themselves, each shape timed alone in the same process with the faster of the two libraries, divided by the time measured (other work on the machine moves
-it either way); attention over cached keys is left out of it. With several sizes of HFLM's batch the fastest counts, task by task.
+Each backend answers one request first, to warm up. A hook counts tokens that go through the model and positions that
+get logits, padding included. On a
+CPU our backend multiplies float32 matrices of large models with oneDNN, HFLM with what torch takes (MKL);
+`--hf_packed` lets HFLM's products go the same
+way as ours, and what is left of the ratio is then due to other things. The share of the matmul rate is the time that
+the model's matrix products take
+by themselves, each shape timed alone in the same process with the faster of the two libraries, divided by the time
+measured (other work on the machine moves
+it either way); attention over cached keys is left out of it. With several sizes of HFLM's batch the fastest counts,
+task by task.
 """
+
 import argparse
 import json
 import logging
@@ -31,126 +46,221 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', PYTHONWARNINGS='ignore').items(): os.environ.setdefault(k, v)
+for k, v in dict(
+    OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', PYTHONWARNINGS='ignore'
+).items():
+    os.environ.setdefault(k, v)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 SHAPES = {
-    'smoke': dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048, tie_word_embeddings=True),
-    'smollm2-135m': dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-    'llama-1b': dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
-    'solar-10.7b': dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False)}
+    'smoke': dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        tie_word_embeddings=True,
+    ),
+    'smollm2-135m': dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    'llama-1b': dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    'solar-10.7b': dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+}
 SHOTS = dict(arc=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
-SIZES = dict(arc=1172, hellaswag=10042, mmlu=14042, truthfulqa=817, winogrande=1267, gsm8k=1319)                                       # items of the test sets
-LENGTHS = dict(arc=(26, 6), hellaswag=(45, 28), mmlu=(45, 12), truthfulqa=(13, 11), winogrande=(12, 10), gsm8k=(60, 120))  # words of question and answer
+SIZES = dict(
+    arc=1172, hellaswag=10042, mmlu=14042, truthfulqa=817, winogrande=1267, gsm8k=1319
+)  # items of the test sets
+LENGTHS = dict(
+    arc=(26, 6), hellaswag=(45, 28), mmlu=(45, 12), truthfulqa=(13, 11), winogrande=(12, 10), gsm8k=(60, 120)
+)  # words of question and answer
 
 
 def words(rng: random.Random, vocab: list[str], mean: int) -> str:
-    return ' '.join(rng.choice(vocab) for _ in range(max(1, round(rng.uniform(.5, 1.5)*mean))))
+    return ' '.join(rng.choice(vocab) for _ in range(max(1, round(rng.uniform(0.5, 1.5) * mean))))
 
 
 def row(task: str, rng: random.Random, vocab: list[str], preamble: str) -> dict:
     "One item in the hub's columns."
     q, a = LENGTHS[task]
     say = lambda n: words(rng, vocab, n)
-    if task == 'arc': return dict(id='1', question=say(q), choices=dict(text=[say(a) for _ in range(4)], label=list('ABCD')), answerKey='B')
-    if task == 'hellaswag': return dict(activity_label=say(2), ctx=say(q), endings=[say(a) for _ in range(4)], label='1')
-    if task == 'mmlu': return dict(subject='botany', question=say(q), choices=[say(a) for _ in range(4)], answer=1)
-    if task == 'winogrande': return dict(sentence=f'{say(q)} _ {say(a)}', option1=say(2), option2=say(2), answer='1')
-    if task == 'gsm8k': return dict(question=say(q), answer=f'{say(a)} #### 7')
+    if task == 'arc':
+        return dict(
+            id='1', question=say(q), choices=dict(text=[say(a) for _ in range(4)], label=list('ABCD')), answerKey='B'
+        )
+    if task == 'hellaswag':
+        return dict(activity_label=say(2), ctx=say(q), endings=[say(a) for _ in range(4)], label='1')
+    if task == 'mmlu':
+        return dict(subject='botany', question=say(q), choices=[say(a) for _ in range(4)], answer=1)
+    if task == 'winogrande':
+        return dict(sentence=f'{say(q)} _ {say(a)}', option1=say(2), option2=say(2), answer='1')
+    if task == 'gsm8k':
+        return dict(question=say(q), answer=f'{say(a)} #### 7')
     n = rng.randint(4, 11)
-    return dict(question=preamble + say(q), mc2_targets=dict(choices=[say(a) for _ in range(n)], labels=[1]*2 + [0]*(n - 2)), plain=[True]*n)
+    return dict(
+        question=preamble + say(q),
+        mc2_targets=dict(choices=[say(a) for _ in range(n)], labels=[1] * 2 + [0] * (n - 2)),
+        plain=[True] * n,
+    )
 
 
 def items(task: str, n: int, vocab: list[str]) -> dict[str, list[dict]]:
     rng = random.Random(f'{task} {n}')
     preamble = ''.join(f'{words(rng, vocab, 9)}\nAnswer: {words(rng, vocab, 11)}\n\nQuestion: ' for _ in range(6))
-    return dict(train=[row(task, rng, vocab, '') for _ in range(max(SHOTS[task], 60))], test=[row(task, rng, vocab, preamble) for _ in range(n)])
+    return dict(
+        train=[row(task, rng, vocab, '') for _ in range(max(SHOTS[task], 60))],
+        test=[row(task, rng, vocab, preamble) for _ in range(n)],
+    )
 
 
 def run(lm, requests: list, model) -> dict:
     "Answers, seconds, tokens, positions with logits and products of one backend."
     import torch
     from tiny_tables import products
+
     seen, count = Counter(), Counter()
     ask = getattr(lm, requests[0].request_type)
-    few = [replace(r, arguments=(r.args[0][-300:], dict(r.args[1], max_gen_toks=2)) if r.request_type == 'generate_until' else r.args) for r in requests[:1]]
+    few = [
+        replace(
+            r,
+            arguments=(
+                (r.args[0][-300:], dict(r.args[1], max_gen_toks=2)) if r.request_type == 'generate_until' else r.args
+            ),
+        )
+        for r in requests[:1]
+    ]
     ask(few, disable_tqdm=True)
     sync = torch.cuda.synchronize if model.device.type == 'cuda' else lambda: None
-    hooks = [model.register_forward_pre_hook(lambda m, a, kw: count.update(tokens=(a[0] if a else kw['input_ids']).numel(), passes=1), with_kwargs=True),
-             model.get_output_embeddings().register_forward_hook(lambda m, a, out: count.update(logits=out.numel()//out.shape[-1]))]
+    hooks = [
+        model.register_forward_pre_hook(
+            lambda m, a, kw: count.update(tokens=(a[0] if a else kw['input_ids']).numel(), passes=1), with_kwargs=True
+        ),
+        model.get_output_embeddings().register_forward_hook(
+            lambda m, a, out: count.update(logits=out.numel() // out.shape[-1])
+        ),
+    ]
     try:
         with products(seen):
-            sync(); began, busy = time.perf_counter(), time.process_time()
+            sync()
+            began, busy = time.perf_counter(), time.process_time()
             answers = ask(requests, disable_tqdm=True)
-            sync(); seconds, busy = time.perf_counter() - began, time.process_time() - busy
+            sync()
+            seconds, busy = time.perf_counter() - began, time.process_time() - busy
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return dict(answers=answers, seconds=seconds, cpu_s=busy, seen=seen, **count)
 
 
 def onednn_rates(shapes: set) -> dict:
     "Seconds a FLOP of a float32 product of each shape with weights that oneDNN has laid out; none where it is missing."
     import torch
+
     out, ops = {}, torch.ops.mkldnn
     for rows, i, o in sorted(shapes) if torch.backends.mkldnn.is_available() else ():
         x, w = torch.randn(rows, i), ops._reorder_linear_weight(torch.randn(o, i))
         multiply = lambda: ops._linear_pointwise(x, w, None, 'none', [], '')
         multiply()
-        repeat, best = max(1, min(1000, int(2e7/(rows*i*o)))), float('inf')
+        repeat, best = max(1, min(1000, int(2e7 / (rows * i * o)))), float('inf')
         for _ in range(3):
             began = time.perf_counter()
-            for _ in range(repeat): multiply()
-            best = min(best, (time.perf_counter() - began)/repeat)
-        out[rows, i, o] = best/(2.*rows*i*o)
+            for _ in range(repeat):
+                multiply()
+            best = min(best, (time.perf_counter() - began) / repeat)
+        out[rows, i, o] = best / (2.0 * rows * i * o)
     return out
 
 
 def ratios(lines: list[dict], ours: str = 'ours') -> dict:
     "Of the times as measured, of those that whole test sets would take, and of CPU times."
     total = lambda k: sum(l[k] for l in lines)
-    whole = lambda k: sum(l[k]*SIZES[l['task']]/l['items'] for l in lines)
-    return dict(ratio=total('hf_s')/total(f'{ours}_s'), ratio_test_sets=whole('hf_s')/whole(f'{ours}_s'), worst=min(l['hf_s']/l[f'{ours}_s'] for l in lines),
-                cpu_ratio=total('hf_cpu_s')/total(f'{ours}_cpu_s'), cpu_worst=min(l['hf_cpu_s']/l[f'{ours}_cpu_s'] for l in lines))
+    whole = lambda k: sum(l[k] * SIZES[l['task']] / l['items'] for l in lines)
+    return dict(
+        ratio=total('hf_s') / total(f'{ours}_s'),
+        ratio_test_sets=whole('hf_s') / whole(f'{ours}_s'),
+        worst=min(l['hf_s'] / l[f'{ours}_s'] for l in lines),
+        cpu_ratio=total('hf_cpu_s') / total(f'{ours}_cpu_s'),
+        cpu_worst=min(l['hf_cpu_s'] / l[f'{ours}_cpu_s'] for l in lines),
+    )
 
 
 def invented(a: argparse.Namespace) -> tuple:
-    "Tokenizer, a model with random weights, (task, items) -> requests about random words and their shots, and what this is."
+    """Tokenizer, a model with random weights, (task, items) -> requests about random words and their shots, and
+    what this is."""
     import torch
     from solar_repro.eval import build_requests
     from solar_repro.models.loading import load_tokenizer
     from solar_repro.tiny.world import shipped_base
     from transformers import LlamaConfig, LlamaForCausalLM
+
     tok = load_tokenizer(shipped_base())
     vocab = sorted(w for w in tok.get_vocab() if w.isalpha())
     torch.set_default_dtype(getattr(torch, a.dtype))
     with torch.device(a.device):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[a.shape], max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=0)).eval()
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                **SHAPES[a.shape], max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=0
+            )
+        ).eval()
     torch.set_default_dtype(torch.float32)
 
     def ask(t, n):
         requests = [r for x in build_requests(t, items(t, n, vocab), SHOTS[t]).tasks for r in x.instances]
-        if t == 'gsm8k': requests = [replace(r, arguments=(r.args[0], dict(r.args[1], max_gen_toks=a.generate))) for r in requests]
+        if t == 'gsm8k':
+            requests = [replace(r, arguments=(r.args[0], dict(r.args[1], max_gen_toks=a.generate))) for r in requests]
         return requests, SHOTS[t]
+
     return tok, model, ask, f"{a.shape}'s shape with random weights, asked about random words"
 
 
 def of_profile(a: argparse.Namespace) -> tuple:
-    "Tokenizer, a profile's base, (task, items) -> requests about the first items of the profile and their shots, and what this is."
+    """Tokenizer, a profile's base, (task, items) -> requests about the first items of the profile and their shots,
+    and what this is."""
     import torch
     from solar_repro.core.data_files import read_rows
     from solar_repro.eval import build_requests
     from solar_repro.models.loading import load_tokenizer
     from solar_repro.models.adapters import materialize
     from solar_repro.pipeline.experiment import Experiment
+
     exp = Experiment(a.profile)
     point = exp.model('base')
 
     def ask(t, n):
         s, folder = exp.graph[f'eval/base/{t}'].settings, exp.build(f'bench/{t}').path
-        bench = {k: read_rows(folder/f'{k}.jsonl') for k in ('train', 'test')}
+        bench = {k: read_rows(folder / f'{k}.jsonl') for k in ('train', 'test')}
         asked = build_requests(t, dict(bench, test=bench['test'][:n]), s['num_fewshot'], s.get('tasks', 'tiny'))
         return [r for x in asked.tasks for r in x.instances], s['num_fewshot']
-    return load_tokenizer(point.base), materialize(point, a.device).to(getattr(torch, a.dtype)), ask, f'the base of profile {exp.profile.name} ({exp.profile.label}), asked its first items'
+
+    return (
+        load_tokenizer(point.base),
+        materialize(point, a.device).to(getattr(torch, a.dtype)),
+        ask,
+        f'the base of profile {exp.profile.name} ({exp.profile.label}), asked its first items',
+    )
 
 
 def compare(a: argparse.Namespace) -> dict:
@@ -161,7 +271,10 @@ def compare(a: argparse.Namespace) -> dict:
     from solar_repro.models.loading import quiet
     from solar_repro.paper import H6_TASKS
     from tiny_tables import arithmetic, bucket, time_products
-    torch.set_num_threads(a.threads); torch.manual_seed(0); torch.set_flush_denormal(True)
+
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     tok, model, ask, what = of_profile(a) if a.profile else invented(a)
     lines, sides, rates = [], {}, set()
@@ -170,56 +283,131 @@ def compare(a: argparse.Namespace) -> dict:
         n_items = len({(r.task_name, r.doc_id) for r in requests})
         got = {}
         for n in a.hf_batch:
-            with quiet(), torch.inference_mode(), packed(model) if a.hf_packed else nullcontext(): got[n] = run(HFLM(pretrained=model, tokenizer=tok, batch_size=n), requests, model)
+            with quiet(), torch.inference_mode(), packed(model) if a.hf_packed else nullcontext():
+                got[n] = run(HFLM(pretrained=model, tokenizer=tok, batch_size=n), requests, model)
             print(f'  {t}: HFLM, batches of {n}: {got[n]["seconds"]:.1f} s', file=sys.stderr, flush=True)
         ours = run(SharedPrefixLM(model, RequestEncoder(tok), a.batch), requests, model)
         plain = ours
         if t == 'gsm8k':
             lm = SharedPrefixLM(model, RequestEncoder(tok), a.batch)
-            lm.limits = replace(lm.limits, n_idle=0)            # a pass of one token a row is the best
+            lm.limits = replace(lm.limits, n_idle=0)  # a pass of one token a row is the best
             plain = run(lm, requests, model)
-            assert plain['answers'] == ours['answers'] or a.dtype != 'float32', 'gsm8k: the texts with guesses and without differ'    # bfloat16 rounds otherwise in wider passes
+            assert plain['answers'] == ours['answers'] or a.dtype != 'float32', (
+                'gsm8k: the texts with guesses and without differ'
+            )  # bfloat16 rounds otherwise in wider passes
         best = min(got, key=lambda n: got[n]['seconds'])
         sides[t] = got[best], ours
-        same = [x == y for x, y in zip(got[best]['answers'], ours['answers'])] if t == 'gsm8k' else [x[1] == y[1] for x, y in zip(got[best]['answers'], ours['answers'])]
-        gap = 0. if t == 'gsm8k' else max(abs(x[0] - y[0]) for x, y in zip(got[best]['answers'], ours['answers']))
-        lines.append(dict(task=t, shots=shots, items=n_items, requests=len(requests), hf_batch=best, hf_s=got[best]['seconds'], ours_s=ours['seconds'], no_guesses_s=plain['seconds'], no_guesses_cpu_s=plain['cpu_s'],
-                          ratio=got[best]['seconds']/ours['seconds'], hf_cpu_s=got[best]['cpu_s'], ours_cpu_s=ours['cpu_s'], cpu_ratio=got[best]['cpu_s']/ours['cpu_s'], hf_tok=got[best]['tokens'], ours_tok=ours['tokens'], hf_passes=got[best]['passes'], ours_passes=ours['passes'], no_guesses_passes=plain['passes'], hf_logits=got[best]['logits'],
-                          ours_logits=ours['logits'], max_difference_nats=gap, equal=sum(same), hf_s_by_batch={n: g['seconds'] for n, g in got.items()}))
+        same = (
+            [x == y for x, y in zip(got[best]['answers'], ours['answers'])]
+            if t == 'gsm8k'
+            else [x[1] == y[1] for x, y in zip(got[best]['answers'], ours['answers'])]
+        )
+        gap = 0.0 if t == 'gsm8k' else max(abs(x[0] - y[0]) for x, y in zip(got[best]['answers'], ours['answers']))
+        lines.append(
+            dict(
+                task=t,
+                shots=shots,
+                items=n_items,
+                requests=len(requests),
+                hf_batch=best,
+                hf_s=got[best]['seconds'],
+                ours_s=ours['seconds'],
+                no_guesses_s=plain['seconds'],
+                no_guesses_cpu_s=plain['cpu_s'],
+                ratio=got[best]['seconds'] / ours['seconds'],
+                hf_cpu_s=got[best]['cpu_s'],
+                ours_cpu_s=ours['cpu_s'],
+                cpu_ratio=got[best]['cpu_s'] / ours['cpu_s'],
+                hf_tok=got[best]['tokens'],
+                ours_tok=ours['tokens'],
+                hf_passes=got[best]['passes'],
+                ours_passes=ours['passes'],
+                no_guesses_passes=plain['passes'],
+                hf_logits=got[best]['logits'],
+                ours_logits=ours['logits'],
+                max_difference_nats=gap,
+                equal=sum(same),
+                hf_s_by_batch={n: g['seconds'] for n, g in got.items()},
+            )
+        )
         print(f'  {t}: ours: {ours["seconds"]:.1f} s, ratio {lines[-1]["ratio"]:.2f}', file=sys.stderr, flush=True)
         rates |= {bucket(s) for side in sides[t] for s in side['seen']}
     if a.device == 'cpu':
         rate, other = time_products(rates), onednn_rates(rates)
         rate = {s: min(x, other.get(s, x)) for s, x in rate.items()}
         for l in lines:
-            for name, side in zip(('hf', 'ours'), sides[l['task']]): l[f'{name}_share'] = arithmetic(side['seen'], rate)/side['seconds']
+            for name, side in zip(('hf', 'ours'), sides[l['task']]):
+                l[f'{name}_share'] = arithmetic(side['seen'], rate) / side['seconds']
     flags = Path('/proc/cpuinfo').read_text() if a.device == 'cpu' and Path('/proc/cpuinfo').exists() else ''
-    where = f'{a.threads} of {os.cpu_count()} CPU cores{" with AMX" if "amx_tile" in flags else ""}' if a.device == 'cpu' else torch.cuda.get_device_name()
-    return dict(machine=where, load_before=round(a.load, 1), model=what, profile=a.profile, dtype=a.dtype, torch=torch.__version__, rows_at_most=a.batch, hf_packed=a.hf_packed, tasks=lines,
-                **ratios(lines), no_guesses=ratios(lines, 'no_guesses'))
+    where = (
+        f'{a.threads} of {os.cpu_count()} CPU cores{" with AMX" if "amx_tile" in flags else ""}'
+        if a.device == 'cpu'
+        else torch.cuda.get_device_name()
+    )
+    return dict(
+        machine=where,
+        load_before=round(a.load, 1),
+        model=what,
+        profile=a.profile,
+        dtype=a.dtype,
+        torch=torch.__version__,
+        rows_at_most=a.batch,
+        hf_packed=a.hf_packed,
+        tasks=lines,
+        **ratios(lines),
+        no_guesses=ratios(lines, 'no_guesses'),
+    )
 
 
 def show(r: dict) -> str:
-    head = (f'{"task":<12}{"shots":>6}{"items":>6}{"requests":>9}{"HFLM s":>9}{"batch":>6}{"ours s":>8}{"ratio":>7}{"CPU":>7}{"HFLM tok":>10}{"ours tok":>9}{"HFLM log.":>10}{"ours log.":>10}'
-            f'{"HFLM mm":>8}{"ours mm":>8}{"max diff":>10}{"equal":>9}')
-    out = [f"{r['model']}; {r['dtype']}; {r['machine']}, load {r['load_before']} before; torch {r['torch']}"
-           + ("; HFLM's products by oneDNN too" if r['hf_packed'] else ''), head, '-'*len(head)]
+    head = (
+        f'{"task":<12}{"shots":>6}{"items":>6}{"requests":>9}{"HFLM s":>9}{"batch":>6}{"ours s":>8}{"ratio":>7}{"CPU":>7}{"HFLM tok":>10}{"ours tok":>9}{"HFLM log.":>10}{"ours log.":>10}'
+        f'{"HFLM mm":>8}{"ours mm":>8}{"max diff":>10}{"equal":>9}'
+    )
+    out = [
+        f"{r['model']}; {r['dtype']}; {r['machine']}, load {r['load_before']} before; torch {r['torch']}"
+        + ("; HFLM's products by oneDNN too" if r['hf_packed'] else ''),
+        head,
+        '-' * len(head),
+    ]
     for l in r['tasks']:
         mm = ''.join(f'{l[k]:>8.0%}' if k in l else f'{"":>8}' for k in ('hf_share', 'ours_share'))
-        out.append(f"{l['task']:<12}{l['shots']:>6}{l['items']:>6}{l['requests']:>9}{l['hf_s']:>9.2f}{l['hf_batch']:>6}{l['ours_s']:>8.2f}{l['ratio']:>7.2f}{l['cpu_ratio']:>7.2f}{l['hf_tok']:>10}{l['ours_tok']:>9}"
-                   f"{l['hf_logits']:>10}{l['ours_logits']:>10}{mm}{l['max_difference_nats']:>10.1e}{str(l['equal']) + '/' + str(l['requests']):>9}")
+        out.append(
+            f"{l['task']:<12}{l['shots']:>6}{l['items']:>6}{l['requests']:>9}{l['hf_s']:>9.2f}{l['hf_batch']:>6}{l['ours_s']:>8.2f}{l['ratio']:>7.2f}{l['cpu_ratio']:>7.2f}{l['hf_tok']:>10}{l['ours_tok']:>9}"
+            f"{l['hf_logits']:>10}{l['ours_logits']:>10}{mm}{l['max_difference_nats']:>10.1e}{str(l['equal']) + '/' + str(l['requests']):>9}"
+        )
     total = lambda k: sum(l[k] for l in r['tasks'])
-    out += ['-'*len(head), f"all {len(r['tasks'])}, these items: {total('hf_s'):.1f} s against {total('ours_s'):.1f} s, ratio {r['ratio']:.2f}; the worst task {r['worst']:.2f}; by CPU time {r['cpu_ratio']:.2f} and {r['cpu_worst']:.2f}",
-            f"all {len(r['tasks'])}, whole test sets (time an item times {', '.join(str(SIZES[l['task']]) for l in r['tasks'])} items): ratio {r['ratio_test_sets']:.2f}"]
+    out += [
+        '-' * len(head),
+        (
+            f"all {len(r['tasks'])}, these items: {total('hf_s'):.1f} s against {total('ours_s'):.1f} s, ratio"
+            f" {r['ratio']:.2f}; the worst task {r['worst']:.2f}; by CPU time {r['cpu_ratio']:.2f} and"
+            f" {r['cpu_worst']:.2f}"
+        ),
+        (
+            f"all {len(r['tasks'])}, whole test sets (time an item times"
+            f" {', '.join(str(SIZES[l['task']]) for l in r['tasks'])} items): ratio {r['ratio_test_sets']:.2f}"
+        ),
+    ]
     for l in r['tasks']:
-        if l['task'] == 'gsm8k': out.append(f"gsm8k without guesses of what comes next: {l['no_guesses_passes']} passes instead of {l['ours_passes']} (HFLM {l['hf_passes']}), {l['no_guesses_s']:.1f} s, ratio {l['hf_s']/l['no_guesses_s']:.2f}; then all: {r['no_guesses']['ratio']:.2f} and {r['no_guesses']['ratio_test_sets']:.2f}, the worst {r['no_guesses']['worst']:.2f}")
-    out.append('CPU: ratio of CPU times, which other work on the machine disturbs less; tok: through the model, wrong guesses and padding included; log.: positions with logits; mm: share of the rate of the faster of two '
-               'matmul libraries; diff in nats; equal: greedy flags, or texts')
+        if l['task'] == 'gsm8k':
+            out.append(
+                f"gsm8k without guesses of what comes next: {l['no_guesses_passes']} passes instead of"
+                f" {l['ours_passes']} (HFLM {l['hf_passes']}), {l['no_guesses_s']:.1f} s, ratio"
+                f" {l['hf_s'] / l['no_guesses_s']:.2f}; then all: {r['no_guesses']['ratio']:.2f} and"
+                f" {r['no_guesses']['ratio_test_sets']:.2f}, the worst {r['no_guesses']['worst']:.2f}"
+            )
+    out.append(
+        'CPU: ratio of CPU times, which other work on the machine disturbs less; tok: through the model, wrong guesses'
+        ' and padding included; log.: positions with logits; mm: share of the rate of the faster of two matmul'
+        ' libraries; diff in nats; equal: greedy flags, or texts'
+    )
     return '\n'.join(out)
 
 
-AIM = 4. # times as fast over the six tasks together, and no task slower
-CLOSE = 1e-4 # nats between two log-likelihoods, at most
+AIM = 4.0  # times as fast over the six tasks together, and no task slower
+CLOSE = 1e-4  # nats between two log-likelihoods, at most
+
 
 def page(r: dict, command: str) -> str:
     "The result in words, and as a table."
@@ -227,16 +415,34 @@ def page(r: dict, command: str) -> str:
     slower = [l['task'] for l in rows if l['ratio'] < 1]
     same, asked = sum(l['equal'] for l in rows), sum(l['requests'] for l in rows)
     n, far = ', '.join(f"{l['items']} items of {l['task']}" for l in rows), max(l['max_difference_nats'] for l in rows)
-    close = f'no log-likelihood differs by more than {far:.1e} nats' + (f', which is **more than the {CLOSE:g} that is asked for**' if far > CLOSE else '')
-    verdict = (f"**The speed aimed at, {AIM:g} times with no task slower, is {'' if least >= AIM and not slower and len(rows) == len(SHOTS) else 'not '}reached**: {r['ratio']:.2f} times as fast on these items, "
-               f"{r['ratio_test_sets']:.2f} times if each task's time an item is multiplied by the items of its test set, and {'no task is slower' if not slower else 'slower in ' + ', '.join(slower)} (worst {r['worst']:.2f}); by CPU time, which other work on the machine disturbs less, {r['cpu_ratio']:.2f} times (worst {r['cpu_worst']:.2f}). "
-               f"Without guesses of what GSM8K's answers say next{'' if r['profile'] else ', which texts of a random model favour'}, it is {r['no_guesses']['ratio']:.2f} and {r['no_guesses']['ratio_test_sets']:.2f}.")
-    products = ('Both sides multiply matrices with oneDNN here.' if r['hf_packed'] else
-                "On a CPU part of this is the matrix library: ours is oneDNN with weights laid out beforehand, HFLM's is what torch takes, and `--hf_packed` gives both sides the former.")
-    return (f"# H6: our backend against HFLM\n\nThe model: {r['model']}; {r['dtype']}, on {r['machine']} (load {r['load_before']} before), with {', '.join(str(l['shots']) for l in rows)} shots: {n}. "
-            f"HFLM is timed with batches of {' and '.join(map(str, rows[0]['hf_s_by_batch']))}, and the fastest counts, task by task.\n\n"
-            f"{same} of {asked} greedy flags and texts are equal, and {close}. {verdict} {products}\n\n"
-            f"Repeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n")
+    close = f'no log-likelihood differs by more than {far:.1e} nats' + (
+        f', which is **more than the {CLOSE:g} that is asked for**' if far > CLOSE else ''
+    )
+    verdict = (
+        f"**The speed aimed at, {AIM:g} times with no task slower, is"
+        f" {'' if least >= AIM and not slower and len(rows) == len(SHOTS) else 'not '}reached**: {r['ratio']:.2f} times"
+        f" as fast on these items, {r['ratio_test_sets']:.2f} times if each task's time an item is multiplied by the"
+        f" items of its test set, and {'no task is slower' if not slower else 'slower in ' + ', '.join(slower)} (worst"
+        f" {r['worst']:.2f}); by CPU time, which other work on the machine disturbs less, {r['cpu_ratio']:.2f} times"
+        f" (worst {r['cpu_worst']:.2f}). Without guesses of what GSM8K's answers say"
+        f" next{'' if r['profile'] else ', which texts of a random model favour'}, it is {r['no_guesses']['ratio']:.2f}"
+        f" and {r['no_guesses']['ratio_test_sets']:.2f}."
+    )
+    products = (
+        'Both sides multiply matrices with oneDNN here.'
+        if r['hf_packed']
+        else (
+            "On a CPU part of this is the matrix library: ours is oneDNN with weights laid out beforehand, HFLM's is"
+            " what torch takes, and `--hf_packed` gives both sides the former."
+        )
+    )
+    return (
+        f"# H6: our backend against HFLM\n\nThe model: {r['model']}; {r['dtype']}, on {r['machine']} (load"
+        f" {r['load_before']} before), with {', '.join(str(l['shots']) for l in rows)} shots: {n}. HFLM is timed with"
+        f" batches of {' and '.join(map(str, rows[0]['hf_s_by_batch']))}, and the fastest counts, task by"
+        f" task.\n\n{same} of {asked} greedy flags and texts are equal, and {close}. {verdict} {products}\n\nRepeat:"
+        f" `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n"
+    )
 
 
 if __name__ == '__main__':
@@ -259,6 +465,14 @@ if __name__ == '__main__':
     r = compare(a)
     print(show(r))
     if a.out:
-        out = Path(__file__).resolve().parent/'results'
+        out = Path(__file__).resolve().parent / 'results'
         out.mkdir(exist_ok=True)
-        (out/f'{a.out}.md').write_text(page(r, ' '.join([*['SOLAR_DATA=DIR'][:'SOLAR_DATA' in os.environ], 'python', 'benchmarks/h6.py', *sys.argv[1:]]))); (out/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')
+        (out / f'{a.out}.md').write_text(
+            page(
+                r,
+                ' '.join(
+                    [*['SOLAR_DATA=DIR'][: 'SOLAR_DATA' in os.environ], 'python', 'benchmarks/h6.py', *sys.argv[1:]]
+                ),
+            )
+        )
+        (out / f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')

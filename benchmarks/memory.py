@@ -1,13 +1,20 @@
-"""Planned and measured peaks of training memory, on the CPU: the tiny base, and SmolLM2-135M's shape with random weights.
+"""Planned and measured peaks of training memory, on the CPU: the tiny base, and SmolLM2-135M's shape with random
+weights.
 
-Measured: bytes of all live tensors, as torch's dispatcher sees them come and go, over whole training runs of `train_sft` and
-`train_dpo`; and, beside it, by how much the process's resident memory rose at its peak, which holds the allocator's slack too.
-The tile of logits is allocated in full but touched as far as the vocabulary goes, so resident memory may rise by less; and by
+Measured: bytes of all live tensors, as torch's dispatcher sees them come and go, over whole training runs of
+`train_sft` and
+`train_dpo`; and, beside it, by how much the process's resident memory rose at its peak, which holds the allocator's
+slack too.
+The tile of logits is allocated in full but touched as far as the vocabulary goes, so resident memory may rise by less;
+and by
 more, where a whole float32 base is read before it is quantized.
-Run: python benchmarks/memory.py ; writes benchmarks/results/memory.json (with --only tiny, or --compare 0, it writes nothing)
-On a GPU: python benchmarks/memory.py --only solar ; SOLAR-10.7B's shape with random weights (22 GB of disk), where the peak
+Run: python benchmarks/memory.py ; writes benchmarks/results/memory.json (with --only tiny, or --compare 0, it writes
+nothing)
+On a GPU: python benchmarks/memory.py --only solar ; SOLAR-10.7B's shape with random weights (22 GB of disk), where the
+peak
 is what the card's allocator handed out, and the passes are those of the profile a100.
 """
+
 import argparse
 import json
 import platform
@@ -18,22 +25,50 @@ import tempfile
 import weakref
 from pathlib import Path
 
-CASES = [ # base, kind, nf4, compute dtype, passes, rows a step, max_length, dropout, checkpointing, and tokens a pass where the profile says that instead of passes
-    ('tiny', 'sft', True, 'float32', 1, 6, 256, 0., False), ('tiny', 'sft', True, 'float32', 1, 6, 256, .05, False),
-    ('tiny', 'dpo', True, 'float32', 1, 16, 256, 0., False), ('tiny', 'sft', True, 'float32', 2, 8, 512, 0., True),
-    ('smol', 'sft', True, 'float32', 1, 1, 256, 0., False), ('smol', 'sft', True, 'float32', 2, 2, 256, .05, False),
-    ('smol', 'sft', True, 'bfloat16', 1, 2, 256, 0., False), ('smol', 'sft', False, 'float32', 1, 2, 128, 0., False),
-    ('smol', 'sft', True, 'float32', 1, 2, 512, 0., True), ('smol', 'dpo', True, 'float32', 1, 1, 192, 0., False),
-    ('solar', 'sft', True, 'bfloat16', 4, 4, 2048, .05, False), ('solar', 'sft', True, 'bfloat16', 1, 4, 2048, .05, True),
-    ('solar', 'dpo', True, 'bfloat16', 4, 4, 2048, 0., False), ('solar', 'sft', False, 'bfloat16', 4, 4, 2048, .05, False),
-    ('tiny', 'dpo', True, 'float32', 1, 8, 256, 0., False, 1880), ('smol', 'dpo', True, 'float32', 1, 2, 192, 0., False, 344),
-    ('solar', 'dpo', True, 'bfloat16', 1, 4, 2048, 0., False, 4096),
-    ('tiny', 'sft', True, 'float32', 1, 6, 256, 0., False, 1024), ('smol', 'sft', True, 'float32', 1, 4, 256, 0., False, 512)]
+# base, kind, nf4, compute dtype, microbatches, rows a step, max_length, dropout, checkpointing, and the most tokens of a
+# microbatch where the profile says that instead of their number
+CASES = [
+    ('tiny', 'sft', True, 'float32', 1, 6, 256, 0.0, False),
+    ('tiny', 'sft', True, 'float32', 1, 6, 256, 0.05, False),
+    ('tiny', 'dpo', True, 'float32', 1, 16, 256, 0.0, False),
+    ('tiny', 'sft', True, 'float32', 2, 8, 512, 0.0, True),
+    ('smol', 'sft', True, 'float32', 1, 1, 256, 0.0, False),
+    ('smol', 'sft', True, 'float32', 2, 2, 256, 0.05, False),
+    ('smol', 'sft', True, 'bfloat16', 1, 2, 256, 0.0, False),
+    ('smol', 'sft', False, 'float32', 1, 2, 128, 0.0, False),
+    ('smol', 'sft', True, 'float32', 1, 2, 512, 0.0, True),
+    ('smol', 'dpo', True, 'float32', 1, 1, 192, 0.0, False),
+    ('solar', 'sft', True, 'bfloat16', 4, 4, 2048, 0.05, False),
+    ('solar', 'sft', True, 'bfloat16', 1, 4, 2048, 0.05, True),
+    ('solar', 'dpo', True, 'bfloat16', 4, 4, 2048, 0.0, False),
+    ('solar', 'sft', False, 'bfloat16', 4, 4, 2048, 0.05, False),
+    ('tiny', 'dpo', True, 'float32', 1, 8, 256, 0.0, False, 1880),
+    ('smol', 'dpo', True, 'float32', 1, 2, 192, 0.0, False, 344),
+    ('solar', 'dpo', True, 'bfloat16', 1, 4, 2048, 0.0, False, 4096),
+    ('tiny', 'sft', True, 'float32', 1, 6, 256, 0.0, False, 1024),
+    ('smol', 'sft', True, 'float32', 1, 4, 256, 0.0, False, 512),
+]
 RANK = dict(tiny=16, smol=16, solar=64)
-SIZES = dict(smol=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                       num_key_value_heads=3, tie_word_embeddings=True),
-             solar=dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=48, num_attention_heads=32,
-                        num_key_value_heads=8, tie_word_embeddings=False))
+SIZES = dict(
+    smol=dict(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    solar=dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ),
+)
 
 
 def tracker():
@@ -79,7 +114,8 @@ def make_base(which, out):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     torch.manual_seed(0); torch.set_default_dtype(torch.bfloat16 if which == 'solar' else torch.float32)
-    with torch.device('cuda' if which == 'solar' else 'cpu'): model = LlamaForCausalLM(LlamaConfig(**SIZES[which], eos_token_id=0, pad_token_id=0))
+    with torch.device('cuda' if which == 'solar' else 'cpu'):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES[which], eos_token_id=0, pad_token_id=0))
     model.save_pretrained(out)
     PreTrainedTokenizerFast.from_pretrained(shipped_base()).save_pretrained(out)
     return out
@@ -98,8 +134,15 @@ def one(case, base):
     which, kind, nf4, dtype, passes, rows, length, dropout, again, *budget = case
     device = 'cuda' if which == 'solar' else 'cpu'
     p = load_profile('tiny')
-    common = dict(nf4=nf4, compute_dtype=dtype, microbatches=passes, batch_size=rows, max_length=length, activation_checkpointing=again,
-                  max_tokens_per_microbatch=budget[0] if budget else None)
+    common = dict(
+        nf4=nf4,
+        compute_dtype=dtype,
+        microbatches=passes,
+        batch_size=rows,
+        max_length=length,
+        activation_checkpointing=again,
+        max_tokens_per_microbatch=budget[0] if budget else None,
+    )
     sft = p.sft.model_copy(update=dict(**common, lora_dropout=dropout, lora_r=RANK[which], lora_alpha=16))
     dpo = p.dpo.model_copy(update=common)
     words = json.loads((Path(base)/'tokenizer.json').read_text())['model']['vocab']
@@ -109,38 +152,80 @@ def one(case, base):
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         if kind == 'sft':
-            data = [dict(prompt=say(20), completion=say(length - 40)) for _ in range(2*rows)]   # two steps; a packed row is one example
+            data = [
+                dict(prompt=say(20), completion=say(length - 40)) for _ in range(2 * rows)
+            ]  # two steps; a packed row is one example
             before, live = resident('VmRSS'), meter(device)
             with live: train_sft(Path(base), data, d, sft, p.template, 0, device)
         else:
             data = [dict(prompt=say(20), chosen=say(length - 40), rejected=say(length - 40)) for _ in range(2*rows)]
-            train_sft(Path(base), [dict(prompt='a', completion=say(3))], d/'sft', sft.model_copy(update=dict(batch_size=1, microbatches=1, max_tokens_per_microbatch=None)), p.template, 0, device)
+            train_sft(
+                Path(base),
+                [dict(prompt='a', completion=say(3))],
+                d / 'sft',
+                sft.model_copy(update=dict(batch_size=1, microbatches=1, max_tokens_per_microbatch=None)),
+                p.template,
+                0,
+                device,
+            )
             point = AdaptedModel(Path(base), ((d/'sft'/'adapter', 1.),))
             ref = reference_logps(point, data, dpo, p.template, device)
             before, live = resident('VmRSS'), meter(device)
             with live: train_dpo(point, data, ref, d/'dpo', dpo, p.template, 0, device)
-    return dict(tracked=live.peak, resident=resident('VmHWM') - before, n_tok=(rows//passes)*(length - 12)*(2 if kind == 'dpo' else 1))
+    return dict(
+        tracked=live.peak,
+        resident=resident('VmHWM') - before,
+        n_tok=(rows // passes) * (length - 12) * (2 if kind == 'dpo' else 1),
+    )
 
 
 def compare(i, base):
     "Planned and measured, of one case; the training runs in a process of its own."
     from solar_repro.pipeline.cost_model import shape_of, train_memory
-    r = subprocess.run([sys.executable, __file__, '--case', str(i), '--base', str(base)], capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, __file__, '--case', str(i), '--base', str(base)], capture_output=True, text=True
+    )
     if r.returncode: sys.exit(r.stderr[-2000:])
     m = json.loads(r.stdout.splitlines()[-1])
     which, kind, nf4, dtype, passes, rows, length, dropout, again, *budget = CASES[i]
     n_tok = budget[0] if budget else rows//passes*length*(2 if kind == 'dpo' else 1)
-    parts = train_memory(shape_of(base), nf4, dtype, RANK[which], dropout if kind == 'sft' else 0., n_tok, None if budget else passes, again,
-                         'cuda' if which == 'solar' else 'cpu')
+    parts = train_memory(
+        shape_of(base),
+        nf4,
+        dtype,
+        RANK[which],
+        dropout if kind == 'sft' else 0.0,
+        n_tok,
+        None if budget else passes,
+        again,
+        'cuda' if which == 'solar' else 'cpu',
+    )
     planned = sum(parts.values())
-    return dict(base=which, kind=kind, nf4=nf4, dtype=dtype, passes=passes, rows=rows, max_length=length, dropout=dropout, checkpointing=again, max_tokens_per_microbatch=budget[0] if budget else None,
-                planned_mib=round(planned/2**20, 1), measured_mib=round(m['tracked']/2**20, 1), resident_mib=round(m['resident']/2**20, 1),
-                ratio=round(planned/m['tracked'], 3), parts_mib={k: round(v/2**20, 1) for k, v in parts.items()})
+    return dict(
+        base=which,
+        kind=kind,
+        nf4=nf4,
+        dtype=dtype,
+        passes=passes,
+        rows=rows,
+        max_length=length,
+        dropout=dropout,
+        checkpointing=again,
+        max_tokens_per_microbatch=budget[0] if budget else None,
+        planned_mib=round(planned / 2**20, 1),
+        measured_mib=round(m['tracked'] / 2**20, 1),
+        resident_mib=round(m['resident'] / 2**20, 1),
+        ratio=round(planned / m['tracked'], 3),
+        parts_mib={k: round(v / 2**20, 1) for k, v in parts.items()},
+    )
 
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument('--only', choices=('tiny', 'smol', 'solar')); a.add_argument('--case', type=int); a.add_argument('--base'); a.add_argument('--compare', type=int)
+    a.add_argument('--only', choices=('tiny', 'smol', 'solar'))
+    a.add_argument('--case', type=int)
+    a.add_argument('--base')
+    a.add_argument('--compare', type=int)
     a = a.parse_args()
     if a.case is not None: return print(json.dumps(one(CASES[a.case], a.base)))
     out = []
@@ -153,7 +238,9 @@ def main():
     if a.compare is not None: return 0
     if a.only is None:
         results = Path(__file__).parent/'results'; results.mkdir(exist_ok=True)
-        (results/'memory.json').write_text(json.dumps(dict(machine=f'{platform.machine()}, CPU only', cases=out), indent=1) + '\n')
+        (results / 'memory.json').write_text(
+            json.dumps(dict(machine=f'{platform.machine()}, CPU only', cases=out), indent=1) + '\n'
+        )
     ratios = [o['ratio'] for o in out]
     print(f'planned / measured: {min(ratios)} to {max(ratios)}')
     return int(not all(.85 < r < 1.15 for r in ratios))

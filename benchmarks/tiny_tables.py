@@ -1,20 +1,30 @@
-"""Where the time of `make tables` goes: builds a profile's recipe on a cold temporary store and prints a line for each kind of stage.
+"""Where the time of `make tables` goes: builds a profile's recipe on a cold temporary store and prints a line for each
+kind of stage.
 
     python benchmarks/tiny_tables.py [--profile tiny] [--seed N] [--stages]
 
-Notebooks are left out: their cells add to these times, and each starts a kernel. The share that is model arithmetic is measured in two steps.
+Notebooks are left out: their cells add to these times, and each starts a kernel. The share that is model arithmetic is
+measured in two steps.
 
-1. While the recipe runs, a hook on every module notes the shape of every matrix product that the model asks for: rows x in x out of each linear
-   layer (adapters included), and the two products of attention. A layer's backward pass counts one more product where its input needs a gradient
-   and one where its weight does, so that frozen weights cost what they cost. TRL multiplies with the vocabulary's weights without calling their
-   module, so that product is noted where its result comes out. A test compares a QLoRA run's sum with torch's FlopCounterMode, to which it has to
-   add bitsandbytes' kernel for 4-bit weights and the CPU's for attention. Attention over cached keys, one token at a time, is left out.
-2. Afterwards, in the same process on the same threads, a bare float32 `torch.mm` of each of these shapes is timed (the best of three; rows rounded
+1. While the recipe runs, a hook on every module notes the shape of every matrix product that the model asks for: rows
+   x in x out of each linear
+   layer (adapters included), and the two products of attention. A layer's backward pass counts one more product where
+   its input needs a gradient
+   and one where its weight does, so that frozen weights cost what they cost. TRL multiplies with the vocabulary's
+   weights without calling their
+   module, so that product is noted where its result comes out. A test compares a QLoRA run's sum with torch's
+   FlopCounterMode, to which it has to
+   add bitsandbytes' kernel for 4-bit weights and the CPU's for attention. Attention over cached keys, one token at a
+   time, is left out.
+2. Afterwards, in the same process on the same threads, a bare float32 `torch.mm` of each of these shapes is timed (the
+   best of three; rows rounded
    to a power of two). The arithmetic of a stage is the time that its products would take at these rates.
 
-What remains is everything else: unpacking NF4 weights, elementwise operations, softmax over the vocabulary, the optimiser, tokenising, checkpoints.
+What remains is everything else: unpacking NF4 weights, elementwise operations, softmax over the vocabulary, the
+optimiser, tokenising, checkpoints.
 The hooks themselves cost a few microseconds a module.
 """
+
 import argparse
 import os
 import resource
@@ -25,8 +35,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-for k, v in dict(GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', MPLBACKEND='Agg', PYTHONWARNINGS='ignore',
-                 SOLAR_PROGRESS=os.devnull).items(): os.environ.setdefault(k, v)
+for k, v in dict(
+    GOMP_SPINCOUNT='30000',
+    TOKENIZERS_PARALLELISM='false',
+    HF_HUB_OFFLINE='1',
+    MPLBACKEND='Agg',
+    PYTHONWARNINGS='ignore',
+    SOLAR_PROGRESS=os.devnull,
+).items():
+    os.environ.setdefault(k, v)
 
 
 @contextmanager
@@ -42,7 +59,9 @@ def products(seen: Counter):
             seen[x.numel()//module.in_features, module.in_features, module.out_features] += times
         elif type(module).__name__ == 'LoraModel' and type(out).__name__ == 'FusedCausalLMOutput':
             head = module.model.get_output_embeddings()
-            seen[out.log_probs.numel(), head.in_features, head.out_features] += 1 + out.log_probs.requires_grad + head.weight.requires_grad
+            seen[out.log_probs.numel(), head.in_features, head.out_features] += (
+                1 + out.log_probs.requires_grad + head.weight.requires_grad
+            )
         elif type(module).__name__.endswith('Attention') and hasattr(module, 'head_dim'):
             y = out[0]
             rows, tokens = y.numel()//module.head_dim, y.shape[-2]
@@ -50,7 +69,7 @@ def products(seen: Counter):
             seen[rows, module.head_dim, tokens] += times
             seen[rows, tokens, module.head_dim] += times
     handle = register_module_forward_hook(note)
-    try: yield
+    try:yield
     finally: handle.remove()
 
 
@@ -98,7 +117,8 @@ def measure(profile: str, seed: int | None, each: bool) -> None:
         names = exp.needs(list(exp.graph))
         for k, name in enumerate(names):
             kind, seen, t = exp.graph[name].kind, Counter(), time.perf_counter()
-            if sys.stderr.isatty(): print(f'\r\x1b[K{k + 1} of {len(names)}: {name}', end='', file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f'\r\x1b[K{k + 1} of {len(names)}: {name}', end='', file=sys.stderr, flush=True)
             with products(seen): exp.build(name)
             stages.append((name, kind, time.perf_counter() - t, seen)); kinds[kind].update(seen)
         if sys.stderr.isatty(): print('\r\x1b[K', end='', file=sys.stderr)
@@ -109,19 +129,23 @@ def measure(profile: str, seed: int | None, each: bool) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20      # Linux counts in KiB
     rate = time_products({bucket(s) for seen in kinds.values() for s in seen})
 
-    print(f'{exp.label}; {exp.profile.machine.threads} thread(s) on {exp.profile.machine.device}, {os.cpu_count()} CPUs')
+    print(
+        f'{exp.label}; {exp.profile.machine.threads} thread(s) on {exp.profile.machine.device}, {os.cpu_count()} CPUs'
+    )
     head = f'{"stage":<34}{"number":>7}{"seconds":>9}{"share":>8}{"GFLOP":>9}{"arithmetic s":>14}{"of the stage":>14}'
     print(head + '\n' + '-'*len(head))
 
     def line(what: str, n: int, seconds: float, seen: Counter | None = None):
         text = f'{what:<34}{n:>7}{seconds:>9.1f}{seconds/total:>8.1%}'
-        if seen: text += f'{flops(seen)/1e9:>9.1f}{arithmetic(seen, rate):>14.2f}{arithmetic(seen, rate)/seconds:>14.1%}'
+        if seen:
+            text += f'{flops(seen)/1e9:>9.1f}{arithmetic(seen, rate):>14.2f}{arithmetic(seen, rate)/seconds:>14.1%}'
         print(text)
     if each:
         for name, _, seconds, seen in stages: line(name, 1, seconds, seen)
         print('-'*len(head))
     line('imports', 1, imports)
-    for kind, seen in kinds.items(): line(kind, sum(s[1] == kind for s in stages), sum(s[2] for s in stages if s[1] == kind), seen)
+    for kind, seen in kinds.items():
+        line(kind, sum(s[1] == kind for s in stages), sum(s[2] for s in stages if s[1] == kind), seen)
     for task in exp.profile.eval.num_fewshot:
         of = [s for s in stages if s[1] == 'eval' and s[0].endswith('/' + task)]
         line(f'  of eval: {task}', len(of), sum(s[2] for s in of), sum((s[3] for s in of), Counter()))

@@ -1,4 +1,6 @@
-"Stages side by side: results do not depend on who built what, and nothing that happens to a worker or to its driver is lost."
+"""Stages side by side: results do not depend on who built what, and nothing that happens to a worker or to its
+driver is lost."""
+
 import json
 import os
 import signal
@@ -35,8 +37,13 @@ def contents(store: Path) -> dict[str, str]:
 
 def driver(store: Path, progress: Path, **more) -> subprocess.Popen:
     "A run in a process of its own, which says in a file how far it is."
-    return subprocess.Popen([sys.executable, '-c', RUN, str(store)], env={**os.environ, 'SOLAR_PROGRESS': str(progress)},
-                            stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        [sys.executable, '-c', RUN, str(store)],
+        env={**os.environ, 'SOLAR_PROGRESS': str(progress)},
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
 
 
 def workers_of(pid: int) -> list[int]:
@@ -103,7 +110,9 @@ def test_a_second_driver_takes_other_stages(full, tmp_path):
     runs = [driver(tmp_path/'store', tmp_path/f'progress{k}') for k in range(2)]
     assert [r.wait() for r in runs] == [0, 0], [r.stderr.read() for r in runs]
     want = contents(full)
-    assert {n: c for n, c in contents(tmp_path/'store').items()} == {n: want[n] for n in Experiment('smoke').needs(WANTED)}
+    assert {n: c for n, c in contents(tmp_path / 'store').items()} == {
+        n: want[n] for n in Experiment('smoke').needs(WANTED)
+    }
 
 
 def test_a_failed_stage_stops_only_what_needs_it(tmp_path, monkeypatch):
