@@ -25,7 +25,8 @@ import tempfile
 import weakref
 from pathlib import Path
 
-# base, kind, nf4, compute dtype, microbatches, rows a step, max_length, dropout, checkpointing, and the most tokens of a
+# base, kind, nf4, compute dtype, microbatches, rows a step, max_length, dropout, checkpointing, and the most tokens
+# of a
 # microbatch where the profile says that instead of their number
 CASES = [
     ('tiny', 'sft', True, 'float32', 1, 6, 256, 0.0, False),
