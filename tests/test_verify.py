@@ -454,7 +454,7 @@ def test_the_two_noises_are_told_apart():
     frame = lambda seed: pd.DataFrame(
         [dict(model=m, task='arc', score=0.6 + 0.05 * rng.normal(), se=0.02) for m in map(str, range(300))]
     )
-    x = ours.noise({s: frame(s) for s in range(5)})
+    x = ours.item_and_training_noise({s: frame(s) for s in range(5)})
     assert (
         x['item_se'].to_numpy() == pytest.approx(0.02)
         and (x['training_sd'] ** 2).mean() ** 0.5 == pytest.approx(0.05, rel=0.06)
