@@ -102,6 +102,19 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/reports/03_cli.ipynb #533ceb47
+def _join_numbers(
+    words:list[str], # of a command
+    options:list[str], # that take numbers, such as --weights
+)->list[str]: # `--weights 1 3` as `--weights 1,3`
+    "Numbers that follow an option as words of their own, as one word."
+    out, joins = [], False
+    for w in words:
+        if joins and re.fullmatch(r'[-+]?[\d.]+(e[-+]?\d+)?', w, re.I): out[-1] += f',{w}'
+        else:
+            joins = bool(out) and out[-1] in options and ',' not in w       # with commas, all is said
+            out.append(w)
+    return out
+
 def parse(
     argv:list[str], # the words after `solar-repro`
 )->tuple[Callable,dict]: # a command and its arguments; profile, seed and store as they were given
@@ -112,7 +125,9 @@ def parse(
     f = COMMANDS[name]
     if given and not {'exp', 'profile'} & set(inspect.signature(f).parameters):
         top.error(f'{name} takes no --{next(iter(given))} before it')
-    return f, given | vars(_parser_of(name).parse_args(words))
+    p = _parser_of(name)
+    lists = [flag for a in p._actions if a.type is _numbers for flag in a.option_strings]
+    return f, given | vars(p.parse_args(_join_numbers(words, lists)))
 
 # %% ../../nbs/reports/03_cli.ipynb #d0cb7310
 def _can_be_mended(e:Exception)->bool:

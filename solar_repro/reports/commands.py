@@ -9,11 +9,9 @@ __all__ = ['COMMANDS', 'RENAMED', 'library', 'run', 'status', 'table', 'show', '
 # %% ../../nbs/reports/02_commands.ipynb #57b989ff
 import json
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -317,16 +315,6 @@ def _from_options(models:list[Path], options:dict): # MergeConfig
     return config.merge_config(models=models, **options | dict(t=.5 if t is None else t))
 
 # %% ../../nbs/reports/02_commands.ipynb #1d12d757
-def _sorted_out(
-    words:list[str], # numbers that continue the weights, then paths
-    weights:list[float]|None, # of `--weights`
-)->tuple[list[Path],list[float]|None]: # paths, weights
-    "Give numbers to the weights, and the rest to the paths."
-    is_number = lambda w: re.fullmatch(r'-?[\d.]+(e-?\d+)?', w)
-    more = list(takewhile(is_number, words)) if weights and len(weights) == 1 else []
-    return [Path(w) for w in words[len(more):]], weights and [*weights, *map(float, more)]
-
-# %% ../../nbs/reports/02_commands.ipynb #ef6653b6
 def merge(
     paths:list[str], # the inputs, or a recipe, and then the folder to make
     *,
@@ -349,7 +337,7 @@ def merge(
     solar-repro merge --method slerp --t 0.5 A B OUT
     solar-repro merge CONFIG.yml OUT
     """
-    (*inputs, out), weights = _sorted_out(paths, weights)
+    *inputs, out = map(Path, paths)
     in_file = len(inputs) == 1 and inputs[0].suffix in ('.yml', '.yaml')
     options = dict(method=method, weights=weights, t=t, base=base, density=density, lam=lambda_,
                    normalize=normalize or None, seed=seed, dtype=dtype)
