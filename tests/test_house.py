@@ -120,7 +120,10 @@ def code() -> list[tuple[str, int, str]]:
     folders = 'solar_repro', 'tests', 'tools', 'benchmarks'
     files = [p for d in folders for p in sorted((ROOT / d).rglob('*.py')) if p.name != '_modidx.py']
     named = [(p, str(p.relative_to(ROOT))) for p in [*files, ROOT / 'setup.py']]
-    lines = [(name, n, s) for p, name in named for n, s in written(p) if n not in texts(p)]
+    lines = []
+    for p, name in named:
+        wide = texts(p)
+        lines += [(name, n, s) for n, s in written(p) if n not in wide]
     for p in NOTEBOOKS:
         for c in cells(p):
             where = f"{p.relative_to(ROOT)}#{c['id']}"

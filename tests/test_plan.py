@@ -154,7 +154,8 @@ def test_the_card_is_checked_before_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, 'detect', lambda folder: small)
     with pytest.raises(ValueError) as e: exp.run()
     said = str(e.value)
-    for w in ('16 GiB', 'bfloat16', 'CUDA driver too old', '5 GiB of disk', 'Nothing was started'): assert w in said, said
+    for w in ('16 GiB', 'bfloat16', 'CUDA driver too old', '5 GiB of disk', 'Nothing was started'):
+        assert w in said, said
     assert not (tmp_path/'s').exists()
 
 
@@ -168,7 +169,8 @@ def test_planned_beside_measured(tmp_path):
 
 def test_memory_parts_add_what_they_say():
     s = SHAPES['HuggingFaceTB/SmolLM2-135M']
-    usual = dict(s=s, nf4=True, compute_dtype='bfloat16', lora_r=16, dropout=0., n_tok=1024, microbatches=1, again=False,
+    usual = dict(s=s, nf4=True, compute_dtype='bfloat16', lora_r=16, dropout=0., n_tok=1024,
+                 microbatches=1, again=False,
                  device='cuda')
     def m(**k): return train_memory(**usual | k)
     assert m(n_tok=2048)['activations'] == 2*m()['activations']

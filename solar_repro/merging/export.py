@@ -19,7 +19,8 @@ from .config import MergeConfig, to_yaml
 from .engine import locate, model_card, versions, write_beside
 from .methods import METHODS
 from .shards import check_space, check_target, lay_out, MODEL, private_folder, publish, Shard
-from ..models.adapters import add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter
+from ..models.adapters import (
+    add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter)
 from ..models.checkpoints import mapped, open_checkpoint
 
 # %% ../../nbs/merging/05_export.ipynb #5e6af14d
