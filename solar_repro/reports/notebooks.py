@@ -32,7 +32,7 @@ from ..pipeline.experiment import Experiment
 from ..pipeline.progress import show_progress
 
 # %% ../../nbs/reports/01_notebooks.ipynb #b91c673f
-FOLDERS = 'core', 'tiny', 'models', 'inference', 'merging', 'pipeline', 'reports' # of the machinery, in reading order
+FOLDERS = 'core', 'tiny', 'models', 'inference', 'merging', 'publishing', 'pipeline', 'reports' # of the machinery
 
 def notebooks(
     folder:Path|None=None, # None: the project's `nbs/`
