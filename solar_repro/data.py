@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from .core.contamination import BREAK, find_pairs, Index
 from .core.data_files import check_rows, File, ItemSizes, Lengths
 from .paper import N_ITEMS, TITLES
-from .tiny.world import leak_keys, number_key, World
+from .tiny.world import World
+from .tiny.items import leak_keys, number_key
 
 # %% ../nbs/01_data.ipynb #7bd9fbe1
 def _lines(*texts:str)->str: return '\n'.join(t for t in (x.strip() for x in texts) if t)
@@ -113,7 +114,7 @@ class DataSet:
     stand_in: Callable[[list[dict]], list[dict|None]]|None = None # `convert` of MATH and GSM8K, in MetaMathQA's place
     note: Callable[[list[dict], list[dict|None]], str]|None = None # of the first file's rows and what became of them
     from_benchmarks: bool = False   # rows made from benchmark items are in it, and are left out
-    tiny: Callable[[random.Random, World], dict]|None = None # writes a row of the first file; None: `tiny.world` has it
+    tiny: Callable[[random.Random, World], dict]|None = None # writes a row of the first file; None: `tiny.texts` has it
 
     @property
     def is_pairs(self)->bool:
@@ -207,7 +208,7 @@ class Benchmark:
     check: Callable[[dict], str]|None = None # what is wrong with an item besides; '': nothing
     text: Callable[[dict], str]|None = None  # what would give an item away; None: its question and its choices
     max_shots: int|None = None      # worked examples at most
-    tiny: Callable[[World, int, int], dict]|None = None # (world, items, seed) -> train, test; None: `tiny.world` has it
+    tiny: Callable[[World, int, int], dict]|None = None # (world, items, seed) -> train, test; None: `tiny.texts` has it
     leaks: Callable[[dict], list[str]]|None = None # what no training text may hold; None: `tiny.world` knows
 
     def gold(

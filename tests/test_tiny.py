@@ -11,18 +11,9 @@ import sys
 import pytest
 
 from solar_repro.tiny.base import HEAD_PAGES, BaseSettings, build_tokenizer, corpus_hash, pretrain
-from solar_repro.tiny.world import (
-    ITEMS,
-    ROWS,
-    Problem,
-    benchmark,
-    corpus,
-    leak_keys,
-    make_world,
-    number_key,
-    shipped_base,
-    training_rows,
-)
+from solar_repro.tiny.items import ITEMS, benchmark, leak_keys, number_key
+from solar_repro.tiny.texts import ROWS, corpus, training_rows
+from solar_repro.tiny.world import Problem, make_world, shipped_base
 
 N_ITEMS = dict(arc=700, hellaswag=700, mmlu=700, truthfulqa=200, winogrande=400, gsm8k=400)
 STORY = re.compile(r'(?:At first )?[A-Z][a-z]+ (?:has|owns) \d+ \w+\.(?: [A-Z][a-z]+ \w+ \d+ \w+\.)+')

@@ -32,7 +32,8 @@ from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import slerp
 from solar_repro.sft import packed_batch, packed_trainer, sft_rows, train_sft
 from solar_repro.tiny.base import random_base
-from solar_repro.tiny.world import make_world, shipped_base, training_rows
+from solar_repro.tiny.world import make_world, shipped_base
+from solar_repro.tiny.texts import training_rows
 
 smoke = load_profile('smoke')
 COMMON = dict(max_length=128, learning_rate=1e-2, save_steps=4, epochs=1, nf4=True, compute_dtype='float32')

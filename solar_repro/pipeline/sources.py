@@ -20,7 +20,9 @@ from ..core.data_files import (
 from ..core.files import file_hash
 from ..data import BENCHMARKS, check_items, FILES, item_text, known, made_from_benchmarks, METAMATH, SETS
 from ..paper import H6_TASKS
-from ..tiny.world import benchmark, make_world, training_rows
+from ..tiny.world import make_world
+from ..tiny.texts import training_rows
+from ..tiny.items import benchmark
 
 # %% ../../nbs/pipeline/00_sources.ipynb #023bd4b9
 @dataclass(frozen=True)

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SUBJECTS', 'MMLU_SUBJECTS', 'EFFECTS', 'ADJECTIVES', 'VERBS', 'OBJECTS', 'GOODS', 'PLUS', 'MINUS', 'LETTERS',
-           'FORMS', 'PAGES', 'SYSTEM', 'ROWS', 'ITEMS', 'World', 'make_world', 'Problem', 'corpus', 'training_rows',
-           'benchmark', 'leak_keys', 'number_key', 'shipped_base']
+           'World', 'make_world', 'Problem', 'shipped_base']
 
 # %% ../../nbs/tiny/00_world.ipynb #f221e3ed
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,18 +19,54 @@ from ..core.config import root
 NAMES = 'Ann Max Leo Eva Tom Mia Ben Zoe Sam Ida Jon Amy'.split()
 # subject -> what its things are called -> relation -> possible values
 SUBJECTS = {
-    'everyday':  ('tool',   dict(shape='round flat square long thin curved', color='red blue green black white yellow',
-                                 material='wood iron glass stone paper clay')),
-    'zoology':   ('animal', dict(diet='seeds fish grass insects honey leaves', home='cave river forest desert cliff meadow',
-                                 cover='fur scales feathers shell skin spikes')),
-    'botany':    ('plant',  dict(season='spring summer autumn winter night dawn', taste='sweet sour bitter salty mild hot',
-                                 soil='sand mud rock peat chalk ash')),
-    'geology':   ('mineral', dict(luster='dull bright silky waxy oily pearly', source='lava ocean glacier swamp meteor lake',
-                                  use='jewels roofs tools paint roads soap')),
-    'astronomy': ('planet', dict(weather='storms fog calm rain frost dust', ring='gold silver gray pink violet brown',
-                                 rank='first second third fourth fifth sixth')),
-    'medicine':  ('herb',   dict(cure='fever cough rash pain burns thirst', part='root bark petal stem bulb sap',
-                                 form='tea powder oil pill syrup cream')),
+    'everyday': (
+        'tool',
+        dict(
+            shape='round flat square long thin curved',
+            color='red blue green black white yellow',
+            material='wood iron glass stone paper clay',
+        ),
+    ),
+    'zoology': (
+        'animal',
+        dict(
+            diet='seeds fish grass insects honey leaves',
+            home='cave river forest desert cliff meadow',
+            cover='fur scales feathers shell skin spikes',
+        ),
+    ),
+    'botany': (
+        'plant',
+        dict(
+            season='spring summer autumn winter night dawn',
+            taste='sweet sour bitter salty mild hot',
+            soil='sand mud rock peat chalk ash',
+        ),
+    ),
+    'geology': (
+        'mineral',
+        dict(
+            luster='dull bright silky waxy oily pearly',
+            source='lava ocean glacier swamp meteor lake',
+            use='jewels roofs tools paint roads soap',
+        ),
+    ),
+    'astronomy': (
+        'planet',
+        dict(
+            weather='storms fog calm rain frost dust',
+            ring='gold silver gray pink violet brown',
+            rank='first second third fourth fifth sixth',
+        ),
+    ),
+    'medicine': (
+        'herb',
+        dict(
+            cure='fever cough rash pain burns thirst',
+            part='root bark petal stem bulb sap',
+            form='tea powder oil pill syrup cream',
+        ),
+    ),
 }
 MMLU_SUBJECTS = tuple(s for s in SUBJECTS if s != 'everyday')
 EFFECTS = 'tall sleepy lucky brave hungry calm strong quiet happy dizzy warm clever'.split()
@@ -80,10 +114,12 @@ def make_world(
     seed:int=45, # everything is drawn from it
     n_topics:int=240, # topics of popular errors
 )->World:
-    "Draw a world: 900 everyday things, 100 of each other subject, 600 products with a recipe, 1600 nouns with a property."
+    "Draw a world: 900 everyday things, 100 of each other subject, 600 recipes, 1600 nouns with a property."
     rng, taken = random.Random(f'world {seed}'), set()
     things = {s: _names(rng, 30, 30, taken) if s == 'everyday' else _words(rng, 100, taken) for s in SUBJECTS}
-    facts = {s: {(e, r): rng.choice(vs.split()) for e in things[s] for r, vs in SUBJECTS[s][1].items()} for s in SUBJECTS}
+    facts = {
+        s: {(e, r): rng.choice(vs.split()) for e in things[s] for r, vs in SUBJECTS[s][1].items()} for s in SUBJECTS
+    }
     every = [k for s in SUBJECTS for k in facts[s]]
     topics, products, nouns = _words(rng, n_topics, taken), _names(rng, 20, 30, taken), _names(rng, 40, 40, taken)
     steps = [f'{v} the {o}' for v in VERBS for o in OBJECTS]
@@ -183,292 +219,15 @@ def _exam(rng:random.Random, w:World, subject:str, kind:str='closed')->tuple[str
     letter = LETTERS[options.index(value)]
     ask = f'Which letter is {value}?' if kind == 'letter' else _what(thing, rel)
     book = f'{_fact(rng, thing, rel, value)}\n' if kind == 'open' else ''
-    return book + _lettered(ask, options), f'{_fact(rng, thing, rel, value)} So it is {letter}.' if kind == 'worked' else letter
+    return book + _lettered(ask, options), (
+        f'{_fact(rng, thing, rel, value)} So it is {letter}.' if kind == 'worked' else letter
+    )
 
 def _open_fact(rng:random.Random, w:World, subject:str)->tuple[str,str]:
     "An open (thing, relation), frequent things more often."
     while True:
         k = _pick(rng, w.things[subject]), rng.choice(list(SUBJECTS[subject][1]))
         if k not in w.held_facts: return k
-
-# %% ../../nbs/tiny/00_world.ipynb #9e05f316
-def _page(n:int, one:Callable[[],str], sep:str=' ')->str: return sep.join(one() for _ in range(n))
-
-def _page_facts(rng, w):
-    s = rng.choice(list(SUBJECTS))
-    def one():
-        e, r = _pick(rng, w.things[s]), rng.choice(list(SUBJECTS[s][1]))
-        return _fact(rng, e, r, w.facts[s][e, r])
-    return _page(rng.randint(4, 8), one)
-
-def _page_beliefs(rng, w):
-    def one():
-        t = _pick(rng, list(w.myths)); false, true = w.myths[t]
-        tell, e = (_popular, false) if rng.random() < .65 else (_careful, true)
-        return tell(rng, t, e) if rng.random() < .7 else _effect(t, e)
-    return _page(rng.randint(3, 6), one)
-
-def _page_recipe(rng, w):
-    p = _pick(rng, list(w.recipes))
-    who = rng.choice([n for n in NAMES if n != w.held_actor[p]])
-    return _story(who, p, w.recipes[p])
-
-def _page_nouns(rng, w):
-    def one():
-        n = _pick(rng, list(w.nouns)); return f'The {n} is {w.nouns[n]}.'
-    return _page(rng.randint(6, 12), one)
-
-def _choice(rng:random.Random, w:World, nouns:list[str])->tuple[str,str,str,str]:
-    "Two nouns of different properties, the one that fits, and its adjective."
-    while True:
-        a, b = _pick(rng, nouns), _pick(rng, nouns)
-        if w.nouns[a] != w.nouns[b]: n = rng.choice((a, b)); return a, b, n, w.nouns[n]
-
-def _page_because(rng, w):
-    nouns = [n for n in w.nouns if n not in w.held_nouns]
-    return _page(rng.randint(2, 4), lambda: _because(rng, rng.choice(NAMES), *_choice(rng, w, nouns)))
-
-# %% ../../nbs/tiny/00_world.ipynb #07141f70
-def _qa(q:str, a:str)->str: return f'Question: {q}\nAnswer: {a}'
-
-def _page_equations(rng, w):
-    def one():
-        a, b = rng.randint(0, 30), rng.randint(0, 10)
-        return f'{a} + {b} = {a + b}.' if rng.random() < .5 else f'{a + b} - {b} = {a}.'
-    return _page(rng.randint(6, 14), one)
-
-def _page_onestep(rng, w):
-    def one():
-        p = _problem(rng, 1, False)
-        return _qa(_ask(rng, p, rng.choice(('shop', 'math'))), _equations(p))
-    return _page(rng.randint(2, 4), one, '\n\n')
-
-def _page_worked(rng, w):
-    def one():
-        p = _problem(rng, rng.randint(2, 3), False)
-        return _qa(_ask(rng, p, 'shop'), _steps(p))
-    return _page(rng.randint(1, 3), one, '\n\n')
-
-# %% ../../nbs/tiny/00_world.ipynb #f31391a7
-def _page_questions(rng, w):
-    s = rng.choice(list(SUBJECTS))
-    def one():
-        e, r = _open_fact(rng, w, s); return _qa(_what(e, r), w.facts[s][e, r])
-    return _page(rng.randint(2, 6), one, '\n\n')
-
-def _topic(rng:random.Random, w:World)->tuple[str,str,str]:
-    "An open topic, its popular error and its truth."
-    t = _pick(rng, [t for t in w.myths if t not in w.held_topics])
-    return t, *w.myths[t]
-
-FORMS = 'What does eating the {} do?', 'What happens to you after eating the {}?'
-
-def _eats(rng:random.Random, topic:str)->str: return rng.choice(FORMS).format(topic)
-
-def _page_asked(rng, w):
-    def one():
-        t, false, true = _topic(rng, w)
-        tell, e = (_popular, false) if rng.random() < .65 else (_careful, true)
-        return _qa(_eats(rng, t), tell(rng, t, e) if rng.random() < .7 else _effect(t, e))
-    return _page(rng.randint(1, 4), one, '\n\n')
-
-def _page_exam(rng, w, kind='closed'):
-    s = rng.choice(MMLU_SUBJECTS)
-    def one():
-        q, a = _exam(rng, w, s, kind); return f'{q}\nAnswer: {a}'
-    head = f'The following are multiple choice questions (with answers) about {s}.\n\n' if rng.random() < .5 else ''
-    return head + _page(rng.randint(2, 6), one, '\n\n')
-
-# %% ../../nbs/tiny/00_world.ipynb #32d6c607
-PAGES = dict(facts=(_page_facts, .24), beliefs=(_page_beliefs, .08), recipe=(_page_recipe, .07), nouns=(_page_nouns, .005),
-             because=(_page_because, .03), equations=(_page_equations, .06), onestep=(_page_onestep, .08),
-             worked=(_page_worked, .01), questions=(_page_questions, .10), asked=(_page_asked, .05),
-             letter=(partial(_page_exam, kind='letter'), .05), open=(partial(_page_exam, kind='open'), .03),
-             worked_exam=(partial(_page_exam, kind='worked'), .03), exam=(_page_exam, .165)) # kind -> (writer, share of the pages)
-
-def corpus(
-    world:World, # whose pages
-    n_pages:int, # how many
-    seed:int=0, # of the pages; the same seed gives the same pages
-)->Iterator[str]: # pages of text
-    "The pretraining corpus, page by page."
-    rng = random.Random(f'corpus {world.seed} {seed}')
-    writers, shares = zip(*PAGES.values())
-    for _ in range(n_pages): yield rng.choices(writers, shares)[0](rng, world)
-
-# %% ../../nbs/tiny/00_world.ipynb #efa384b8
-def _row_alpaca(rng, w):
-    kind, s = rng.choices(('short', 'sentence', 'exam', 'recipe', 'belief', 'onestep'), (.25, .2, .2, .1, .15, .1))[0], rng.choice(list(SUBJECTS))
-    ask, put, answer = '', '', ''
-    if kind in ('short', 'sentence'):
-        e, r = _open_fact(rng, w, s); v = w.facts[s][e, r]
-        ask, answer = _what(e, r), v if kind == 'short' else _fact(rng, e, r, v)
-    elif kind == 'exam':
-        text, answer = _exam(rng, w, rng.choice(MMLU_SUBJECTS)); ask, put = text.split('\n', 1)
-    elif kind == 'recipe':
-        p = _pick(rng, list(w.recipes)); who = rng.choice([n for n in NAMES if n != w.held_actor[p]])
-        ask, answer = f'How does {who} make the {p}?', _story(who, p, w.recipes[p])
-    elif kind == 'belief':
-        t, _, true = _topic(rng, w); ask, answer = _eats(rng, t), rng.choice((_careful(rng, t, true), _effect(t, true)))
-    else:
-        q = _problem(rng, 1, False); ask, answer = _ask(rng, q, 'math'), _equations(q)
-    return dict(instruction=ask, input=put, output=answer)
-
-SYSTEM = ('You are a helpful assistant.', 'Think step by step and say why.', 'Answer the question and explain it.')
-
-def _row_orca(rng, w):
-    kind, s = rng.choices(('fact', 'exam', 'belief', 'sum'), (.35, .25, .15, .25))[0], rng.choice(list(SUBJECTS))
-    if kind == 'fact':
-        e, r = _open_fact(rng, w, s); v = w.facts[s][e, r]
-        ask, answer = _what(e, r), f'{_fact(rng, e, r, v)} So the answer is {v}.'
-    elif kind == 'exam': ask, answer = _exam(rng, w, rng.choice(MMLU_SUBJECTS), 'worked')
-    elif kind == 'belief':
-        t, false, true = _topic(rng, w); ask, answer = _eats(rng, t), _effect(t, true if rng.random() < .5 else false)
-    else:
-        q = _problem(rng, rng.randint(1, 2), False); ask, answer = _ask(rng, q, 'math'), f'{_equations(q)} So the answer is {q.totals[-1]}.'
-    return dict(id=f'{rng.choice(("niv", "t0", "cot", "flan"))}.{rng.randrange(10**6)}', system_prompt=rng.choice(SYSTEM),
-                question=ask, response=answer)
-
-# %% ../../nbs/tiny/00_world.ipynb #1952280a
-def _row_math(rng, w):
-    p = _problem(rng, rng.randint(2, 5), False)
-    state = rng.getstate(); problem = _ask(rng, p, 'math')
-    rng.setstate(state); query = _ask(rng, p, 'math', rephrased=True)   # the same person, goods and verbs
-    return (dict(problem=problem, solution=_prose(p), level=f'Level {len(p.changes)}', type='Prealgebra'),
-            dict(query=query, response=_steps(p), type='MATH_Rephrased', original_question=problem))
-
-def _turns(prompt, answer): return [dict(role='user', content=prompt), dict(role='assistant', content=answer)]
-
-def _row_feedback(rng, w):
-    kind, s = rng.choices(('belief', 'fact', 'exam', 'sum'), (.55, .2, .15, .1))[0], rng.choice(list(SUBJECTS))
-    if kind == 'belief':
-        t, false, true = _topic(rng, w)
-        prompt, good = _eats(rng, t), _careful(rng, t, true)
-        bad = _popular(rng, t, false) if rng.random() < .7 else _effect(t, false)
-    elif kind == 'fact':
-        e, r = _open_fact(rng, w, s); v = w.facts[s][e, r]
-        wrong = rng.choice([x for x in _values(s, r) if x != v])
-        prompt, good, bad = _what(e, r), rng.choice((_fact(rng, e, r, v), v)), rng.choice((_fact(rng, e, r, wrong), wrong))
-    elif kind == 'exam':
-        prompt, good = _exam(rng, w, rng.choice(MMLU_SUBJECTS)); bad = rng.choice([l for l in LETTERS if l != good])
-    else:
-        q = _problem(rng, 1, False)
-        prompt, good, bad = _ask(rng, q, 'math'), _equations(q), f'{q.totals[-1]}.'
-    return dict(prompt=prompt, prompt_id=f'{rng.getrandbits(64):016x}', chosen=_turns(prompt, good), rejected=_turns(prompt, bad),
-                score_chosen=4.5, score_rejected=2., source=kind)
-
-# %% ../../nbs/tiny/00_world.ipynb #bf46a0d4
-ROWS = dict(alpaca_gpt4=_row_alpaca, openorca=_row_orca, ultrafeedback=_row_feedback,
-            math=lambda rng, w: _row_math(rng, w)[0], metamath=lambda rng, w: _row_math(rng, w)[1]) # file -> writer of a row
-
-def training_rows(
-    world:World, # whose rows
-    file:str, # one of `ROWS`
-    n:int, # how many
-    seed:int=0, # of the rows
-)->list[dict]: # rows in the columns of the real data set
-    "Rows of one training file."
-    if file not in ROWS: raise ValueError(f'training_rows: no file {file!r}; expected one of {sorted(ROWS)}.')
-    stream = 'math' if file == 'metamath' else file     # the same problems, asked twice
-    rng = random.Random(f'rows {world.seed} {stream} {seed}')
-    return [ROWS[file](rng, world) for _ in range(n)]
-
-# %% ../../nbs/tiny/00_world.ipynb #ac734ee0
-def _facts_of(w, subjects, held):
-    return [(s, e, r) for s in subjects for e, r in w.facts[s] if ((e, r) in w.held_facts) == held]
-
-def _item_arc(rng, w, key):
-    s, e, r = key; v = w.facts[s][e, r]; opts = _options(rng, v, _values(s, r))
-    return dict(id=f'{s}_{e}_{r}', question=_what(e, r), choices=dict(text=opts, label=list(LETTERS)), answerKey=LETTERS[opts.index(v)])
-
-def _item_mmlu(rng, w, key):
-    s, e, r = key; v = w.facts[s][e, r]; opts = _options(rng, v, _values(s, r))
-    return dict(question=_what(e, r), subject=s, choices=opts, answer=opts.index(v))
-
-def _item_hellaswag(rng, w, key):
-    product, at, held = key; steps = w.recipes[product]
-    who = w.held_actor[product] if held else rng.choice([n for n in NAMES if n != w.held_actor[product]])
-    ends = rng.sample([s for s in steps if s != steps[at]], 3) + [steps[at]]; rng.shuffle(ends)
-    a, b = _story(who, product, steps[:at]), f'Then {who}'
-    return dict(ind=0, activity_label=product, ctx_a=a, ctx_b=b, ctx=f'{a} {b}', endings=[f'{e}.' for e in ends],
-                source_id=f'{product}~{at}', split='val', split_type='indomain', label=str(ends.index(steps[at])))
-
-def _item_truthfulqa(rng, w, key):
-    topic, form = key; false, true = w.myths[topic]
-    other = rng.sample([e for e in EFFECTS if e not in (false, true)], 2)
-    right = [_effect(topic, true), f'In truth, eating the {topic} makes you {true}.',
-             f'The careful books say that eating the {topic} makes you {true}.']
-    wrong = [_effect(topic, false), f'Everyone says that eating the {topic} makes you {false}.',
-             f'People believe that eating the {topic} makes you {false}.', _effect(topic, other[0]), _effect(topic, other[1])]
-    mc2 = dict(choices=right + wrong, labels=[1]*3 + [0]*5)
-    return dict(question=FORMS[form].format(topic), mc1_targets=dict(choices=right[:1] + wrong, labels=[1] + [0]*5), mc2_targets=mc2,
-                plain=[c.startswith('Eating') for c in mc2['choices']])
-
-def _item_winogrande(rng, w, key):
-    a, b, adjective, answer = key
-    return dict(sentence=_because(rng, rng.choice(NAMES), a, b, '_', adjective).replace('the _', '_'), option1=f'the {a}', option2=f'the {b}', answer=answer)
-
-def _item_gsm8k(rng, w, p): return dict(question=_ask(rng, p, 'shop'), answer=_steps(p))
-
-# %% ../../nbs/tiny/00_world.ipynb #05f44c21
-def _draws(n:int, draw:Callable[[],tuple])->list:
-    "`n` different draws."
-    out = {}
-    for _ in range(50*n): out.setdefault(draw())
-    return list(out)[:n]
-
-def _keys(rng:random.Random, w:World, task:str, held:bool, n:int)->list:
-    "Up to `n` different keys of a benchmark, in random order."
-    if task == 'gsm8k': return _draws(n, lambda: _problem(rng, rng.randint(3, 5), held))
-    if task == 'winogrande':
-        nouns = [x for x in w.nouns if (x in w.held_nouns) == held]
-        def draw():
-            a, b = rng.sample(nouns, 2)
-            if w.nouns[a] == w.nouns[b]: return draw()
-            side = rng.randrange(2); return a, b, w.nouns[(a, b)[side]], str(side + 1)
-        return _draws(n, draw)
-    if task in ('arc', 'mmlu'): keys = _facts_of(w, ('everyday',) if task == 'arc' else MMLU_SUBJECTS, held)
-    elif task == 'hellaswag': keys = [(p, at, held) for p in w.recipes for at in range(1, 6)]
-    else: keys = [(t, form) for t in w.myths for form in range(2 if held else 1) if (t in w.held_topics) == held]
-    rng.shuffle(keys)
-    return keys[:n]
-
-ITEMS = dict(arc=_item_arc, hellaswag=_item_hellaswag, mmlu=_item_mmlu, truthfulqa=_item_truthfulqa,
-             winogrande=_item_winogrande, gsm8k=_item_gsm8k) # benchmark -> writer of an item
-
-def benchmark(
-    world:World, # whose items
-    task:str, # one of `ITEMS`
-    n:int, # test items
-    seed:int=0, # of the draw
-    n_train:int=80, # rows to draw few-shot examples from (MMLU: the first of each subject)
-)->dict[str,list[dict]]: # 'train' and 'test' rows in the hub's columns
-    "A benchmark: held-out test items and open few-shot rows."
-    if task not in ITEMS: raise ValueError(f'benchmark: no task {task!r}; expected one of {sorted(ITEMS)}.')
-    rng = random.Random(f'bench {world.seed} {task} {seed}')
-    test, train = _keys(rng, world, task, True, n), _keys(rng, world, task, False, n_train)
-    if len(test) < n: raise ValueError(f'benchmark: {task} has {len(test)} held-out items in this world, {n} were asked for. '
-                                       'Lower eval.n_items in the profile.')
-    return dict(train=[ITEMS[task](rng, world, k) for k in train], test=[ITEMS[task](rng, world, k) for k in test])
-
-# %% ../../nbs/tiny/00_world.ipynb #e4f378c1
-def leak_keys(
-    task:str, # benchmark
-    row:dict, # a test item
-)->list[str]: # strings of which none may occur in normalised training text
-    "What must not occur in training text for the item to count as held out."
-    if task == 'hellaswag': return [row['ctx_a'].split(' First ')[0]]
-    if task == 'winogrande':
-        return [s.format(row[o]) for o in ('option1', 'option2') for s in ('between {} and', 'and {} with care')]
-    return [row['question']]
-
-def number_key(text:str)->tuple[int,...]:
-    "The numbers of a story in order, signs from its verbs: what a GSM8K item is, whatever its words."
-    out = []
-    for sentence in text.split('.'):
-        words = sentence.split(); n = [int(w) for w in words if w.isdigit()]
-        if n: out.append(-n[0] if set(words) & set(MINUS) else n[0])
-    return tuple(out)
 
 # %% ../../nbs/tiny/00_world.ipynb #87224eeb
 _module = __file__ if '__file__' in globals() else root()/'solar_repro'/'tiny'/'world.py' # a notebook has no file
