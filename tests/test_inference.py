@@ -501,7 +501,7 @@ def test_a_checkpoint_of_its_own_takes_the_same_memory(base, tmp_path):
         4,
         tmp_path / 'b',
     )
-    with pytest.raises(ValueError, match='adapters change'):
+    with pytest.raises(ValueError, match='they change'):
         resident.become(AdaptedModel(base, ((broken, 1.0),)))
 
 

@@ -122,7 +122,7 @@ def test_site_shows_a_run_only_if_its_notebooks_are_these(site, pages):
 def test_site_pictures_are_described_and_code_is_shown(site, pages):
     assert not [p.name for p, page in pages.items() for i in page.images if not i.get('alt')]
     merge = (site[0] / 'merge.html').read_text()
-    assert 'id="slerp_tensor"' in merge and 'href="api/merge.html#slerp_tensor"' in merge
+    assert 'id="merge_models"' in merge and 'href="api/merge.html#merge_models"' in merge
     assert (
         'SLERP of two tensors' in (site[0] / 'api' / 'merge.html').read_text()
         and 'the tensor between them' in (site[0] / 'api' / 'merge.html').read_text()
@@ -674,7 +674,12 @@ def test_a_cell_shows_progress_and_can_be_interrupted_without_harm(full, tmp_pat
                 if m['parent_header'].get('msg_id') != asked: continue
                 if m['msg_type'] in ('display_data', 'update_display_data'):
                     lines.append(m['content']['data'].get('text/html', ''))
-                if stop_at and lines and stop_at in lines[-1]: manager.interrupt_kernel(); stop_at = None
+                state = m['content'].get('data', {}).get('state', {}) if m['msg_type'].startswith('comm_') else {}
+                if isinstance(state.get('value'), str): lines.append(state['value'])       # of the bar's words
+                if m['msg_type'] == 'comm_close': lines.append('')
+                if stop_at and lines and stop_at in lines[-1]:
+                    manager.interrupt_kernel()
+                    stop_at = None
                 if m['msg_type'] == 'error': error = m['content']['ename']
                 if m['msg_type'] == 'status' and m['content']['execution_state'] == 'idle': return lines, error
         cell('import peft, torch, transformers, trl, solar_repro.sft')

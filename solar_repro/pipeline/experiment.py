@@ -255,7 +255,9 @@ def run(self:Experiment,
                            progress.follow, tries=TRIES if engine.n_slots > 1 else 1)
     except KeyboardInterrupt as e:
         n = sum(self.find(n) is not None for n in missing)
-        say_interrupted(e, f'interrupted; {n} of {len(missing)} stages are finished and kept. Run again to go on.')
+        where = f' in {", ".join(progress.running)}' if progress.running else ''
+        kept = f'{n} of {len(missing)} stages are finished and kept. Run again to go on.'
+        say_interrupted(e, f'interrupted{where}; {kept}')
         raise
     finally:
         progress.close()
