@@ -4,7 +4,7 @@
 
 1. The six benchmarks of the base and of every model trained here, with H6 and its standard error over items.
 2. *Own kind*: `--own` rows (300) of each set's own writer, drawn with a seed that no training uses and without any row that was trained on. For sets
-   of answers the share of greedy answers that equal the row's, word for word (and of right final numbers, for the math set). For sets of pairs the
+   of answers the share of greedy answers (up to a blank line) that equal the row's, word for word, and for the math set of right numbers at the end. For sets of pairs the
    share whose chosen answer is the likelier one, before and after, and the share whose difference training moved the right way.
 3. *What is forgotten*: the mean of the five other benchmarks (all but GSM8K after SFT; all but TruthfulQA after DPO), minus that of the model
    that training started from.
@@ -49,7 +49,7 @@ def own_rows(name: str, n: int, trained: list[dict]) -> list[dict]:
 
 
 def answers(model, tokenizer, template, rows: list[dict], n_new: int = 90) -> list[str]:
-    "Greedy answers, many at a time."
+    "Greedy answers, many at a time, up to the blank line after which a base goes on with a question of its own."
     out, eos = {}, tokenizer.eos_token_id
     ids = [p for p, _ in encode(tokenizer, template, [(r['prompt'], r['completion']) for r in rows])]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -60,7 +60,7 @@ def answers(model, tokenizer, template, rows: list[dict], n_new: int = 90) -> li
         mask = torch.tensor([[0]*(longest - len(ids[i])) + [1]*len(ids[i]) for i in which])
         with torch.inference_mode():
             got = model.generate(batch, attention_mask=mask, max_new_tokens=n_new, do_sample=False, pad_token_id=eos)
-        for i, g in zip(which, got): out[i] = tokenizer.decode(g[longest:], skip_special_tokens=True).strip()
+        for i, g in zip(which, got): out[i] = tokenizer.decode(g[longest:], skip_special_tokens=True).split('\n\n')[0].strip()
     return [out[i] for i in range(len(rows))]
 
 

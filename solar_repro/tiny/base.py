@@ -73,10 +73,10 @@ class BaseSettings:
     decay: float = .4             # share of the steps, linear to zero at the end
     bf16: bool = True             # autocast, in the first reading
     compiled: bool = True         # torch.compile, in the first reading
-    n_again: int = 36_000         # pages of the second reading, each read once
+    n_again: int = 24_000         # pages of the second reading, each read once
     lr_again: float = 1.5e-3      # peak there, all weights
-    warmup_again: float = .05     # share of its steps
-    decay_again: float = .5       # share of its steps, linear to zero at the end
+    warmup_again: float = .075    # share of its steps
+    decay_again: float = .48      # share of its steps, linear to zero at the end
 
 def lr_scale(
     step:int, # from 0
@@ -139,6 +139,7 @@ def _save(path:Path, state:dict)->None:
     tmp = path.with_suffix('.part')
     torch.save(state, tmp); os.replace(tmp, path)
 
+# %% ../../nbs/tiny/01_base.ipynb #a4f009bb
 def train_step(
     forward:Callable, # the model, compiled or not
     opts:list[torch.optim.Optimizer], # of `_optimizers`, at their peak rates
