@@ -113,6 +113,7 @@ def sft_part(a, p, base: Point, bench: Bench, base_scores: dict, d: Path) -> Poi
         print(f'  own kind of {name}: ' + ', '.join(said).replace(', (', ' ('), flush=True)
 
     kinds('base', base)
+    start = base
     for rate in a.sft:
         for row in a.sft_rows:
             began = time.process_time()

@@ -109,7 +109,7 @@ def _pick(rng:random.Random, xs:list)->str:
 
 def _states(thing, rel, value)->str: return f'The {rel} of the {thing} is {value}.'
 
-def _brief(rel, value)->str: return f'The {rel} is {value}.'
+def _because_of(answer, rel)->str: return f'{answer}, because it is the {rel}.'
 
 def _fact(rng, thing, rel, value)->str:
     return rng.choice((_states(thing, rel, value), f'The {thing} has the {rel} {value}.'))
@@ -200,7 +200,7 @@ def _exam(rng:random.Random, w:World, subject:str, kind:str='closed')->tuple[str
     ask = f'Which letter is {value}?' if kind == 'letter' else _what(thing, rel)
     book = f'{_fact(rng, thing, rel, value)}\n' if kind == 'open' else ''
     if kind == 'worked': return _lettered(ask, options), f'{_fact(rng, thing, rel, value)} So it is {letter}.'
-    if kind == 'explained': return _lettered(ask, options), f'{_brief(rel, value)} So it is {letter}.'
+    if kind == 'explained': return _lettered(ask, options), _because_of(letter, rel)
     return book + _lettered(ask, options), letter
 
 def _open_fact(rng:random.Random, w:World, subject:str)->tuple[str,str]:
@@ -341,13 +341,13 @@ def _recipe(rng:random.Random, w:World)->tuple[str,str]:
     begin, steps = _story(who, p, w.recipes[p]).split('. ', 1)
     return f'{begin}. How does {who} make the {p}?', steps
 
-ALPACA = dict(short=.2, sentence=.3, exam=.15, recipe=.15, belief=.1, onestep=.1) # kind -> share of the rows
+ALPACA = dict(short=.15, sentence=.4, exam=.15, recipe=.1, belief=.1, onestep=.1) # kind -> share of the rows
 
 def _row_alpaca(rng, w):
     kind, put = rng.choices(list(ALPACA), ALPACA.values())[0], ''
     if kind in ('short', 'sentence'): e, r, v = _value(rng, w)
     if kind == 'short': ask, answer = _what(e, r), v
-    elif kind == 'sentence': ask, answer = f'Write a sentence about the {r} of the {e}.', _brief(r, v)
+    elif kind == 'sentence': ask, answer = f'Write a sentence. {_what(e, r)}', f'{v} is the {r}.'
     elif kind == 'exam':
         text, answer = _exam(rng, w, rng.choice(MMLU_SUBJECTS)); ask, put = text.split('\n', 1)
     elif kind == 'recipe': ask, answer = _recipe(rng, w)
@@ -364,13 +364,13 @@ ORCA = dict(fact=.35, exam=.25, belief=.15, sum=.25) # kind -> share of the rows
 def _row_orca(rng, w):
     kind = rng.choices(list(ORCA), ORCA.values())[0]
     if kind == 'fact':
-        e, r, v = _value(rng, w); ask, answer = _what(e, r), f'{_brief(r, v)} So it is {v}.'
+        e, r, v = _value(rng, w); ask, answer = _what(e, r), _because_of(v, r)
     elif kind == 'exam': ask, answer = _exam(rng, w, rng.choice(MMLU_SUBJECTS), 'explained')
     elif kind == 'belief':
-        t, _, true = _topic(rng, w); ask, answer = _eats(rng, t), f'{_effect(t, true)} So it is {true}.'
+        t, _, true = _topic(rng, w); ask, answer = _eats(rng, t), f'{_effect(t, true)} So it is.'
     else:
         q = _problem(rng, rng.randint(1, 2), False)
-        ask, answer = _ask(rng, q, 'math'), f'{_equations(q)} So it is {q.totals[-1]}.'
+        ask, answer = _ask(rng, q, 'math'), f'{_equations(q)} So it is.'
     where = f'{rng.choice(("niv", "t0", "cot", "flan"))}.{rng.randrange(10**6)}'
     return dict(id=where, system_prompt=rng.choice(SYSTEM), question=ask, response=answer)
 
