@@ -675,7 +675,7 @@ def test_a_cell_shows_progress_and_can_be_interrupted_without_harm(full, tmp_pat
                 if m['msg_type'] in ('display_data', 'update_display_data'):
                     lines.append(m['content']['data'].get('text/html', ''))
                 state = m['content'].get('data', {}).get('state', {}) if m['msg_type'].startswith('comm_') else {}
-                if isinstance(state.get('value'), str): lines.append(state['value'])       # of the bar's words
+                if isinstance(state.get('value'), str): lines.append(state['value'].replace('\u2007', ' '))
                 if m['msg_type'] == 'comm_close': lines.append('')
                 if stop_at and lines and stop_at in lines[-1]:
                     manager.interrupt_kernel()

@@ -74,7 +74,9 @@ class Progress:
 
     def close(self):
         "Nothing follows: the bar goes."
-        if self.bar is not None: self.bar.close()
+        if self.bar is None: return
+        self.bar.total = self.bar.n            # a notebook's bar stays, in red, where it is not full
+        self.bar.close()
 
 # %% ../../nbs/pipeline/12_progress.ipynb #4ec02056
 @patch
