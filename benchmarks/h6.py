@@ -361,7 +361,8 @@ def compare(a: argparse.Namespace) -> dict:
 
 def show(r: dict) -> str:
     head = (
-        f'{"task":<12}{"shots":>6}{"items":>6}{"requests":>9}{"HFLM s":>9}{"batch":>6}{"ours s":>8}{"ratio":>7}{"CPU":>7}{"HFLM tok":>10}{"ours tok":>9}{"HFLM log.":>10}{"ours log.":>10}'
+        f'{"task":<12}{"shots":>6}{"items":>6}{"requests":>9}{"HFLM s":>9}{"batch":>6}{"ours s":>8}{"ratio":>7}'
+        f'{"CPU":>7}{"HFLM tok":>10}{"ours tok":>9}{"HFLM log.":>10}{"ours log.":>10}'
         f'{"HFLM mm":>8}{"ours mm":>8}{"max diff":>10}{"equal":>9}'
     )
     out = [
@@ -373,8 +374,11 @@ def show(r: dict) -> str:
     for l in r['tasks']:
         mm = ''.join(f'{l[k]:>8.0%}' if k in l else f'{"":>8}' for k in ('hf_share', 'ours_share'))
         out.append(
-            f"{l['task']:<12}{l['shots']:>6}{l['items']:>6}{l['requests']:>9}{l['hf_s']:>9.2f}{l['hf_batch']:>6}{l['ours_s']:>8.2f}{l['ratio']:>7.2f}{l['cpu_ratio']:>7.2f}{l['hf_tok']:>10}{l['ours_tok']:>9}"
-            f"{l['hf_logits']:>10}{l['ours_logits']:>10}{mm}{l['max_difference_nats']:>10.1e}{str(l['equal']) + '/' + str(l['requests']):>9}"
+            f"{l['task']:<12}{l['shots']:>6}{l['items']:>6}{l['requests']:>9}{l['hf_s']:>9.2f}"
+            f"{l['hf_batch']:>6}{l['ours_s']:>8.2f}"
+            f"{l['ratio']:>7.2f}{l['cpu_ratio']:>7.2f}{l['hf_tok']:>10}{l['ours_tok']:>9}"
+            f"{l['hf_logits']:>10}{l['ours_logits']:>10}{mm}{l['max_difference_nats']:>10.1e}"
+            f"{str(l['equal']) + '/' + str(l['requests']):>9}"
         )
     total = lambda k: sum(l[k] for l in r['tasks'])
     out += [

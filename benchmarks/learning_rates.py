@@ -83,7 +83,8 @@ def main(profile: str, seed: int) -> None:
         d = Path(d)
         print(f'{"SFT v3, rate":<16}{"loss, trained rows":>20}{"loss, fresh rows":>18}')
         print(
-            f'{"base":<16}{answer_loss(base, train[::2], p.template):>20.4f}{answer_loss(base, fresh, p.template):>18.4f}',
+            f'{"base":<16}{answer_loss(base, train[::2], p.template):>20.4f}'
+            f'{answer_loss(base, fresh, p.template):>18.4f}',
             flush=True,
         )
 
@@ -96,14 +97,16 @@ def main(profile: str, seed: int) -> None:
         for rate in SFT_RATES:
             point = sft(rate)
             print(
-                f'{rate:<16.2g}{answer_loss(point, train[::2], p.template):>20.4f}{answer_loss(point, fresh, p.template):>18.4f}',
+                f'{rate:<16.2g}{answer_loss(point, train[::2], p.template):>20.4f}'
+                f'{answer_loss(point, fresh, p.template):>18.4f}',
                 flush=True,
             )
         start = sft(p.sft.learning_rate)
         ref, ref_fresh = (reference_logps(start, x, p.dpo, p.template) for x in (pairs, fresh_pairs))
         print(
             f'\nDPO from SFT v3 at {p.sft.learning_rate:g}, beta'
-            f' {p.dpo.beta:g}\n{"rate":<16}{"loss, fresh":>12}{"right order":>13}{"margin, nats":>14}{"chosen, nats":>14}'
+            f' {p.dpo.beta:g}\n{"rate":<16}{"loss, fresh":>12}{"right order":>13}'
+            f'{"margin, nats":>14}{"chosen, nats":>14}'
         )
         for rate in DPO_RATES:
             out = d / f'dpo{rate}'
@@ -115,7 +118,8 @@ def main(profile: str, seed: int) -> None:
             margin = torch.tensor((change.chosen - change.rejected).values)
             loss = -torch.nn.functional.logsigmoid(p.dpo.beta * margin).mean().item()
             print(
-                f'{rate:<16.2g}{loss:>12.4f}{(margin > 0).double().mean():>13.1%}{margin.mean():>14.1f}{change.chosen.mean():>14.1f}',
+                f'{rate:<16.2g}{loss:>12.4f}{(margin > 0).double().mean():>13.1%}'
+                f'{margin.mean():>14.1f}{change.chosen.mean():>14.1f}',
                 flush=True,
             )
 

@@ -132,14 +132,18 @@ def timed(folder: str, out: str, answer) -> None:
 
 PAGE = """# The contamination ledger at the paper's size
 
-The stage `ledger` on two CPU cores that did nothing else: {rows:,} training rows in five sets against {items:,} items of six benchmarks, from the files of its inputs to the table in the store. The promise
-is 5 minutes and 4 GiB. One process does it, on one core; the memory is that of the whole process, {start} GiB of it before the stage begins.
+The stage `ledger` on two CPU cores that did nothing else: {rows:,} training rows in five sets against {items:,} \
+items of six benchmarks, from the files of its inputs to the table in the store. The promise
+is 5 minutes and 4 GiB. One process does it, on one core; the memory is that of the whole process, {start} GiB of it \
+before the stage begins.
 
-| texts | words in the rows | seconds | rows a second | peak, GiB | planted copies found | items that share 13 words | 8 words |
+| texts | words in the rows | seconds | rows a second | peak, GiB | planted copies found | items that share 13 words \
+| 8 words |
 |---|---|---|---|---|---|---|---|
 {lines}
 
-*made*: words drawn by Zipf's law, all of them words that items have, so that no run is dropped early. *published*: rows and items of the folder of samples, drawn with replacement up to these sizes, so copies and
+*made*: words drawn by Zipf's law, all of them words that items have, so that no run is dropped early. *published*: \
+rows and items of the folder of samples, drawn with replacement up to these sizes, so copies and
 common phrases are there as often as in the sets, but words fewer than in the whole sets. {verdict}
 
 Repeat: `python benchmarks/ledger.py --out ledger` and the same with `--data DIR` (each replaces its line).

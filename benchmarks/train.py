@@ -406,9 +406,13 @@ def compare(a):
 
 
 def show(r):
-    head = f'{"":<10}{"rows":>6}{"tokens":>8}{"a step":>8}{"steps":>7}{"train s":>9}{"ref s":>8}{"tok/s":>9}{"rows/s":>8}{"of matmul":>11}{"peak MiB":>10}'
+    head = (
+        f'{"":<10}{"rows":>6}{"tokens":>8}{"a step":>8}{"steps":>7}{"train s":>9}{"ref s":>8}'
+        f'{"tok/s":>9}{"rows/s":>8}{"of matmul":>11}{"peak MiB":>10}'
+    )
     lines = [
-        f"{r['shape']}, random weights, {r['dtype']}, NF4; {r['machine']}, load {r['load_before']} before; torch {r['torch']}",
+        f"{r['shape']}, random weights, {r['dtype']}, NF4"
+        f"; {r['machine']}, load {r['load_before']} before; torch {r['torch']}",
         head,
         '-' * len(head),
     ]
@@ -416,12 +420,15 @@ def show(r):
         for who, name in (('trl', 'TRL'), ('ours', 'ours')):
             x = k[who]
             lines.append(
-                f"{name + ' ' + k['kind'].upper():<10}{k['rows']:>6}{k['tokens']:>8}{k['step'] if who == 'trl' else '':>8}{x['steps']:>7}{x['seconds']:>9.1f}{x['ref_s']:>8.1f}{x['tokens_s']:>9.0f}{x['rows_s']:>8.2f}"
+                f"{name + ' ' + k['kind'].upper():<10}{k['rows']:>6}{k['tokens']:>8}"
+                f"{k['step'] if who == 'trl' else '':>8}{x['steps']:>7}"
+                f"{x['seconds']:>9.1f}{x['ref_s']:>8.1f}{x['tokens_s']:>9.0f}{x['rows_s']:>8.2f}"
                 f"{x['share']:>11.0%}{x['mib']:>10.0f}"
             )
         known = f", {k['ratio_ref_known']:.2f} with the reference known" if k['kind'] == 'dpo' else ''
         lines.append(
-            f"{'':<10}{k['kind'].upper()}: {k['ratio']:.2f} times as fast{known}; peak memory {1 / k['memory_ratio']:.2f} of TRL's"
+            f"{'':<10}{k['kind'].upper()}: {k['ratio']:.2f} times as fast{known}"
+            f"; peak memory {1 / k['memory_ratio']:.2f} of TRL's"
         )
     return '\n'.join(lines)
 
@@ -429,10 +436,14 @@ def show(r):
 def page(r, command):
     worst = min(k['ratio'] for k in r['kinds'])
     return (
-        f"# Training: ours against TRL's defaults\n\nThe same rows, lengths drawn from those of the published sets (up to max_length), on {r['machine']}; every side in a process of its own. "
-        f"Our steps go in passes of at most {r['max_tokens_per_microbatch']} tokens.\n\n**The aim of {AIM:g} times for SFT and for DPO is {'' if worst >= AIM else 'not '}reached**: "
+        f"# Training: ours against TRL's defaults\n\n"
+        f"The same rows, lengths drawn from those of the published sets (up to max_length), on {r['machine']}"
+        f"; every side in a process of its own. "
+        f"Our steps go in passes of at most {r['max_tokens_per_microbatch']} tokens.\n\n"
+        f"**The aim of {AIM:g} times for SFT and for DPO is {'' if worst >= AIM else 'not '}reached**: "
         + ' and '.join(f"{k['kind'].upper()} {k['ratio']:.2f} times" for k in r['kinds'])
-        + f", DPO's reference pass counted.\n\nRepeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n"
+        + f", DPO's reference pass counted.\n\n"
+        f"Repeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n"
     )
 
 

@@ -3,10 +3,8 @@
 The floors stand in one place, the table under "How it is built" on the front page; these tests read them there.
 """
 import ast
-import io
 import json
 import re
-import tokenize
 from collections import Counter
 from pathlib import Path
 
@@ -107,23 +105,12 @@ def cells(p: Path) -> list[dict]:
     return [c for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
 
 
-def texts(p: Path) -> set[int]:
-    "Lines of a test, tool or benchmark in which one string is wide: broken, it would say something else."
-    if p.is_relative_to(LIB): return set()
-    tokens = tokenize.generate_tokens(io.StringIO(p.read_text(encoding='utf-8')).readline)
-    strings = [t for t in tokens if t.type == tokenize.STRING]
-    return {n for t in strings if len(t.string) > 80 for n in range(t.start[0], t.end[0] + 1)}
-
-
 def code() -> list[tuple[str, int, str]]:
     "Every line of code that people write: of the library, tests, tools, benchmarks, and of the notebooks' cells."
     folders = 'solar_repro', 'tests', 'tools', 'benchmarks'
     files = [p for d in folders for p in sorted((ROOT / d).rglob('*.py')) if p.name != '_modidx.py']
     named = [(p, str(p.relative_to(ROOT))) for p in [*files, ROOT / 'setup.py']]
-    lines = []
-    for p, name in named:
-        wide = texts(p)
-        lines += [(name, n, s) for n, s in written(p) if n not in wide]
+    lines = [(name, n, s) for p, name in named for n, s in written(p)]
     for p in NOTEBOOKS:
         for c in cells(p):
             where = f"{p.relative_to(ROOT)}#{c['id']}"

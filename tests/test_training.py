@@ -126,7 +126,7 @@ def test_killed_and_resumed_is_bitwise_the_same(what, base, runs, ref, dpo_run, 
 
 
 @pytest.mark.parametrize('what', ['sft', 'dpo'])
-def test_killed_at_several_steps_with_checkmodels_by_the_clock(what, base, runs, models, ref, tmp_path):
+def test_killed_at_several_steps_with_checkpoints_by_the_clock(what, base, runs, models, ref, tmp_path):
     "In microbatches, saved at every step: two more kills, and the run goes on from where each struck."
     ref.to_pickle(tmp_path/'ref.pkl')
     sft, dpo = (x.model_copy(update=DIVIDED) for x in (SFT, DPO))
