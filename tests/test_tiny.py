@@ -59,8 +59,9 @@ def test_held_numbers_occur_in_no_story(world, training_text):
 
 def test_items_do_not_depend_on_hash_randomisation():
     code = (
-        "import hashlib, json; from solar_repro.tiny.world import ITEMS, ROWS, benchmark, corpus, make_world,"
-        " training_rows;w = make_world(); print(hashlib.sha256(json.dumps([benchmark(w, t, 20) for t in ITEMS] +"
+        "import hashlib, json; from solar_repro.tiny.items import ITEMS, benchmark; from solar_repro.tiny.texts import"
+        " ROWS, corpus, training_rows; from solar_repro.tiny.world import make_world;"
+        " w = make_world(); print(hashlib.sha256(json.dumps([benchmark(w, t, 20) for t in ITEMS] +"
         " [training_rows(w, f, 20) for f in ROWS] + [list(corpus(w, 50))]).encode()).hexdigest())"
     )
     out = {
