@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,12 +44,27 @@ def _version(library:str)->str:
     try: return version(library)
     except PackageNotFoundError: return 'absent'
 
+@cache
+def _processor()->str: # such as 'Intel(R) Xeon(R) Processor @ 2.70GHz'
+    "What the system calls its processor."
+    try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+    except OSError: lines = []
+    return next((x.split(':', 1)[1].strip() for x in lines if x.startswith('model name')), '') or platform.processor()
+
+def _host()->dict:
+    "The machine, and with which instructions and threads torch computed, where the stage has loaded it."
+    torch = sys.modules.get('torch')
+    how = dict(capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads()) if torch else {}
+    told = {k: os.environ[k] for k in ('ATEN_CPU_CAPABILITY', 'MKL_CBWR') if k in os.environ}
+    return dict(cpus=os.cpu_count(), machine=platform.machine(), system=platform.system(), processor=_processor(),
+                **how, **told)
+
 def _manifest(facts:dict, files:dict, inputs:dict[str,Artifact], began:float)->dict:
     "What made an artifact: its own facts, files and inputs by hash, versions, machine, times."
     said = lambda i: dict(kind=i.kind, key=i.key, content=i.content, name=i.manifest['name'])
     return dict(**facts, content=content_hash(files), files=files, inputs={r: said(i) for r, i in inputs.items()},
                 versions=dict(python=platform.python_version(), **{lib: _version(lib) for lib in LIBRARIES}),
-                host=dict(cpus=os.cpu_count(), machine=platform.machine(), system=platform.system()),
+                host=_host(),
                 started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(began)), seconds=round(time.time() - began, 2))
 
 def _read(file:Path)->dict:
