@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHA', 'SUPPORTED', 'CONTRADICTED', 'NOISE', 'MARGIN', 'MIN_SEEDS', 'PLAIN', 'with_h6', 'table', 'pair', 'compared',
            'comparisons', 'all_comparisons', 'unresolved', 'finding', 'judge', 'overall', 'paper_scores', 'claims',
-           'over_seeds', 'noise_by_seed', 'plain_words']
+           'verdicts_on_paper', 'over_seeds', 'noise_by_seed', 'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
@@ -195,6 +195,16 @@ def claims(
                          quote=c.quote, paper_numbers=_in_numbers(p), our_numbers=_in_numbers(o),
                          paper_parts=tuple(p['verdict']), our_parts=tuple(o['verdict'])))
     return pd.DataFrame(rows)
+
+# %% ../nbs/06_tables.ipynb #77f24d73
+def verdicts_on_paper()->pd.DataFrame: # claim, and its verdict under each noise: items; and with each of paper.SPREADS
+    "What the printed numbers support, by item noise alone and with a second noise from outside."
+    s = paper_scores()
+    def noisier(by): # the spread of one score, added as squares
+        return s.assign(se=(s['se']**2 + s.index.get_level_values('task').map(paper.spread(by))**2)**.5)
+    under = dict(items=s) | {by: noisier(by) for by in paper.SPREADS}
+    on = lambda c, x: overall(list(_compare(c, x)['verdict']))
+    return pd.DataFrame([dict(claim=c.name, **{by: on(c, x) for by, x in under.items()}) for c in CLAIMS])
 
 # %% ../nbs/06_tables.ipynb #2cafdd30
 MIN_SEEDS = 3 # fewer make no statement

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from .. import paper
 from ..core.figures import OURS, PAPER, style
 from ..paper import models, TITLES
-from ..tables import CONTRADICTED, finding, NOISE, paper_scores, SUPPORTED, table, with_h6
+from ..tables import CONTRADICTED, finding, NOISE, paper_scores, SUPPORTED, table, verdicts_on_paper, with_h6
 
 # %% ../../nbs/publishing/01_figures.ipynb #4e25e36f
 def _mean(t:pd.DataFrame, column:str)->float: return t.loc[t['h6_paper'].notna(), column].mean()
@@ -108,6 +108,14 @@ def _verdict_column(ax, title:str, verdicts:Sequence[str], parts:Sequence[Sequen
 def _counted(verdicts:pd.Series)->str:
     return f'support {sum(verdicts == SUPPORTED)} and contradict {sum(verdicts == CONTRADICTED)}'
 
+def _second_noise(ax, c:pd.DataFrame)->None:
+    "Beside each verdict on the paper's numbers: the spreads of others' measurements with which it is lost."
+    under = verdicts_on_paper().set_index('claim')
+    for y, (claim, verdict) in enumerate(zip(c['claim'], c['on_paper'])):
+        lost = [noise for noise in paper.SPREADS if claim in under.index and under.loc[claim, noise] != verdict]
+        said = f'not with the spread of {" or ".join(lost)}'
+        if lost: ax.text(.57, y + .37, said, va='center', fontsize=6.5, color=PAPER)
+
 def claims_figure(
     c:pd.DataFrame, # of `claims`
     label:str, # what our scores are of
@@ -116,6 +124,7 @@ def claims_figure(
     style()
     fig, axes = plt.subplots(1, 2, figsize=(9, 1.1 + .31*len(c)), sharey=True)
     _verdict_column(axes[0], "on the paper's numbers", c['on_paper'], c['paper_parts'])
+    _second_noise(axes[0], c)
     _verdict_column(axes[1], 'on ours', c['on_ours'], c['our_parts'])
     axes[0].set_yticks(range(len(c)), c['claim'])
     title = (f"{len(c)} claims of the text: the paper's own numbers {_counted(c['on_paper'])}; "
