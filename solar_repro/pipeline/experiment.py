@@ -94,6 +94,7 @@ class Experiment:
         self.profile, self.store, self.graph = profile, Store(store or default_store()), build_graph(profile)
         self._built: dict[str, Artifact] = {}
         self._builder = None
+        self.before_build = None # called with the stages that are about to be built
 
     def build_with(self,
         workers:int, # at least 1
@@ -244,6 +245,7 @@ def run(self:Experiment,
     "Build stages and everything that they need."
     missing = [n for n in self.needs(list(self.graph) if names is None else names) if self.find(n) is None]
     if not missing: return
+    if self.before_build: self.before_build([self.graph[n] for n in missing])
     self._check(missing)
     missing = [n for n in missing if self.find(n) is None]
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}

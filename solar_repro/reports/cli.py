@@ -67,6 +67,8 @@ def _command(name:str)->str: # of COMMANDS
     hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(COMMANDS)}'
     raise argparse.ArgumentTypeError(f'{name!r} is no command; {hint}')
 
+_BUILD = 'table', 'show', 'diff', 'sweep', 'results', 'contamination', 'export' # these build what they lack, unasked
+
 def _add_common(p:argparse.ArgumentParser)->None:
     "The options that choose an experiment; allowed before and after the command."
     if_given = dict(default=argparse.SUPPRESS)
@@ -99,6 +101,8 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     for k, q in needs.items():
         if k in ('exp', 'profile'): _add_common(p)
         else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, **how)
+    if name in _BUILD: p.add_argument('--yes', action='store_true', default=argparse.SUPPRESS,
+                                        help='build what takes more than a minute, outside a clone, too')
     return p
 
 # %% ../../nbs/reports/03_cli.ipynb #533ceb47
@@ -136,12 +140,30 @@ def _can_be_mended(e:Exception)->bool:
     ours = last.f_globals.get('__name__', '').split('.')[0] in ('solar_repro', '__main__')
     return isinstance(e, OSError) or isinstance(e, (ValueError, ImportError)) and ours
 
+def _in_project()->bool: return (library('core.config').root()/'settings.ini').is_file()
+
+def _announce(
+    missing:list, # stages that are to be built
+    exp, # `Experiment`
+    may:bool, # build however long it takes
+)->None:
+    "Say what is about to be built, and where; outside a clone nothing long is built unasked."
+    what = f'{len(missing)} stages of profile {exp.profile.name} are missing in {exp.store.folder}'
+    costs = library('pipeline.progress').relative_costs(missing)
+    if not may and sum(costs.values()) > library('pipeline.experiment').LITTLE:
+        raise ValueError(f'{what}, and would take more than a minute to build; expected --yes for that, since this is '
+                         'no clone. Say --yes, or name the store of another folder with --store.')
+    print(f'solar-repro: {what}; building them', file=sys.stderr)
+
 def _call(f:Callable, words:dict)->int: # exit status
     "Call a command with its profile or experiment."
     needs = inspect.signature(f).parameters
     chosen = ('profile', 'seed', 'store') if {'exp', 'profile'} & set(needs) else () # a merge has a seed of its own
-    profile, seed, store = [words.pop(k, None) for k in chosen] or [None]*3
-    if 'exp' in needs: words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store)
+    yes, (profile, seed, store) = words.pop('yes', False), [words.pop(k, None) for k in chosen] or [None]*3
+    if 'exp' in needs:
+        exp = words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store)
+        may = yes or f.__name__ not in _BUILD or store or 'SOLAR_STORE' in os.environ or _in_project()
+        exp.before_build = lambda missing: _announce(missing, exp, may)
     if 'profile' in needs: words['profile'] = library('core.config').load_profile(profile, seed)
     return f(**words) or 0
 
