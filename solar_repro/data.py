@@ -6,7 +6,7 @@
 __all__ = ['ALPACA', 'OPENORCA', 'METAMATH', 'MATH_SUBJECTS', 'MATH', 'ULTRAFEEDBACK', 'MATH_TYPES', 'SETS', 'BENCHMARKS',
            'FILES', 'from_alpaca', 'from_openorca', 'from_metamath', 'from_ultrafeedback', 'join_math', 'boxed',
            'worked_problem', 'problems_as_answers', 'problems_as_pairs', 'DataSet', 'Benchmark', 'bench_files', 'known',
-           'check_items', 'item_text', 'row_text', 'made_from_benchmarks', 'leaked']
+           'item_problem', 'check_items', 'item_text', 'row_text', 'made_from_benchmarks', 'leaked']
 
 # %% ../nbs/01_data.ipynb #801843a3
 import random
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .core.contamination import BREAK, find_pairs, Index
-from .core.data_files import check_rows, File, ItemSizes, Lengths
+from .core.data_files import check_rows, EMPTY, File, ItemSizes, Lengths
 from .paper import N_ITEMS, TITLES
 from .tiny.world import World
 from .tiny.items import leak_keys, number_key
@@ -44,9 +44,15 @@ def from_metamath(
 # %% ../nbs/01_data.ipynb #2b93c26b
 def from_ultrafeedback(
     row:dict, # {'prompt', 'chosen', 'rejected'}; the last two are lists of {'role', 'content'}
-)->dict: # {'prompt', 'chosen', 'rejected'}, plain strings
+)->dict|None: # {'prompt', 'chosen', 'rejected'}, plain strings; None: of several turns, or of two equal answers
     "A row of Ultrafeedback as a pair: last message of each dialogue (arXiv:2310.16944, section 4.1)."
-    return dict(prompt=row['prompt'].strip(), **{k: row[k][-1]['content'].strip() for k in ('chosen', 'rejected')})
+    answers = {k: row[k][-1]['content'].strip() for k in ('chosen', 'rejected')}
+    if not all(_is_one_turn(row[k]) for k in answers) or answers['chosen'] == answers['rejected']: return None
+    return dict(prompt=row['prompt'].strip(), **answers)
+
+def _is_one_turn(talk:list[dict])->bool: # an answer, or a question and its answer
+    roles = [m.get('role') for m in talk]
+    return len(talk) <= 2 and roles[-1] in (None, 'assistant') and set(roles[:-1]) <= {None, 'user'}
 
 # %% ../nbs/01_data.ipynb #22dae792
 def _same(text:str)->str: return ' '.join(text.split())
@@ -54,12 +60,13 @@ def _same(text:str)->str: return ' '.join(text.split())
 def join_math(
     rephrased:list[dict], # MetaMathQA: {'query', 'response', 'original_question'}
     originals:list[dict], # MATH: {'problem', 'solution'}; of equal problems the first counts
-)->list[dict|None]: # {'prompt', 'chosen', 'rejected'} of each rephrasing; None: its original is not there
+)->list[dict|None]: # {'prompt', 'chosen', 'rejected'} of each rephrasing; None: no original, or its very answer
     "Synth. Math-Alignment: rephrased answer chosen, original answer rejected (SOLAR paper, experimental details)."
     solution = {_same(r['problem']): r['solution'].strip() for r in reversed(originals)}
     rejected = [solution.get(_same(r['original_question'])) for r in rephrased]
-    return [x and dict(prompt=r['query'].strip(), chosen=r['response'].strip(), rejected=x)
-            for r, x in zip(rephrased, rejected)]
+    chosen = [r['response'].strip() for r in rephrased]
+    return [dict(prompt=r['query'].strip(), chosen=c, rejected=x) if x and x != c else None
+            for r, c, x in zip(rephrased, chosen, rejected)]
 
 # %% ../nbs/01_data.ipynb #ffce6606
 def boxed(
@@ -154,7 +161,11 @@ def _math_pairs(rows:list[dict], originals:list[dict])->list[dict|None]:
 
 def _without_original(rows:list[dict], made:list[dict|None])->str:
     lost = sum(r['type'] in MATH_TYPES and m is None for r, m in zip(rows, made))
-    return f'{lost} rephrasings left out, whose original is not in the file of MATH' if lost else ''
+    return f'{lost} rephrasings left out, whose original is not in the file of MATH or has their answer' if lost else ''
+
+def _no_pairs(rows:list[dict], made:list[dict|None])->str:
+    lost = made.count(None)
+    return f'{lost} rows left out, of several turns or with two equal answers' if lost else ''
 
 # %% ../nbs/01_data.ipynb #80bb8c99
 _MATH_TOKENS = (47, 94, 114, 132, 148, 165, 182, 206, 228, 252, 278, 306, 342, 378, 415, 459, 524, 598, 695, 871, 3023)
@@ -183,7 +194,7 @@ SETS = dict(
         (ULTRAFEEDBACK,), _each(from_ultrafeedback),
         Lengths(999, 989.6, 679.8, (40, 133, 187, 226, 263, 303, 340, 388, 428, 475, 520, 556, 596, 647, 696, 765, 853,
                                     962, 1074, 1285, 2596), 'sample of Ultrafeedback, cleaned (MIT)', prompt=187.9),
-        219e6),
+        219e6, note=_no_pairs),
     synth_math_alignment=DataSet(
         'Synth. Math-Alignment', 'alignment',
         'a rephrased problem, its worked answer chosen, the original answer rejected',
@@ -231,21 +242,32 @@ def bench_files(
     **parts:tuple[str,...], # train, test -> split on the Hub, then file names in the folder, the best first
 )->tuple[File,...]:
     "The files of a benchmark."
-    return tuple(File(f'{task}/{part}', hub, (config,), split, revision, licence, folder, stems, fields, blank)
-                 for part, (split, *names) in parts.items() for stems in [tuple(names)])
+    where, check = (hub, (config,)), lambda row: item_problem(task, row)   # which is defined below
+    return tuple(File(f'{task}/{part}', *where, split, revision, licence, folder, tuple(names), fields, blank,
+                      check=check) for part, (split, *names) in parts.items())
 
 def _endings(item:dict)->list[str]: # of HellaSwag; lm-eval's documents hold cleaned ones as choices
     return item.get('choices', item['endings'])
 
 def _winogrande_check(row:dict)->str:
-    return '' if row['sentence'].count('_') == 1 else f"the sentence {row['sentence']!r}; expected one _ in it"
+    if row['sentence'].count('_') != 1: return f"the sentence {row['sentence']!r}; expected one _ in it"
+    return f"{row['option1']!r} twice; expected two options" if row['option1'].strip() == row['option2'].strip() else ''
+
+def _mmlu_check(row:dict)->str:
+    n = len(row['choices'])
+    return '' if n == 4 else f'{n} choices; expected four, which the prompt names A, B, C and D'
 
 def _truthfulqa_check(row:dict)->str:
-    labels = row['mc2_targets']['labels']
-    return '' if set(labels) == {0, 1} else f'labels {labels}; expected true (1) and false (0) choices'
+    for k in ('mc1_targets', 'mc2_targets'):
+        labels, n = row[k]['labels'], len(row[k]['choices'])
+        if len(labels) != n: return f'{len(labels)} labels for {n} choices in {k}; expected one for each'
+        if any(type(x) is not int for x in labels) or set(labels) != {0, 1}:
+            return f'labels {labels} in {k}; expected true (1) and false (0) choices'
+    return ''
 
 def _gsm8k_check(row:dict)->str:
-    return '' if '#### ' in row['answer'] else f"the answer {row['answer'][-40:]!r}; expected a last line '#### number'"
+    found = re.search(r'#### -?[.,]*\d', row['answer'])
+    return '' if found else f"the answer {row['answer'][-40:]!r}; expected a last line '#### number'"
 
 # %% ../nbs/01_data.ipynb #504c0cc0
 BENCHMARKS = dict(
@@ -275,7 +297,7 @@ BENCHMARKS = dict(
                     train=('dev', 'dev'), test=('test', 'test')),
         'mmlu/default/mmlu_{subject}.yaml', ItemSizes(N_ITEMS['mmlu'], 112.8, 110.4, 4, 0, groups=57), 10e6,
         choices=lambda item: item['choices'], answer='answer', answers=lambda item: range(len(item['choices'])),
-        max_shots=5),
+        check=_mmlu_check, max_shots=5),
     truthfulqa=Benchmark(
         TITLES['truthfulqa'], 'mc2',
         bench_files('truthfulqa', 'truthfulqa/truthful_qa', 'multiple_choice',
@@ -315,20 +337,36 @@ def known(
     return name
 
 # %% ../nbs/01_data.ipynb #c016148c
+def _choices_problem(choices:list)->str: # '': none
+    for k, c in enumerate(choices, 1):
+        if not isinstance(c, str): return f'has {c!r} as choice {k}; expected text'
+        if not c.strip(): return f'{EMPTY} choices ({k}); expected some text'
+    return '' if len(choices) > 1 else f'has {len(choices)} choices; expected two or more'
+
+def _labels_problem(labels:list[str], n:int, answer:str, field:str)->str: # '': none
+    if len(labels) != n: return f'has {len(labels)} labels for {n} choices; expected one for each'
+    if len(set(labels)) < n: return f'has the labels {labels}; expected different ones'
+    return '' if answer in labels else f'has {answer!r} in field {field!r}; expected one of {labels}'
+
+def item_problem(
+    task:str, # one of `BENCHMARKS`
+    row:dict, # an item with all its fields
+)->str: # '': nothing
+    "What is wrong with an item besides its fields: choices, labels, the right answer."
+    b = BENCHMARKS[task]
+    wrong = _choices_problem(b.choices(row)) if b.choices else ''
+    if b.answers and not wrong:
+        labels = [str(a) for a in b.answers(row)]
+        wrong = _labels_problem(labels, len(b.choices(row)), str(row[b.answer]), b.answer)
+    if wrong or not b.check: return wrong
+    return f'has {said}' if (said := b.check(row)) else ''
+
 def check_items(
     task:str, # one of `BENCHMARKS`
     rows:list[dict], # items
 )->list[dict]: # the same items
     "Raise unless every item is complete and its answer is one of its choices."
-    b, file = BENCHMARKS[task], FILES[f'{task}/test']
-    check_rows(task, rows, file.fields, file.blank)
-    for i, r in enumerate(rows):
-        possible = [str(a) for a in b.answers(r)] if b.answers else []
-        if b.answers and str(r[b.answer]) not in possible:
-            raise ValueError(f'{task}: row {i} has {r[b.answer]!r} in field {b.answer!r}; expected one of {possible}. '
-                             'Correct the item.')
-        if wrong := b.check and b.check(r): raise ValueError(f'{task}: row {i} has {wrong}. Correct the item.')
-    return rows
+    return check_rows(task, rows, FILES[f'{task}/test'])
 
 # %% ../nbs/01_data.ipynb #e32782ee
 def item_text(

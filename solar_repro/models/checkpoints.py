@@ -11,6 +11,7 @@ __all__ = ['DTYPES', 'REAL', 'PIECE', 'FUNCTION', 'SLICE', 'Entry', 'read_header
 import json
 import math
 import mmap
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ import torch
 import transformers   # its configurations are loaded where two are spelled differently
 from torch import Tensor
 
-from .files import checkpoint_files
+from .files import checkpoint_files, read_json
 
 # %% ../../nbs/models/04_checkpoints.ipynb #786c200b
 DTYPES = dict(    # by safetensors' names
@@ -47,6 +48,12 @@ class Entry:
     def n(self)->int: return math.prod(self.shape)   # elements
 
 # %% ../../nbs/models/04_checkpoints.ipynb #fba7c8b7
+def _entry(name:str, said:dict, file:Path, begin:int)->Entry: # begin: first byte after the header
+    start, stop = map(operator.index, said['data_offsets'])
+    shape = tuple(map(operator.index, said['shape']))
+    if min(shape, default=0)<0: raise ValueError(f'{name} has the shape {shape}')
+    return Entry(name, str(said['dtype']), shape, file, begin+start, begin+stop)
+
 def read_header(
     file:Path, # a safetensors file
 )->dict[str,Entry]: # by name, in the order of the bytes
@@ -55,13 +62,11 @@ def read_header(
     with open(file, 'rb') as f:
         length = int.from_bytes(f.read(8), 'little')
         try: said = json.loads(f.read(length)) if 8+length<=size else None
-        except ValueError: said = None
-    if not isinstance(said, dict):
+        except (ValueError, RecursionError): said = None
+    try: found = [_entry(n, t, file, 8+length) for n,t in said.items() if n!='__metadata__']
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"checkpoint: {file} is no whole safetensors file ({size} bytes); "
-                         "expected a header and all it names. Fetch or save it again.")
-    said.pop('__metadata__', None)
-    found = [Entry(n, t['dtype'], tuple(t['shape']), file, *(8+length+o for o in t['data_offsets']))
-             for n,t in said.items()]
+                         "expected a header and all it names. Fetch or save it again.") from None
     found.sort(key=lambda e: (e.start, e.stop))
     end = 8+length   # of the tensor before
     for e in found:
@@ -106,7 +111,7 @@ def open_checkpoint(
         raise ValueError(f"checkpoint: {folder} holds no .safetensors but {[f.name for f in files[:3]]}; "
                          f"expected *.safetensors. {_CONVERT.format(folder)}")
     entries = {n: e for f in files for n,e in read_header(f).items()}
-    return Checkpoint(folder, json.loads((folder/'config.json').read_text()), dict(sorted(entries.items())))
+    return Checkpoint(folder, read_json(folder/'config.json'), dict(sorted(entries.items())))
 
 # %% ../../nbs/models/04_checkpoints.ipynb #11b154c5
 def mapped(

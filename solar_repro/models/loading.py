@@ -98,7 +98,11 @@ def load_tokenizer(
     base:Path, # folder of the base checkpoint
 )->PreTrainedTokenizerBase: # with a padding token
     "The base's tokenizer; padding is end-of-text where it has none."
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    try: tokenizer = AutoTokenizer.from_pretrained(base)
+    except Exception as e: # of several kinds, all meaning that its files are not there, damaged, or of another library
+        said = ' '.join(str(e).split())[:200]
+        raise ValueError(f"load_tokenizer: {base} holds no tokenizer that transformers loads ({said}); expected one. "
+                         "Save it beside the weights with save_pretrained.") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"load_tokenizer: the tokenizer in {base} has no end-of-text token; expected one, since "
                          "answers must end. Set eos_token in its tokenizer_config.json.")

@@ -198,11 +198,13 @@ def _progress(self:Experiment, missing:list[str], n_slots:int=1)->Progress:
 # %% ../../nbs/pipeline/14_experiment.ipynb #552dcb85
 @patch
 def _check(self:Experiment, missing:list[str])->None:
-    "Raise if this machine or an external base cannot do what is missing: before hours are spent."
+    "Raise if this machine, the data or an external base cannot do what is missing: before hours are spent."
     if self.profile.machine.device == 'cuda':
         self.builder.check_machine(self.profile, self.graph, self.find, self.store.folder, missing)
-    external = self.graph['base'].settings['source'] not in ('tiny', 'random')
-    if external and any(self.graph[n].kind == 'sft' for n in missing):
+    if not any(self.graph[n].kind in ('sft', 'dpo') for n in missing): return
+    self.run([n for n in missing if self.graph[n].kind in ('base', 'data', 'bench')])     # data first
+    _heavy().check_before_training(self.profile, self.graph, self.find)
+    if self.graph['base'].settings['source'] not in ('tiny', 'random'):
         for t in self.tasks: _heavy().check_requests(self.build('base').path, t, self.requests(t)[1])
 
 @patch

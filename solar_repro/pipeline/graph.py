@@ -9,12 +9,13 @@ __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES',
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
 import difflib
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.config import DpoRow, Numerics, Profile
+from ..core.data_files import own_fields
+from ..core.files import file_hash
 from ..data import BENCHMARKS, SETS
 from ..models.base_source import base_settings
 from ..merging.methods import METHODS, row_settings
@@ -167,10 +168,6 @@ def _dpo_stages(p:Profile, row:str)->list[Stage]:
     return first + _dpo_step(p, row, row, middle, sets[1:])
 
 # %% ../../nbs/pipeline/01_graph.ipynb #2238f53a
-def _first_keys(data:bytes)->set[str]: # of an object in the first line; empty: there is none
-    try: return set(json.loads(data.split(b'\n', 1)[0]))
-    except (ValueError, TypeError): return set()
-
 def _custom_set(p:Profile, name:str)->tuple[Stage,bool]: # its stage; does it hold pairs?
     custom, path = p.sets[name], Path(p.sets[name].file)
     if name in SETS:
@@ -178,14 +175,8 @@ def _custom_set(p:Profile, name:str)->tuple[Stage,bool]: # its stage; does it ho
     if not path.is_file():
         raise ValueError(f'profile: sets.{name}.file is {custom.file!r}, where there is no file; expected JSON lines. '
                          'Correct the path, which counts from the profile.')
-    data = path.read_bytes()
-    keys = _first_keys(data)
-    if keys not in ({'prompt', 'completion'}, {'prompt', 'chosen', 'rejected'}):
-        raise ValueError(f'profile: the first line of {path.name} (sets.{name}) has the keys {sorted(keys)}; '
-                         'expected an object of prompt and completion, or of prompt, chosen and rejected.')
-    settings = dict(set=name, source='file', sha256=hashlib.sha256(data).hexdigest(), n=custom.n,
-                    seed=p.seed if custom.n else None)
-    return Stage(f'data/{name}', 'data', settings, {}, path), 'chosen' in keys
+    settings = dict(set=name, source='file', sha256=file_hash(path), n=custom.n, seed=p.seed if custom.n else None)
+    return Stage(f'data/{name}', 'data', settings, {}, path), 'chosen' in own_fields(path)
 
 # %% ../../nbs/pipeline/01_graph.ipynb #db5f70c0
 def _merged_row(p:Profile, name:str)->Stage:

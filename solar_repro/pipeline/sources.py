@@ -6,9 +6,9 @@
 __all__ = ['Fits', 'POOL', 'TEST_SEED', 'STAND_IN', 'Sample', 'TinyWorld', 'Published', 'CustomFile', 'source_of', 'stage_source']
 
 # %% ../../nbs/pipeline/00_sources.ipynb #36ce4c96
-import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.contamination import make_index
 from ..core.data_files import (
-    check_rows, commit, File, file_digest, hub_rows, located, present, read_file)
+    check_rows, commit, File, file_digest, hub_rows, located, own_fields, present, read_file, read_own)
 from ..core.files import file_hash
 from ..data import BENCHMARKS, check_items, FILES, item_text, known, made_from_benchmarks, METAMATH, SETS
 from ..paper import H6_TASKS
@@ -33,14 +33,14 @@ class Sample:
     n_found: int = 0            # candidates in all
     n_derived: int = 0          # passed over: made from a benchmark
     n_long: int = 0             # passed over: does not fit
-    rule: str = ''              # the stand-in rule, or how many rephrasings have no original
+    rule: str = ''              # the stand-in rule, and what else was left out
 
     @property
     def record(self)->dict:
         "All but the rows themselves."
         return {k: v for k, v in vars(self).items() if k != 'rows'}
 
-Fits = Callable[[dict],bool]    # whether a row can be trained on
+Fits = Callable[[dict],str]     # why a row cannot be trained on, such as 'too long'; '': it can
 
 # %% ../../nbs/pipeline/00_sources.ipynb #88c40637
 POOL = 10_000     # rows of each file of the tiny world
@@ -69,7 +69,7 @@ class TinyWorld:
         "Sample rows of a training set."
         s = SETS[known('training set', name, SETS)]
         files = [list(_tiny_file(f.name, s.tiny if f is s.files[0] else None)) for f in s.files]
-        for f, rows in zip(s.files, files): check_rows(f'{name}/{f.name}', rows, f.fields, f.blank)
+        for f, rows in zip(s.files, files): check_rows(f'{name}/{f.name}', rows, f)
         made = [r for r in s.convert(*files) if r is not None]
         if not 0 < n <= len(made):
             raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(made)}, as many as it has. '
@@ -99,7 +99,7 @@ class Published:
     def read(self, file:File)->list[tuple[str,dict]]: # (id, row)
         "All rows of a file, with the columns that its entry names."
         if self.path:
-            found = read_file(located(self.path, file), file.fields, file.blank, self.max_broken)
+            found = read_file(located(self.path, file), file.fields, file.blank, self.max_broken, file.check)
             return [(i, {c: row[c] for c in file.columns}) for i, row in found]
         rows = list(hub_rows(file, self.revisions))
         if None in rows:
@@ -143,17 +143,20 @@ class Published:
         found, rule = self.candidates(name)
         order = random.Random(f'{name} {seed}').sample(range(len(found)), len(found))
         derived = self._derived() if SETS[name].from_benchmarks else lambda rows: [False]*len(rows)
-        kept, n_derived, n_long, size = [], 0, 0, max(n, 1000)
+        kept, n_derived, unfit, size = [], 0, Counter(), max(n, 1000)
         for first in range(0, len(order), size):
             block = [found[i] for i in order[first:first + size]]
             for (i, row), is_derived in zip(block, derived([row for _, row in block])):
                 if len(kept) == n: break
                 if is_derived: n_derived += 1
-                elif fits and not fits(row): n_long += 1
+                elif why := fits and fits(row): unfit[why] += 1
                 else: kept.append((i, row))
+        n_long = unfit.pop('too long', 0)
+        rule = '; '.join([rule]*bool(rule) + [f'{k} rows left out: {why}' for why, k in unfit.items()])
         if len(kept) < n or not n:
             raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(kept)}: {self.place} has '
-                             f'{len(found)}, of which {n_long} are too long and {n_derived} made from a benchmark. '
+                             f'{len(found)}, of which {n_long} are too long and {n_derived} made from a benchmark'
+                             f'{f" ({rule})" if rule else ""}. '
                              f'Lower {name} in [data.rows] of the profile.')
         return Sample([row for _, row in kept], [i for i, _ in kept], len(found), n_derived, n_long, rule)
 
@@ -166,24 +169,13 @@ class Published:
         "Sample the items of a benchmark."
         *train, test = BENCHMARKS[known('benchmark', task, BENCHMARKS)].files
         found = self.read(test)
-        try: check_items(task, [row for _, row in found])
-        except ValueError as e: raise ValueError(f'{self.place}: {e}') from None
         at = sorted(random.Random(f'{task} {TEST_SEED}').sample(range(len(found)), min(n, len(found))))
         shots = [row for f in train for _, row in self.read(f)]
-        return dict(train=check_items(task, shots), test=[found[i][1] for i in at]), [found[i][0] for i in at]
+        return dict(train=shots, test=[found[i][1] for i in at]), [found[i][0] for i in at]
 
 def _six()->list[File]: return [f for t in H6_TASKS for f in BENCHMARKS[t].files]
 
 # %% ../../nbs/pipeline/00_sources.ipynb #38b0227c
-def _json_objects(path:Path)->list[dict]: # blank lines are allowed
-    rows = []
-    for i, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
-        try: rows += [json.loads(line)] if line.strip() else []
-        except ValueError as e:
-            raise ValueError(f'{path.name}: line {i} is no JSON ({e}); expected one object a line. '
-                             'Correct the line.') from None
-    return rows
-
 @dataclass(frozen=True)
 class CustomFile:
     "Rows of one file of prompts and completions, or of prompts, chosen and rejected."
@@ -195,14 +187,12 @@ class CustomFile:
         if file_hash(self.path) != self.sha256:
             raise ValueError(f'{self.path.name}: has changed since the run began; expected the file as it was. '
                              'Run again.')
-        rows = _json_objects(self.path)
-        fields = ('prompt', 'chosen', 'rejected') if rows and 'chosen' in rows[0] else ('prompt', 'completion')
-        check_rows(name, rows, dict.fromkeys(fields, str))
+        rows = [row for _, row in read_own(self.path)]
         if n and n > len(rows):
             raise ValueError(f'{self.path.name}: {n} rows were asked for; expected at most {len(rows)}, as many as it '
                              f'has. Change n of sets.{name}.')
         if n: rows = random.Random(f'{name} {seed}').sample(rows, n)
-        return Sample([{k: r[k] for k in fields} for r in rows])
+        return Sample([{k: r[k] for k in own_fields(self.path)} for r in rows])
 
 # %% ../../nbs/pipeline/00_sources.ipynb #f7f4cfbb
 def source_of(
