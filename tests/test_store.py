@@ -12,7 +12,7 @@ import time
 import pytest
 
 import solar_repro.core.store as store_module
-from solar_repro.core.store import Store
+from solar_repro.core.store import read_manifest, Store
 
 WORKER = '''
 import sys, time
@@ -241,6 +241,7 @@ DAMAGE = dict(
     list_as_manifest=lambda p: (p/'manifest.json').write_text('[]'),
     other_manifest=lambda p: (p/'manifest.json').write_text('{"key": "x"}'),
     no_content=without_content,
+    other_seed=lambda p: (p/'manifest.json').write_text((p/'manifest.json').read_text().replace('"seed": 0', '"seed": 8')),
     missing_manifest=lambda p: (p/'manifest.json').unlink(),
 )
 
@@ -259,6 +260,58 @@ def test_damage_is_said_kept_aside_and_built_again(tmp_path, capsys, damage):
     assert again.content == good.content and again.path == good.path
     assert [a.key for a in s.entries()] == [good.key]
     assert build(Store(tmp_path), untouched).content == good.content and capsys.readouterr().err == ''
+
+
+def flips(data, of):
+    "The bytes with a bit flipped, at each place that `of` names."
+    for i in of: yield data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i+1:]
+
+
+def test_a_manifest_with_any_bit_flipped_says_nothing_else(tmp_path):
+    "It reads as it was written (white space may differ) or not at all; and no listing takes it."
+    a = build(Store(tmp_path))
+    file, good, unread = a.path/'manifest.json', (a.path/'manifest.json').read_bytes(), 0
+    for bad in flips(good, range(len(good))):
+        file.write_bytes(bad)
+        assert read_manifest(a.path) in ({}, a.manifest)
+        unread += not read_manifest(a.path)
+    assert unread > .7*len(good)
+    file.write_bytes(good.replace(b'"model"', b'"modem"'))
+    assert Store(tmp_path).entries() == [] and Store(tmp_path).find('sft', a.key) is None
+
+
+def test_a_manifest_is_read_again_at_every_find(tmp_path, capsys):
+    s = Store(tmp_path); a = build(s)
+    file = a.path/'manifest.json'
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    assert s.find('sft', a.key) is None and 'damaged' in capsys.readouterr().err
+
+
+def test_a_manifest_from_before_it_held_its_hash_is_one(tmp_path):
+    a = build(Store(tmp_path))
+    old = {k: v for k, v in a.manifest.items() if k != 'sha256'}
+    (a.path/'manifest.json').write_text(json.dumps(old))
+    assert Store(tmp_path).find('sft', a.key).manifest == old and Store(tmp_path).entries()[0].manifest == old
+
+
+@pytest.mark.parametrize('damage', [*range(0, 90, 7), 'cut', 'gone'])
+def test_a_damaged_mark_beside_artifacts_is_written_again(tmp_path, damage):
+    a, mark = build(Store(tmp_path)), tmp_path/'store.json'
+    good = mark.read_bytes()
+    if damage == 'gone': mark.unlink()
+    else: mark.write_bytes(good[:5] if damage == 'cut' else next(flips(good, [damage % len(good)])))
+    s = Store(tmp_path)
+    assert s.find('sft', a.key) == a
+    build(s, settings=dict(lr=.2))
+    assert json.loads(mark.read_bytes()) == json.loads(good)
+
+
+def test_a_home_folder_is_found_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert Store('~/x').folder == tmp_path/'x'
+    with pytest.raises(ValueError, match='names no user.*--store'): Store('~nobody-of-this-name/x')
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_manifest_does_not_hide_the_other_artifacts(tmp_path):

@@ -141,6 +141,81 @@ def test_killed_at_several_steps_with_checkpoints_by_the_clock(what, base, runs,
     same(tmp_path/'whole', tmp_path/'out')
 
 
+# what stands in a checkpoint, whole, and what may happen to one of its files
+CHECKPOINT = ('adapter_model.safetensors', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'trainer_state.json')
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data)//2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path): os.truncate(path, path.stat().st_size//2)
+
+
+@pytest.fixture(scope='module')
+def stopped(base, tmp_path_factory):
+    "A folder of the first of `runs`, stopped at step 6: its checkpoint is of step 4."
+    out = tmp_path_factory.mktemp('stopped')
+    def stop(done, total):
+        if done == 6: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train_sft(base, math_rows(), out, SFT, smoke.template, 1, on_progress=stop)
+    assert {*CHECKPOINT, training.SEAL} < {f.name for f in (out/'scratch'/'checkpoint-4').iterdir()}
+    return out
+
+
+@pytest.mark.parametrize('damage', [flip, cut, Path.unlink])
+def test_damage_to_any_file_of_a_checkpoint_is_seen(damage, stopped, tmp_path, capsys):
+    files = [f.name for f in (stopped/'scratch'/'checkpoint-4').iterdir()]
+    for i, name in enumerate(files):
+        left = shutil.copytree(stopped/'scratch', tmp_path/str(i))
+        assert training.last_checkpoint(left) == left/'checkpoint-4'
+        damage(left/'checkpoint-4'/name)
+        assert training.last_checkpoint(left) is None
+        said, unsealed = capsys.readouterr().err, damage is Path.unlink and name == training.SEAL
+        assert [p.name.split('-')[0] for p in left.iterdir()] == ([] if unsealed else ['damaged'])
+        assert said.count('\n') == (not unsealed) and ('checkpoint-4 is damaged' in said) != unsealed
+
+
+@pytest.mark.parametrize('damage, name', [(flip, CHECKPOINT[0]), (cut, CHECKPOINT[1]), (Path.unlink, CHECKPOINT[2])])
+def test_a_damaged_checkpoint_changes_no_result(damage, name, base, runs, stopped, tmp_path, capsys):
+    "The adapter with a bit flipped, the optimizer's state cut short, the schedule gone: training starts again."
+    out = shutil.copytree(stopped, tmp_path/'out')
+    damage(out/'scratch'/'checkpoint-4'/name)
+    train_sft(base, math_rows(), out, SFT, smoke.template, seed=1)
+    assert 'checkpoint-4 is damaged' in capsys.readouterr().err
+    same(runs/'1', out)
+
+
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path):
+    "While a new checkpoint is sealed and the old one removed, the k-th operation is the last one, for every k."
+    operations = {'open', 'os.rename', 'os.remove', 'os.rmdir'}
+    for k in range(100):
+        (scratch := tmp_path/str(k)).mkdir()
+        for step in (1, 2):
+            (p := scratch/f'checkpoint-{step}').mkdir()
+            for name in CHECKPOINT: (p/name).write_text(f'{name} of {step}')
+            if step == 1: training.keep_only(p)
+        pid = os.fork()
+        if pid == 0:
+            n = 0
+            def count(event, args):
+                nonlocal n
+                if event in operations:
+                    if n == k: os.kill(os.getpid(), signal.SIGKILL)
+                    n += 1
+            sys.addaudithook(count)
+            training.keep_only(p)
+            os._exit(0)
+        done = os.waitpid(pid, 0)[1] == 0
+        found = training.last_checkpoint(scratch)
+        step = int(found.name[-1])
+        assert all((found/name).read_text() == f'{name} of {step}' for name in CHECKPOINT)
+        if done: break
+    assert k > 20 and [x.name for x in scratch.iterdir()] == ['checkpoint-2']
+
+
 def test_same_seed_same_bytes_other_seed_other_adapter(base, runs, tmp_path):
     train_sft(base, math_rows(), tmp_path, SFT, smoke.template, seed=1)
     same(runs/'1', tmp_path)

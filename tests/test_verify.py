@@ -24,6 +24,7 @@ from solar_repro.reports.cli import main
 from solar_repro.reports.verify import export_results, judged, number, recounted, verify
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.core.files import content_hash, file_hash
+from solar_repro.core.store import own_hash
 from solar_repro.publishing.figures import figure
 from solar_repro.publishing.text import printed, write_tables
 from solar_repro.core.display import explore
@@ -55,6 +56,7 @@ def forge(path):
     m = json.loads(file.read_text())
     for n in m['files']: m['files'][n] = dict(sha256=file_hash(path/n), bytes=(path/n).stat().st_size)
     m['content'] = content_hash(m['files'])
+    m['sha256'] = own_hash(m)
     file.write_text(json.dumps(m, indent=1))
 
 def put(file, change):

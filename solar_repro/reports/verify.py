@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core.display import lineage, View
 from ..core.files import content_hash, folder_files, whole
-from ..core.store import Store
+from ..core.store import own_hash, Store
 from ..data import BENCHMARKS
 from ..eval import mean_se, METRICS, request_hash, score_as
 from ..paper import H6_TASKS, models
@@ -44,7 +44,8 @@ def _problems_of(
     have = {n: f['sha256'] for n, f in folder_files(path, 'manifest.json').items()}
     recorded = {n: f['sha256'] for n, f in m['files'].items()}
     pairs = [(n, recorded.get(n, 'absent'), have.get(n, 'absent')) for n in sorted(have.keys() | recorded.keys())]
-    pairs.append(('content', m['content'], content_hash(m['files'])))
+    pairs += [('content', m['content'], content_hash(m['files'])),
+              ('manifest.json', m.get('sha256', own_hash(m)), own_hash(m))]
     for i in m['inputs'].values():
         pairs.append((f"input {i['name']}", i['content'], content.get((i['kind'], i['key']), i['content'])))
     inputs = {role: SimpleNamespace(content=i['content']) for role, i in m['inputs'].items()}
