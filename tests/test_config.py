@@ -2,6 +2,7 @@
 import pytest
 
 from solar_repro.core.config import default_profile, load_profile
+from solar_repro.pipeline.graph import build_graph
 
 
 @pytest.mark.parametrize('environment,expected', [
@@ -30,3 +31,22 @@ def test_an_old_key_or_value_is_answered_with_the_new_one(tmp_path, text, says):
     (tmp_path/'old.toml').write_text(f'extends = "tiny"\n{text}\n')
     with pytest.raises(ValueError) as e: load_profile(tmp_path/'old.toml')
     assert says in str(e.value)
+
+
+@pytest.mark.parametrize('name', ['../../evil', '/tmp/evil', 'a/b', '.hidden', '..', '', ' x', r'a\\b', r'a\nb', 101*'x'])
+def test_a_name_is_no_path(tmp_path, name):
+    "Of a profile, whose results would lie there, of a row and of a set, which would be taken for another stage."
+    (tmp_path/'d.jsonl').write_text('{"prompt": "a", "completion": "b"}\n')
+    for text, where in ((f'name = "{name}"\n', 'name'),
+                        (f'[rows."{name}"]\nsets = ["alpaca_gpt4"]\n', 'rows'),
+                        (f'[sets."{name}"]\nfile = "d.jsonl"\n', 'sets')):
+        (tmp_path/'own.toml').write_text(f'extends = "smoke"\n{text}')
+        says = f'(?s)own.toml: {where}.*must be a plain name'
+        with pytest.raises(ValueError, match=says): load_profile(tmp_path/'own.toml')
+
+
+@pytest.mark.parametrize('name', ['base', 'contamination', 'SFT v3', 'mine step 1'])
+def test_a_row_named_like_a_stage_is_refused(tmp_path, name):
+    rows = '[rows.mine]\nstart = "SFT v3"\nsets = ["ultrafeedback_clean", "synth_math_alignment"]\n' if 'mine' in name else ''
+    (tmp_path/'own.toml').write_text(f'extends = "smoke"\n[rows."{name}"]\nsets = ["alpaca_gpt4"]\n{rows}')
+    with pytest.raises(ValueError, match='has the name of another'): build_graph(load_profile(tmp_path/'own.toml'))

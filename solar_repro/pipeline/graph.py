@@ -287,5 +287,6 @@ def _checked(stages:list[Stage])->dict[str,Stage]: # name -> stage
     for s in stages:
         missing = [i for i in s.inputs.values() if i not in graph]
         assert not missing, f'{s.name} stands before its inputs {missing}'
-        assert graph.setdefault(s.name, s) == s, f'two different stages are called {s.name}'
+        if graph.setdefault(s.name, s) != s:
+            raise ValueError(f'profile: rows.{s.name!r} has the name of another stage; expected a new one. Rename it.')
     return graph
