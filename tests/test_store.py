@@ -228,6 +228,11 @@ def without_content(path):
     (path/'manifest.json').write_text(json.dumps(m))
 
 
+def other_seed(path):
+    file = path/'manifest.json'
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 8'))
+
+
 DAMAGE = dict(
     flipped_bit=flip,
     cut_short=lambda p: os.truncate(p/'sub'/'weights.bin', 100),
@@ -241,7 +246,7 @@ DAMAGE = dict(
     list_as_manifest=lambda p: (p/'manifest.json').write_text('[]'),
     other_manifest=lambda p: (p/'manifest.json').write_text('{"key": "x"}'),
     no_content=without_content,
-    other_seed=lambda p: (p/'manifest.json').write_text((p/'manifest.json').read_text().replace('"seed": 0', '"seed": 8')),
+    other_seed=other_seed,
     missing_manifest=lambda p: (p/'manifest.json').unlink(),
 )
 
@@ -282,8 +287,7 @@ def test_a_manifest_with_any_bit_flipped_says_nothing_else(tmp_path):
 
 def test_a_manifest_is_read_again_at_every_find(tmp_path, capsys):
     s = Store(tmp_path); a = build(s)
-    file = a.path/'manifest.json'
-    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    other_seed(a.path)
     assert s.find('sft', a.key) is None and 'damaged' in capsys.readouterr().err
 
 

@@ -38,7 +38,7 @@ def _plain(name:str)->str:
     "A name that can stand in one of a folder or a stage."
     if name.strip() != name or len(name) not in range(1, 101) or name[0] == '.' or not name.isprintable() \
             or set(name) & set('/\\'):
-        raise ValueError('must be a plain name: 1 to 100 characters on a line, without / or \\, not beginning with a dot')
+        raise ValueError('must be a plain name: 1 to 100 characters on a line, no / or \\, no dot in front')
     return name
 
 Name = Annotated[str, AfterValidator(_plain)]

@@ -71,7 +71,8 @@ def _sealed(m:dict)->dict: return m | dict(sha256=own_hash(m))
 def _manifest(facts:dict, files:dict, inputs:dict[str,Artifact], began:float)->dict:
     "What made an artifact: its own facts, files and inputs by hash, versions, machine, times, and its own hash."
     said = lambda i: dict(kind=i.kind, key=i.key, content=i.content, name=i.manifest['name'])
-    return _sealed(dict(**facts, content=content_hash(files), files=files, inputs={r: said(i) for r, i in inputs.items()},
+    return _sealed(dict(
+                **facts, content=content_hash(files), files=files, inputs={r: said(i) for r, i in inputs.items()},
                 versions=dict(python=platform.python_version(), **{lib: _version(lib) for lib in LIBRARIES}),
                 host=_host(),
                 started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(began)), seconds=round(time.time() - began, 2)))
@@ -83,8 +84,8 @@ def _read(file:Path, unsealed:set[str])->dict: # unsealed: the fields that it ha
     if not isinstance(found, dict): return {}
     return found if found.get('sha256') == own_hash(found) or set(found) == unsealed else {}
 
-_UNSEALED = {'kind', 'key', 'name', 'settings', 'code_version', 'seed', 'content', 'files', 'inputs', 'versions', 'host',
-             'started', 'seconds'}
+_UNSEALED = {'kind', 'key', 'name', 'settings', 'code_version', 'seed', 'content', 'files', 'inputs', 'versions',
+             'host', 'started', 'seconds'}
 
 def read_manifest(
     path:Path, # folder of an artifact
@@ -234,7 +235,8 @@ def open(self:Store,
 def entries(self:Store)->list[Artifact]:
     "All artifacts, unchecked, in order of their start."
     found = [p for p in self.folder.glob(f'*/*/{MANIFEST}') if p.parts[-3] not in ('damaged', 'building')]
-    artifacts = [Artifact(m['kind'], m['key'], p.parent, m['content'], m) for p in found if (m := read_manifest(p.parent))]
+    read = {p.parent: m for p in found if (m := read_manifest(p.parent))}
+    artifacts = [Artifact(m['kind'], m['key'], p, m['content'], m) for p, m in read.items()]
     return sorted(artifacts, key=lambda a: a.manifest['started'])
 
 # %% ../../nbs/core/02_store.ipynb #fdbd0264
