@@ -30,7 +30,7 @@ setup(
     author=c['author'], author_email=c['author_email'], keywords=c['keywords'].split(), url=c['git_url'],
     license={'apache2': 'Apache-2.0', 'mit': 'MIT', 'bsd3': 'BSD-3-Clause'}[c['license']],
     packages=find_packages(include=[lib, f'{lib}.*']),
-    package_data={lib: ['profiles/*.toml', 'tasks/*.yaml', 'tiny/base/*']},
+    package_data={lib: ['profiles/*.toml', 'tasks/*.yaml', 'tiny/base/*', 'recorded/*/*/*.json.gz']},
     python_requires=f">={c['min_python']}",
     install_requires=shlex.split(c['requirements']),
     extras_require={'dev': shlex.split(c['dev_requirements'])},

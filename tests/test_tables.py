@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -276,7 +277,7 @@ def test_a_shared_first_place_is_said():
 
 # ---- verdicts
 
-S, C, N = 'supported', 'contradicted', 'within the noise'
+S, C, N = 'supported', 'contradicted', 'undecided'
 
 
 @pytest.mark.parametrize('op,d,se,verdict', [
@@ -286,15 +287,68 @@ S, C, N = 'supported', 'contradicted', 'within the noise'
     ('≈', -.031, .005, C), ('≥', 0, .009, S), ('≥', -.009, .005, S), ('≥', -.011, .005, N), ('≥', -.031, .005, C),
     ('≥', .09, .04, S)])
 def test_judge(op, d, se, verdict):
-    "The interval d ± 2 se against where the claim puts it; the margin of ≈ and ≥ is two points."
+    "The 95 % interval against where the claim puts it; the margin of ≈ and ≥ is two points."
     assert tables.MARGIN == .02
     assert tables.judge(op, d, se) == verdict
+
+
+def test_few_trainings_need_a_larger_difference():
+    "Three trainings leave two degrees of freedom: 4.30 standard errors instead of 1.96."
+    assert [tables.judge('>', d, .01, 2) for d in (.042, .044)] == [N, S]
+    assert tables.judge('>', .042, .01) == S
 
 
 @pytest.mark.parametrize('op', ['>', '<', '≈', '≥'])
 def test_noise_decides_nothing(op):
     "Where the standard error is large, no small difference supports or contradicts a claim, of sameness least of all."
     for d in (-.05, -.02, 0, .02, .05): assert tables.judge(op, d, .04) == N
+
+
+def trained(n, gap, noise, seeds, models=MODELS) -> pd.DataFrame:
+    "Samples of several seeds: SFT v3 is better at GSM8K by `gap`, and every training moves each model by `noise`."
+    rng = np.random.default_rng(0)
+    out = []
+    for s in range(seeds):
+        for m in models:
+            shift = rng.normal(0, noise) + gap*(m == 'SFT v3')
+            right = {t: np.arange(n) < n*(.5 + shift*(t == 'gsm8k')) for t in TASKS[1:]}
+            out += [pd.DataFrame(dict(model=m, task=t, doc_id=range(n), score=x.astype(float), seed=s))
+                    for t, x in right.items()]
+    return pd.concat(out, ignore_index=True)
+
+
+def scored(samples) -> pd.DataFrame:
+    "The scores that such samples give, over seeds where there are several."
+    def one(x): return pd.DataFrame([dict(model=m, task=t, metric='acc', score=g.mean(), se=g.std()/len(g)**.5, n=len(g))
+                                     for (m, t), g in x.groupby(['model', 'task'], sort=False)['score']])
+    by = {s: one(x) for s, x in samples.groupby('seed')}
+    return tables.over_seeds(by) if len(by) > 1 else by[0]
+
+
+def test_a_verdict_needs_both_noises():
+    "Ten points that every training shows support a claim; the same ten on average, where trainings scatter, do not."
+    name, which = 'Math data lifts GSM8K', [c for c in paper.CLAIMS if c.name == 'Math data lifts GSM8K']
+    def verdict(noise, seeds):
+        x = trained(400, .1, noise, seeds, ['SFT v2', 'SFT v3'])
+        return tables.claims(scored(x), which, x).set_index('claim').loc[name]
+    steady, scattered, alone = verdict(.002, 5), verdict(.15, 5), verdict(.15, 1)
+    assert (steady['on_ours'], steady['seeds']) == (S, 5) and scattered['on_ours'] == N
+    assert alone['on_ours'] != N and alone['seeds'] == 1                 # of items alone it would be one: provisional
+    said = tables.in_words(pd.DataFrame([alone])).columns
+    assert 'one seed: provisional' in said[2] and 'provisional' in said[1]
+    assert 'provisional' not in tables.in_words(pd.DataFrame([steady])).columns[2]
+
+
+def test_a_table_over_seeds_has_their_mean_and_both_noises():
+    x = trained(400, 0, .05, 4, ['Cand. 1', 'Cand. 2'])
+    t, by = tables.table(6, scored(x)).set_index('model'), x.groupby(['model', 'task', 'seed'])['score'].mean()
+    gsm = by['Cand. 1', 'gsm8k']
+    assert t.loc['Cand. 1', 'gsm8k'] == pytest.approx(100*gsm.mean(), abs=.01)
+    item = x[(x['task'] == 'gsm8k') & (x['model'] == 'Cand. 1')].groupby('seed')['score'].var()/400
+    assert t.loc['Cand. 1', 'gsm8k_se'] == pytest.approx(100*math.sqrt(item.mean() + gsm.var()/4), abs=.01)
+    h6 = by['Cand. 1'].groupby('seed').mean()                            # one training moves all six together
+    assert tables.noises(scored(x)).set_index(['model', 'task']).loc[('Cand. 1', 'h6'), 'training_sd'] == \
+        pytest.approx(100*h6.std())
 
 
 def test_unknown_comparison():

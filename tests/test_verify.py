@@ -593,12 +593,13 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
         assert noise.loc[key, 'training_sd'] == pytest.approx(abs(one['score'] - two['score'])/math.sqrt(2), rel=1e-3)
         assert noise.loc[key, 'item_se'] == pytest.approx(math.sqrt((one['se']**2 + two['se']**2)/2), rel=1e-3)
     row = next(l for l in (out/'tables'/'table3.md').read_text().splitlines() if l.startswith('| SFT v1'))
-    key = ('SFT v1', 'truthfulqa')
-    assert f"± {100*x[0].loc[key, 'se']:.1f} ± {noise.loc[key, 'training_sd']:.1f}" in row
-    assert (
-        'over 2 trainings' in (out / 'tables' / 'table3.md').read_text()
-        and 'Item noise and training noise' in (out / 'report.html').read_text()
-    )
+    one, two = (100*f.loc[('SFT v1', 'truthfulqa')] for f in x.values())
+    mean, se = (one['score'] + two['score'])/2, math.hypot(*noise.loc[('SFT v1', 'truthfulqa'), ['item_se', 'training_sd']]
+                                                           / [1, math.sqrt(2)])
+    assert f'{mean:.2f}' in row and f'± {se:.1f}' in row
+    assert 'over items and 2 trainings' in (out/'tables'/'table3.md').read_text()
+    page = (out/'report.html').read_text()
+    assert 'Item noise and training noise' in page and '2 seeds: provisional' in page and 'seeds 0, 1' in page
     capsys.readouterr()
     assert main(['verify', *words]) == 0
     assert '24 tables compared' in (said := capsys.readouterr().out) and f'{2*16*7} scores' in said

@@ -1,17 +1,17 @@
-"""Put a run on the front page: `record_run.py [--profile tiny] [--tables-minutes N] [--test-minutes N]` reads what
-`make tables` left in runs/ and writes figures into nbs/recorded/ and the part of nbs/index.ipynb between its marks;
-README.md follows."""
+"""Record runs: `record_run.py --store STORE --seeds 0,1,2 [--profile tiny] [--kind NAME]` takes finished runs out of a
+store, one file a seed, into solar_repro/recorded/PROFILE/KIND/, from where the package shows them without running
+anything. KIND is the kind of processor, by default the instructions that the runs used. With or without new runs, the
+recorded ones then go onto the front page: figures into nbs/recorded/, and the part of nbs/index.ipynb between its
+marks; README.md follows."""
 
 import argparse
-import json
-import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 
 from keep_outputs import small
 
@@ -20,48 +20,77 @@ BEGIN, END = '<!-- recorded by tools/record_run.py -->', '<!-- end of what is re
 SHOWN = 4                                                   # the table whose picture stands on the front page
 
 
-def minutes(seconds: float) -> str:
-    return (
-        f'{seconds:.0f} s'
-        if seconds < 90
-        else f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
+def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = None) -> Path:
+    "A finished run as one file."
+    from solar_repro.pipeline.experiment import Experiment, USES_BASE
+    from solar_repro.pipeline.results import made_on, write_record
+    exp = Experiment(profile, seed=seed, store=store)
+    status = exp.status()
+    missing = status.loc[status['state'] == 'missing', 'stage'].tolist()
+    if missing:
+        sys.exit(
+            f'record_run: {len(missing)} stages of {profile}, seed {seed}, are missing in {store} ({missing[:3]} ...);'
+            f' expected a whole run. Run `solar-repro run --profile {profile} --seed {seed} --store {store}` first.'
+        )
+    manifests = {n: exp.find(n).manifest for n in exp.graph}
+    made = made_on([m for n, m in manifests.items() if exp.graph[n].kind in USES_BASE])
+    how = [made.get('capability'), made.get('MKL_CBWR')]
+    facts = dict(
+        profile=exp.profile.name, label=exp.profile.label, seed=seed, protocol=exp.profile.eval.protocol, made_on=made,
+        started=min(m['started'] for m in manifests.values()), seconds=round(float(status['seconds'].sum()), 1),
+        stages=exp.provenance().to_dict('records'),
     )
+    file = into / exp.profile.name / (kind or '-'.join(filter(None, how)).lower() or 'cpu') / f'seed{seed}.json.gz'
+    folders = {(m, t): exp.find(f'eval/{m}/{t}').path for m in exp.models for t in exp.tasks}
+    return write_record(file, facts, folders)
+
+
+def minutes(seconds: float) -> str:
+    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} minutes'
+
+
+def replicated(profile: str) -> list[str]:
+    "How many verdicts other seeds and another kind of processor give alike, a line of a table each."
+    from solar_repro.pipeline.results import replications
+    found = replications(profile)
+    if not found:
+        return []
+    lines = ['Do the verdicts replicate?', '', '| verdicts of | beside those of | agree |', '|:--|:--|:--|']
+    for r in found.values():
+        one, other = list(r)[1:3]
+        lines.append(f'| {one} | {other} | {r["agree"].sum()} of {len(r)} |')
+    return ['\n'.join(lines[:1]) + '\n\n' + '\n'.join(lines[2:])]
 
 
 def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_minutes: float | None = None) -> str:
-    "The recorded part: what was run, how long it took, two pictures, five tables."
+    "The part of the front page: what was run and on what, two pictures, what replicates, five tables."
     from solar_repro.pipeline.experiment import Experiment
+    from solar_repro.publishing.report import publish
     from solar_repro.tables import finding
-    exp = Experiment(profile)
-    status = exp.status()
-    missing = status.loc[status['state'] == 'missing', 'stage'].tolist()
-    if missing or not (exp.folder / 'report.html').exists():
-        sys.exit(
-            f'record_run: {len(missing)} stages of {profile} are missing ({missing[:3]} ...); expected a whole run. Run'
-            f' `make tables PROFILE={profile}` first.'
-        )
+    exp = Experiment(profile, recorded=True)
+    samples = exp.samples()
     (nbs / 'recorded').mkdir(exist_ok=True)
-    for png in sorted((exp.folder / 'figures').glob('*.png')):
-        (nbs / 'recorded' / png.name).write_bytes(small(png.read_bytes()))
-    tables = {n: pd.read_csv(exp.folder / 'tables' / f'table{n}.csv') for n in range(3, 8)}
-    alt = '. '.join(finding(SHOWN, tables[SHOWN], exp.label, exp.samples()).splitlines())
+    with tempfile.TemporaryDirectory() as d:
+        publish(exp.scores(), Path(d), exp.label, exp.provenance(), exp.custom, samples, exp.made_on())
+        for png in sorted(Path(d).glob('figures/*.png')):
+            (nbs / 'recorded' / png.name).write_bytes(small(png.read_bytes()))
+        numbers = '\n\n'.join((Path(d) / 'tables' / f'table{n}.md').read_text(encoding='utf-8').strip()
+                              for n in range(3, 8))
+    alt = '. '.join(finding(SHOWN, exp.table(SHOWN), exp.label, samples).splitlines())
+    took = minutes(sum(r['seconds'] for r in exp.records.values()) / len(exp.records))
     tables_took = f' `make tables`, notebooks and all, took {tables_minutes:.0f} minutes.' if tables_minutes else ''
-    took = (
-        f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on {os.cpu_count()} CPU cores,'
-        ' without a GPU.'
-        if exp.profile.machine.device == 'cpu'
-        else f'Building all {len(status)} stages took {minutes(status["seconds"].sum())} on one GPU.'
-    )
     tests = f' `make test` took {test_minutes:.0f} minutes.' if test_minutes else ''
-    numbers = '\n\n'.join((exp.folder / 'tables' / f'table{n}.md').read_text(encoding='utf-8').strip() for n in tables)
     return '\n\n'.join(
         [
-            f'A recorded run: **{exp.label}**, not SOLAR 10.7B. {took}{tables_took}{tests}',
+            f'Recorded runs: **{exp.label}**, not SOLAR 10.7B, on {exp.made_on()}. All {len(exp.graph)} stages of one'
+            f' seed took {took} of one processor.{tables_took}{tests} A run of your own says of itself what made it;'
+            ' on another processor its sums are rounded otherwise, and its scores differ as those of another seed do.',
             f'<p><img src="recorded/table{SHOWN}.png" alt="{alt}"></p>',
             (
                 '<p><img src="recorded/claims.png" alt="Each claim of section 4.3 with its verdict on the paper\'s'
                 ' numbers and on ours"></p>'
             ),
+            *replicated(profile),
             f'<details>\n<summary>Tables 3 to 7 in numbers</summary>\n\n{numbers}\n\n</details>',
         ]
     )
@@ -80,12 +109,17 @@ def put(notebook: Path, text: str) -> None:
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument('--profile', default='tiny')
+    ap.add_argument('--seeds', help='record the finished runs of these seeds, such as 0,1,2')
+    ap.add_argument('--store', type=Path, default=ROOT / 'runs' / 'store', help='where they lie (default: runs/store)')
+    ap.add_argument('--kind', help='name of the kind of processor (default: the instructions that were used)')
     ap.add_argument(
         '--tables-minutes', type=float, help='what `make tables` took from an empty store, to be said beside it'
     )
     ap.add_argument('--test-minutes', type=float, help='what `make test` took, to be said beside it')
     ap.add_argument('--nbs', type=Path, default=ROOT / 'nbs', help='the notebooks to write into (default: nbs/)')
     args = ap.parse_args()
+    for seed in (args.seeds or '').replace(',', ' ').split():
+        print(record(args.profile, int(seed), args.store, ROOT / 'solar_repro' / 'recorded', args.kind))
     put(args.nbs / 'index.ipynb', text_of(args.profile, args.nbs, args.tables_minutes, args.test_minutes))
     if args.nbs.resolve() == ROOT / 'nbs':
         subprocess.run([str(Path(sys.executable).parent / 'nbdev_clean')], check=True, cwd=ROOT)

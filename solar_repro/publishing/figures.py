@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from .. import paper
 from ..core.figures import OURS, PAPER, style
 from ..paper import models, TITLES
-from ..tables import CONTRADICTED, finding, NOISE, paper_scores, SUPPORTED, table, verdicts_on_paper, with_h6
+from ..tables import (CONTRADICTED, finding, paper_scores, standing, SUPPORTED, table, UNDECIDED,
+                                verdicts_on_paper, with_h6)
 
 # %% ../../nbs/publishing/01_figures.ipynb #4e25e36f
 def _mean(t:pd.DataFrame, column:str)->float: return t.loc[t['h6_paper'].notna(), column].mean()
@@ -80,11 +81,11 @@ def figure(
     return fig
 
 # %% ../../nbs/publishing/01_figures.ipynb #fbe71382
-VERDICT_COLORS = {SUPPORTED: '#047857', CONTRADICTED: '#b91c1c', NOISE: PAPER} # white words on them can be read
-MARKS = {SUPPORTED: 'o', CONTRADICTED: 'X', NOISE: '_'}
+VERDICT_COLORS = {SUPPORTED: '#047857', CONTRADICTED: '#b91c1c', UNDECIDED: PAPER} # white words on them can be read
+MARKS = {SUPPORTED: 'o', CONTRADICTED: 'X', UNDECIDED: '_'}
 MOST_MARKS = 7 # of more comparisons only their numbers are drawn
 
-def _edge(verdict:str)->float: return 1.8 if verdict == NOISE else .5
+def _edge(verdict:str)->float: return 1.8 if verdict == UNDECIDED else .5
 
 def _verdict_row(ax, y:int, verdict:str, parts:Sequence[str])->None:
     "A claim's verdict as a word, and its comparisons as marks, or as numbers of marks."
@@ -123,9 +124,10 @@ def claims_figure(
     "All claims and their verdicts as one picture."
     style()
     fig, axes = plt.subplots(1, 2, figsize=(9, 1.1 + .31*len(c)), sharey=True)
-    _verdict_column(axes[0], "on the paper's numbers", c['on_paper'], c['paper_parts'])
+    papers = "on the paper's (one training each: provisional)"
+    _verdict_column(axes[0], papers, c['on_paper'], c['paper_parts'])
     _second_noise(axes[0], c)
-    _verdict_column(axes[1], 'on ours', c['on_ours'], c['our_parts'])
+    _verdict_column(axes[1], f'on ours ({standing(c["seeds"].iloc[0])})', c['on_ours'], c['our_parts'])
     axes[0].set_yticks(range(len(c)), c['claim'])
     title = (f"{len(c)} claims of the text: the paper's own numbers {_counted(c['on_paper'])}; "
              f"ours {_counted(c['on_ours'])}\nOurs: {label}")

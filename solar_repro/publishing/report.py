@@ -18,7 +18,7 @@ from .. import paper
 from ..core.files import whole, write_whole
 from .figures import claims_figure, figure
 from .text import as_html, printed, write_tables
-from ..tables import all_comparisons, claims, finding, MARGIN, noise_by_seed, table
+from ..tables import all_comparisons, claims, finding, MARGIN, noises, standing, table
 
 # %% ../../nbs/publishing/02_report.ipynb #f4d00071
 _CSS = """
@@ -32,7 +32,7 @@ td:first-child{white-space:nowrap}
 .claims td{white-space:normal;min-width:24rem}.claims td:first-child{min-width:14rem}
 .paper,.soft{color:var(--soft)}img{max-width:100%;background:#fff;border-radius:4px}
 @media(max-width:700px){p:has(>img){overflow-x:auto}img{max-width:60rem}}h2{margin-top:2.5rem}
-.supported{color:#059669}.contradicted{color:#dc2626}.within{color:var(--soft)}
+.supported{color:#059669}.contradicted{color:#dc2626}.undecided{color:var(--soft)}
 """
 
 # %% ../../nbs/publishing/02_report.ipynb #769ca751
@@ -46,14 +46,16 @@ one that no paired test tells from the runner-up. These are results of <b>{{ lab
 {% for n, table, image, title in tables %}<h2>Table {{ n }}</h2>{{ table }}
 <p><img alt="{{ title }}" src="data:image/png;base64,{{ image }}"></p>
 {% endfor %}<h2>Claims</h2>
-<p>A comparison is <span class="supported">supported</span> if the difference, give or take two standard errors, lies
+<p>A comparison is <span class="supported">supported</span> if the 95 % interval of the difference lies
 where the claim says, <span class="contradicted">contradicted</span> if it lies wholly elsewhere, and otherwise
-<span class="within">within the noise</span>; ≈ and ≥ allow {{ margin }} points, a margin of ours (the paper names
-none). A claim is supported if all its comparisons are, contradicted if one is. Standard errors count the noise of the
-test items only; the noise of training comes on top.</p>
+<span class="undecided">undecided</span>; ≈ and ≥ allow {{ margin }} points, a margin of ours (the paper names
+none). A claim is supported if all its comparisons are, contradicted if one is. Where trainings were repeated with
+several seeds, the interval is over items and trainings; verdicts on one training each, as the paper's are, count the
+noise of the test items only and are <b>provisional</b>.</p>
 <p><img alt="Verdict on each claim, on the paper's numbers and on ours"
 src="data:image/png;base64,{{ claims_image }}"></p>
-<table class="claims"><tr><th>claim</th><th>on the paper's numbers</th><th>on ours, {{ label }}</th></tr>
+<table class="claims"><tr><th>claim</th><th>on the paper's numbers
+(one training each: provisional)</th><th>on ours, {{ label }} ({{ standing }})</th></tr>
 {% for c in claims %}<tr><td><b>{{ c.claim }}</b><br><span class="soft">“{{ c.quote }}”</span></td>
 {% for verdict, numbers in c.sides %}<td><b class="{{ verdict.split()[0] }}">{{ verdict }}</b>
 {% for x in numbers %}<br><span class="soft">{{ x }}</span>{% endfor %}</td>{% endfor %}</tr>
@@ -61,10 +63,10 @@ src="data:image/png;base64,{{ claims_image }}"></p>
 {% if tests %}<h2>Paired tests</h2><p>Differences in points on the same items; McNemar's exact test for right or wrong,
 swapped signs for TruthfulQA and H6. <i>p_holm</i> is corrected over a table; <i>resolvable</i> is the true difference
 that so many items would show four times in five.</p>{{ tests }}{% endif %}
-{% if noises %}<h2>Item noise and training noise</h2><p>Seeds {{ seeds }}: <i>item_se</i> is the standard error of one
+{% if noises %}<h2>Item noise and training noise</h2><p><i>item_se</i> is the standard error of one
 score over its items, which all seeds share; <i>training_sd</i> is the standard deviation of the score over the
-trainings. In the tables above the first ± is of the items, the second of the trainings.</p>{{ noises }}{% endif %}
-<h2>What was run</h2>{{ provenance }}</body></html>
+trainings. The ± in the tables above is of both.</p>{{ noises }}{% endif %}
+<h2>What was run</h2><p>{{ made_on }}</p>{{ provenance }}</body></html>
 """
 
 def _embed(png:Path)->str: return base64.b64encode(png.read_bytes()).decode()
@@ -90,23 +92,23 @@ def publish(
     provenance:pd.DataFrame, # what was run, one row a stage
     custom:dict[int,list[str]]={}, # table -> rows below the paper's
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
-    by_seed:dict[int,pd.DataFrame]={}, # seed -> scores, where the trainings were repeated
+    made_on:str='', # processor and libraries
 )->list[Path]: # files written
     "Tables, figures and report.html of a run."
     pictures, verdicts = out/'figures', claims(scores, samples=samples)
     pictures.mkdir(parents=True, exist_ok=True)
-    files, shown = write_tables(scores, out/'tables', label, custom, samples, by_seed), []
+    files, shown = write_tables(scores, out/'tables', label, custom, samples), []
     for n in paper.MADE:
         rows = custom.get(n, ())
         files.append(_save(figure(n, scores, label, rows, samples), pictures/f'table{n}.png'))
         title = html.escape(finding(n, table(n, scores, rows), label, samples))
-        shown.append((n, as_html(printed(n, scores, 'html', rows, samples, by_seed)), _embed(files[-1]), title))
+        shown.append((n, as_html(printed(n, scores, 'html', rows, samples)), _embed(files[-1]), title))
     files.append(_save(claims_figure(verdicts, label), pictures/'claims.png'))
     plain = dict(index=False, border=0)
     page = Environment(autoescape=False).from_string(_PAGE).render(
         label=html.escape(label), css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_escaped(verdicts),
-        claims_image=_embed(files[-1]), seeds=', '.join(map(str, by_seed)),
+        claims_image=_embed(files[-1]), standing=standing(verdicts['seeds'].iloc[0]), made_on=html.escape(made_on),
         tests='' if samples is None else all_comparisons(samples).to_html(float_format='%.2g', **plain),
-        noises=noise_by_seed(by_seed).to_html(float_format='%.2f', **plain) if len(by_seed) > 1 else '',
+        noises=noises(scores).to_html(float_format='%.2f', **plain) if 'seeds' in scores else '',
         provenance=provenance.to_html(na_rep='', **plain))
     return [*files, write_whole(out/'report.html', page)]

@@ -17,7 +17,7 @@ import pandas as pd
 from .. import paper
 from ..core.files import write_whole
 from ..paper import TITLES
-from ..tables import all_comparisons, claims, noise_by_seed, PLAIN, plain_words, table, unresolved
+from ..tables import all_comparisons, claims, MIN_SEEDS, noises, PLAIN, plain_words, table, unresolved
 
 # %% ../../nbs/publishing/00_text.ipynb #50a86052
 class _Markup(NamedTuple):
@@ -60,18 +60,15 @@ def printed(
     markup:str, # 'html', 'md' or 'tex'
     custom:Sequence[str]=(), # rows below the paper's
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
-    by_seed:dict[int,pd.DataFrame]={}, # seed -> scores; of two or more, the scatter of the trainings is printed, too
 )->pd.DataFrame: # strings
     "A table as it is printed."
     marks, t = MARKUPS[markup], table(n, scores, custom)
     close = frozenset() if samples is None else unresolved(t, samples)
     theirs_bold = {r.model: r.bold for r in paper.ROWS if r.table == n}
-    scatter = noise_by_seed(by_seed).set_index(['model', 'task'])['training_sd'] if len(by_seed) > 1 else None
     def cell(row, task):
         best, theirs = row[task] == t[task].max(), row[f'{task}_paper']
         text = _value(row[task], best, marks) + (_in_markup('≈', markup) if best and task in close else '')
         text += marks.noise.format(row[f'{task}_se'])
-        if scatter is not None: text += marks.noise.format(scatter[row['model'], task])
         if math.isnan(theirs): return text
         return text + marks.paper.format(_value(theirs, task in theirs_bold[row['model']], marks))
     out = {'Model': t['model'], **_made(n, t['model'], markup)}
@@ -82,28 +79,31 @@ def printed(
     return pd.DataFrame(out)
 
 # %% ../../nbs/publishing/00_text.ipynb #00f9b55f
-def _texts(n:int, scores:pd.DataFrame, label:str, custom:Sequence[str], samples:pd.DataFrame|None,
-           by_seed:dict[int,pd.DataFrame])->dict[str,str]: # ending -> text
+def _over(scores:pd.DataFrame)->str:
+    "What standard errors are over, where it is not the items alone."
+    return f" over items and {int(scores['seeds'].max())} trainings" if 'seeds' in scores else ''
+
+def _texts(n:int, scores:pd.DataFrame, label:str, custom:Sequence[str],
+           samples:pd.DataFrame|None)->dict[str,str]: # ending -> text
     "One table in four formats."
-    noises = 'one standard error'
-    if len(by_seed) > 1: noises += f' over items ± one standard deviation over {len(by_seed)} trainings'
-    said = f"Table {n}, {label}: percent ± {noises}, the paper's value {{}}; "
+    said = f"Table {n}, {label}: percent ± one standard error{_over(scores)}, the paper's value {{}}; "
     said += 'best of each column in bold, theirs and ours'
     said += '.' if samples is None else '; ≈: not resolved from the runner-up.'
     beside, below = said.format('in brackets'), html.escape(said.format('below, in grey'), quote=False)
-    shown = {m: printed(n, scores, m, custom, samples, by_seed) for m in MARKUPS}
+    shown = {m: printed(n, scores, m, custom, samples) for m in MARKUPS}
     return dict(csv=table(n, scores, custom).to_csv(index=False, float_format='%.2f'),
                 html=as_html(shown['html']).replace('>', f'><caption>{below}</caption>', 1),
                 md=f"{beside}\n\n{shown['md'].to_markdown(index=False, disable_numparse=True)}\n",
                 tex=shown['tex'].to_latex(index=False, escape=False, caption=_tex(beside)))
 
-def _beside(scores:pd.DataFrame, samples:pd.DataFrame|None, by_seed:dict[int,pd.DataFrame])->dict[str,pd.DataFrame]:
+def _beside(scores:pd.DataFrame, samples:pd.DataFrame|None)->dict[str,pd.DataFrame]:
     "What has no place in the five tables, by name."
-    shown = ['claim', 'on_paper', 'on_ours', 'quote', 'paper_numbers', 'our_numbers']
-    out = dict(claims=claims(scores, samples=samples)[shown])
+    verdicts = claims(scores, samples=samples)
+    shown = ['claim', 'on_paper', 'on_ours', 'seeds', 'provisional', 'quote', 'paper_numbers', 'our_numbers']
+    out = dict(claims=verdicts.assign(provisional=verdicts['seeds'] < MIN_SEEDS)[shown])
     if samples is not None: out['comparisons'] = all_comparisons(samples)
     if PLAIN in set(scores['task']): out[PLAIN] = plain_words(scores, list(dict.fromkeys(scores['model'])))
-    if len(by_seed) > 1: out['noise'] = noise_by_seed(by_seed)
+    if 'seeds' in scores: out['noise'] = noises(scores)
     return out
 
 # %% ../../nbs/publishing/00_text.ipynb #95c2f294
@@ -113,12 +113,11 @@ def write_tables(
     label:str, # what the scores are of
     custom:dict[int,list[str]]={}, # table -> rows below the paper's
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
-    by_seed:dict[int,pd.DataFrame]={}, # seed -> scores, where the trainings were repeated
 )->list[Path]: # files written
     "All tables of a run as text; the same scores give the same bytes."
     folder.mkdir(parents=True, exist_ok=True)
     files = {f'table{n}.{ending}': text for n in paper.MADE
-             for ending, text in _texts(n, scores, label, custom.get(n, ()), samples, by_seed).items()}
-    for name, x in _beside(scores, samples, by_seed).items():
+             for ending, text in _texts(n, scores, label, custom.get(n, ()), samples).items()}
+    for name, x in _beside(scores, samples).items():
         files[f'{name}.csv'] = x.to_csv(index=False, float_format='%.4g')
     return [write_whole(folder/name, text) for name, text in files.items()]

@@ -31,21 +31,27 @@ def _as_records(frame)->list[dict]: # of a pandas DataFrame; what is missing is 
     return json.loads(frame.to_json(orient='records', double_precision=15))
 
 # %% ../../nbs/reports/02_commands.ipynb #764369ef
+def _recorded(exp): # an Experiment
+    "The recorded runs of an experiment's profile."
+    return library('pipeline.experiment').Experiment(exp.profile.name, store=exp.store.folder, recorded=True)
+
 def run(exp,
     *,
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
+    recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs
 )->None:
     """Build every stage, with every seed of the profile; write tables, figures and the report.
 
     solar-repro run
     solar-repro run --profile mine.toml --seed 1
     solar-repro run --workers 1
+    solar-repro run --recorded
     """
+    if recorded: exp = _recorded(exp)
     if workers is not None: exp.build_with(workers)
-    exp.run()
-    by_seed = {seed: e.scores() for seed, e in exp.repeated().items()}
+    if not recorded: exp.run()
     about, publish = (exp.label, exp.provenance(), exp.custom), library('publishing.report').publish
-    for f in publish(exp.scores(), exp.folder, *about, exp.samples(), by_seed): print(f)
+    for f in publish(exp.scores(), exp.folder, *about, exp.samples(), exp.made_on()): print(f)
 
 # %% ../../nbs/reports/02_commands.ipynb #cc59ae6d
 def status(exp,
@@ -67,13 +73,16 @@ def status(exp,
 def table(exp,
     n:Literal[3, 4, 5, 6, 7], # number of the table
     *,
+    recorded:bool=False, # of the runs that came with the package, all seeds; nothing is built
     json_:bool=False, # as JSON, for a program
 )->None:
     """Print a table: ours, the standard errors and the paper's values.
 
+    solar-repro table 5 --recorded
     solar-repro table 5
     solar-repro table 7 --profile smoke --json
     """
+    if recorded: exp = _recorded(exp)
     t = exp.table(n)
     if json_: return _print_json(dict(table=n, label=exp.label, rows=_as_records(t)))
     print(f'Table {n}, {exp.label}\n{t.to_string(index=False)}')
