@@ -2,7 +2,7 @@
 #               PROFILE=smol DATA=DIR: real weights and the published rows in DIR (solar_repro.core.data_files says how it is laid out)
 # make test     notebooks in sync with the library, every notebook, the tests
 # make test-all make test, and the tests that take minutes
-# make lab      explore in JupyterLab
+# make lab      explore in JupyterLab; ROOT=1 lets root start it, in a container
 # make docs     the documentation site, in _docs/, with the outputs of runs/PROFILE/ where that was run
 # make notebooks  make tables, then keep the executed notebooks' outputs in nbs/
 # make record   put the pictures, tables and times of runs/PROFILE/ on the front page and into README.md
@@ -34,7 +34,10 @@ test-all: setup
 	@sh tools/test.sh all
 
 lab: setup
-	@$(BIN)/python -m jupyterlab nbs
+	@if [ "$$(id -u)" = 0 ] && [ -z '$(ROOT)' ]; then \
+		echo 'make lab: Jupyter does not start for root by itself. Use another account, or, in a container that'; \
+		echo 'only you reach, say so: make lab ROOT=1'; exit 1; fi
+	@$(BIN)/python -m jupyterlab nbs/06_tables.ipynb $(if $(ROOT),--allow-root)
 
 docs: setup
 	@$(BIN)/python tools/build_docs.py --profile '$(PROFILE)'
@@ -43,6 +46,7 @@ notebooks: tables
 	@$(BIN)/python tools/keep_outputs.py --profile '$(PROFILE)'
 
 record: setup
+	@$(BIN)/python tools/record_answers.py --profile '$(PROFILE)'
 	@$(BIN)/python tools/record_run.py --profile '$(PROFILE)'
 
 check: setup

@@ -1,11 +1,19 @@
 "What somebody meets who has just come: commands that say where, how much and what to do; the line between two models."
+import os
+import re
+import subprocess
+from configparser import ConfigParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+import yaml
 
+from solar_repro.paper import MEASURED
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.sweep import between, is_built, sweep
 from solar_repro.reports.cli import main
+from solar_repro.tables import CONTRADICTED, SUPPORTED, verdicts_on_paper
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,3 +62,63 @@ def test_init_says_where_notebooks_and_results_lie(tmp_path, monkeypatch, capsys
     assert main(['init', 'my solar']) == 0
     out = capsys.readouterr().out
     assert str(tmp_path/'my solar'/'nbs') in out and str(tmp_path/'my solar'/'runs') in out and "cd 'my solar'" in out
+
+
+def test_status_of_nothing_says_no_none(tmp_path, capsys):
+    assert main(['status', '--profile', 'smoke', '--store', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert 'None' not in out and 'NaN' not in out and '0 of ' in out
+
+
+def test_addresses_are_those_of_settings():
+    "The placeholders stand in one place; README, citation and badges follow it."
+    ini = ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    c = ini['DEFAULT']
+    repo, branch = f'{c["user"]}/{c["repo"]}', c['branch']
+    assert c['git_url'] == f'https://github.com/{repo}'
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    found = re.findall(r'https://(?:colab\.research\.google\.com/github|mybinder\.org/v2/gh)/([^)\s]+)', readme)
+    assert len(found) == 2 and all(x.startswith(repo) and branch in x for x in found), found
+    for x in found: assert (ROOT/re.search(r'nbs.*', unquote(x))[0]).is_file(), x
+    cff = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    assert (cff['repository-code'], cff['version'], cff['cff-version']) == (c['git_url'], c['version'], '1.2.0')
+    names = [f'{a["given-names"]} {a["family-names"]}' for a in cff['references'][0]['authors']]
+    assert ' and '.join(names) in ' '.join(readme.split()), 'the same authors as the BibTeX of the front page'
+
+
+def test_binder_installs_what_is_pinned():
+    ini = (ROOT/'settings.ini').read_text(encoding='utf-8')
+    lines = (ROOT/'binder'/'requirements.txt').read_text().splitlines()
+    pins = [x for x in lines if '==' in x]
+    assert len(pins) == 1 and pins[0] in ini and '-e .' in lines
+    assert (ROOT/'binder'/'runtime.txt').read_text().strip() == 'python-3.11'
+    assert os.access(ROOT/'binder'/'postBuild', os.X_OK)
+    assert subprocess.run(['sh', '-n', ROOT/'binder'/'postBuild']).returncode == 0
+
+
+def test_front_page_says_what_the_papers_numbers_tell():
+    readme = ' '.join((ROOT/'README.md').read_text(encoding='utf-8').split())
+    verdicts = verdicts_on_paper()
+    n = {noise: (verdicts[noise] == SUPPORTED).sum() for noise in ('items', 'recipe')}
+    none = not (verdicts['items'] == CONTRADICTED).any() and n['recipe'] == 0
+    assert none and f'they support {n["items"]} of the text\'s {len(verdicts)} claims and contradict none' in readme
+    assert f'none of the {n["items"]} is left' in readme
+    of = {m: [x.scores for x in MEASURED if x.of == m] for m in ('solar', 'zephyr-dpo')}
+    (h6, *_, gsm8k), (h6_again, *_, gsm8k_again) = of['solar'][1:]
+    assert f'H6 by {h6_again - h6:.2f} and GSM8K by {gsm8k_again - gsm8k:.2f}' in readme
+    assert f'lie {of["zephyr-dpo"][0][0] - of["zephyr-dpo"][1][0]:.2f} apart' in readme
+
+
+def test_make_lab_tells_root_what_to_do(tmp_path):
+    fake = tmp_path/'id'
+    fake.write_text('#!/bin/sh\necho 0\n')
+    fake.chmod(0o755)
+    env = os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}')
+    shown = subprocess.run(['make', '-n', '--no-print-directory', 'lab'], cwd=ROOT, capture_output=True, text=True)
+    recipe = shown.stdout
+    asks = recipe[recipe.index('if ['):recipe.rindex('.venv/bin/python -m jupyterlab')]
+    said = subprocess.run(['sh', '-c', asks], env=env, capture_output=True, text=True)
+    assert said.returncode == 1 and 'make lab ROOT=1' in said.stdout
+    fake.write_text('#!/bin/sh\necho 1000\n')
+    assert subprocess.run(['sh', '-c', asks], env=env).returncode == 0

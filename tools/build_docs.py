@@ -5,11 +5,14 @@ ones in nbs/; otherwise the outputs stored in nbs/, which may be none. Code is n
 """
 import argparse
 import ast
+import html
+import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 
@@ -30,8 +33,6 @@ os.chdir(Path(__file__).resolve().parents[1])
 cfg = get_config()
 BASE = re.escape((cfg.doc_host + cfg.doc_baseurl).rstrip('/') + '/')
 SECTIONS = {
-    '.': 'The story',
-    'tiny': 'The tiny world',
     'core': 'Core',
     'models': 'Models',
     'inference': 'Inference',
@@ -39,7 +40,9 @@ SECTIONS = {
     'publishing': 'Publishing',
     'pipeline': 'Pipeline',
     'reports': 'Reports',
-}  # in this order; others by their own name, last
+}  # of the machinery, in this order; others by their own name, last
+RESULTS = ['tables.ipynb', 'answers.qmd']                   # the pages that one comes for, first
+STORY = '.', 'tiny'                                         # folders of pages on which code is folded
 EXPORT = re.compile(r'^#\|\s*exports?\b.*\n?', flags=re.M)
 
 
@@ -107,6 +110,49 @@ def show_exports(nb, reference: str) -> None:
     nb.cells[:] = cells
 
 
+def fold_code(nb) -> None:
+    "On a page of the story code is there for whoever asks; results and prose stand open."
+    for c in nb.cells:
+        if c.cell_type != 'code' or '#| code-fold' in c.source: continue
+        defined = [d.name for d in parsed(c.source) if isinstance(d, (ast.FunctionDef, ast.ClassDef))]
+        names = [n for n in defined if n[0] != '_']
+        what = f'code: {", ".join(names)}' if names else 'code'
+        c.source = f'#| code-fold: true\n#| code-summary: "{what}"\n{c.source}'
+
+
+def elsewhere(name: str, up: str) -> str:
+    "Where a page's notebook can be had: as a file, as it lies in the repository, and where it runs without set-up."
+    repo = f'{cfg.user}/{cfg.repo}'
+    links = {
+        'download this notebook': f'{up}notebooks/{name}" download="{Path(name).name}',
+        'its source': f'{cfg.git_url}/blob/{cfg.branch}/nbs/{name}',
+        'open in Colab': f'https://colab.research.google.com/github/{repo}/blob/{cfg.branch}/nbs/{name}',
+        'open in Binder': f'https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath={quote(f"nbs/{name}", safe="")}',
+    }
+    return '<p class="elsewhere">' + ' · '.join(f'<a href="{u}">{t}</a>' for t, u in links.items()) + '</p>'
+
+
+def answers_page(recorded: Path) -> str:
+    "One prompt, all models, side by side, from recorded answers: HTML under a title."
+    kept = json.loads(recorded.read_text(encoding='utf-8'))
+    text = lambda t: html.escape(t).replace('\n', '<br>')
+    out = [
+        '---\ntitle: Answers\n'
+        'description: "One prompt, all models, side by side, as evaluations recorded them."\n---\n',
+        f"A recorded run of the **{kept['label']}**, not of SOLAR 10.7B. Of each benchmark these are the items "
+        'on which the models differ most, so no hand chose them. A green edge: scored as right.\n',
+    ]
+    for x in kept['items']:
+        cards = ''.join(
+            f'<div class="answer{" right" if x["score"][m] >= .5 else ""}"><b>{html.escape(m)}</b> '
+            f'<span>{x["score"][m]:g}</span><br>{text(a)}</div>'
+            for m, a in x['said'].items()
+        )
+        out.append(f'## {x["task"]}, item {x["item"]}\n\n```{{=html}}\n<p class="asked">{text(x["prompt"])}</p>\n'
+                   f'<p class="asked-right">right: {text(x["right"])}</p>\n<div class="answers">{cards}</div>\n```\n')
+    return '\n'.join(out)
+
+
 def alt_texts(nb) -> None:
     "A figure without a text of its own is described by the heading and the prose that lead to it."
     heading = prose = ''
@@ -138,12 +184,15 @@ def process(src: Path, nbs: Path, proc: Path, run: Path, pages: dict[str, str]) 
     module = next((m[1] for c in nb.cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, flags=re.M))), '')
     show_exports(nb, f"{up}{pages.get(f'{cfg.lib_name}.{module}', '')}")
     alt_texts(nb)
+    if folder.as_posix() in STORY and src.name != 'index.ipynb': fold_code(nb)
     FilterDefaults()(nb)
     raw = bool(nb.cells) and nb.cells[0].cell_type == 'raw'
     front = yaml.safe_load(nb.cells[0].source.strip().strip('-')) if raw else {}
     out = folder / Path(front.pop('output-file', src.stem)).with_suffix('.ipynb').name
     if raw:
         nb.cells[0].source = f'---\n{yaml.safe_dump(front)}---\n'
+    if src.name != 'index.ipynb':
+        nb.cells.insert(int(raw), mk_cell(elsewhere(src.relative_to(nbs).as_posix(), up), cell_type='markdown'))
     for c in nb.cells:
         if c.cell_type == 'markdown':
             c.source = fix_md(c.source, up).replace('<details>', '<details open>')
@@ -168,13 +217,24 @@ def api_pages() -> dict[str, str]: # module -> its page in the site
 
 
 def sidebar(pages: list[str]) -> list:
-    "Front page, then the notebooks folder by folder in story order, then the reference."
-    folders = {p: Path(p).parent.as_posix() for p in pages if p != 'index.ipynb'}
+    "Front page, results, the story in its order, the tiny world; then the machinery and the reference, folded."
+    folders = {p: Path(p).parent.as_posix() for p in pages if p not in ('index.ipynb', *RESULTS)}
+    inside = lambda f: [p for p in pages if folders.get(p) == f]
     known = [f for f in SECTIONS if f in folders.values()]
-    side = ['index.ipynb']
-    for f in [*known, *sorted(set(folders.values()) - set(known))]:
-        side.append(dict(section=SECTIONS.get(f, f.capitalize()), contents=[p for p in pages if folders.get(p) == f]))
-    return [*side, dict(section='API reference', contents=[p.replace('.html', '.qmd') for p in api_pages().values()])]
+    rest = sorted(set(folders.values()) - {*known, *STORY})
+    reference = {}
+    for module, page in api_pages().items():
+        part = module.split('.')[1] if module.count('.') > 1 else 'the story'
+        reference.setdefault(SECTIONS.get(part, part.capitalize()), []).append(page.replace('.html', '.qmd'))
+    section = lambda name, contents: dict(section=name, contents=contents)
+    return [
+        'index.ipynb',
+        section('Results', [p for p in RESULTS if p in pages]),
+        section('The story', inside('.')),
+        section('The tiny world', inside('tiny')),
+        section('The machinery', [section(SECTIONS.get(f, f.capitalize()), inside(f)) for f in [*known, *rest]]),
+        section('API reference', [section(name, found) for name, found in reference.items()]),
+    ]
 
 
 def offline(site: Path) -> None:
@@ -223,6 +283,10 @@ def main() -> None:
     pages = [process(f.resolve(), nbs, proc, run, reference) for f in sources]
     for name in ('_quarto.yml', 'nbdev.yml', 'styles.css'):
         shutil.copy2(nbs / name, proc / name)
+    recorded = nbs / 'recorded' / 'answers.json'
+    if recorded.exists():
+        (proc / 'answers.qmd').write_text(answers_page(recorded), encoding='utf-8')
+        pages.append('answers.qmd')
     side = {'website': {'sidebar': {'contents': sidebar(pages)}}}
     (proc / 'sidebar.yml').write_text(yaml.safe_dump(side, sort_keys=False), encoding='utf-8')
     site = build(str(proc))
@@ -230,6 +294,10 @@ def main() -> None:
     shutil.rmtree(dest, ignore_errors=True)
     shutil.move(proc / dest.name, dest)
     shutil.copytree(nbs / 'recorded', dest / 'recorded', dirs_exist_ok=True)
+    for f in sources:
+        kept = dest / 'notebooks' / f.resolve().relative_to(nbs)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(f.resolve(), kept)
     offline(dest)
     for w in site.warnings:
         print('warning:', w)

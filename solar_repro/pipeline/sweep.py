@@ -46,16 +46,19 @@ def measured(
     scores:pd.DataFrame, # model, task, score, se; fractions
     samples:pd.DataFrame, # model, task, doc_id, score
     line:pd.DataFrame, # method, weight, model, of `between`
-)->pd.DataFrame: # method, weight, model, task, score, difference (from the even average), se, p, p_best; fractions
-    "The line in numbers: 'h6' and the six, each point beside the even average."
+)->pd.DataFrame: # method, weight, model, task, score; of averages difference (from the even one), se, p, p_best
+    "The line in numbers, fractions: 'h6' and the six, each average beside the even one."
     score, rows = with_h6(scores)['score'], []
     even = line.query('method == "linear" and weight == .5')['model'].item()
-    for (method, task), g in ((k, g) for m, g in line.groupby('method') for k, g in [((m, t), g) for t in TITLES]):
-        best = max(g['model'], key=lambda m: score[m, task])
-        for x in g.to_dict('records'):
-            d, p_best = pair(samples, task, x['model'], even), pair(samples, task, x['model'], best).p
-            rows.append(x | dict(task=task, score=score[x['model'], task], difference=d.difference, se=d.se, p=d.p,
-                                 p_best=p_best))
+    averages = line.loc[line['method'] == 'linear', 'model']
+    for task in TITLES:
+        best = max(averages, key=lambda m: score[m, task])
+        for x in line.to_dict('records'):
+            rows.append(x | dict(task=task, score=score[x['model'], task]))
+            if x['method'] != 'linear': continue
+            d = pair(samples, task, x['model'], even)
+            p_best = pair(samples, task, x['model'], best).p
+            rows[-1] |= dict(difference=d.difference, se=d.se, p=d.p, p_best=p_best)
     return pd.DataFrame(rows)
 
 def is_built(exp:Experiment, line:pd.DataFrame)->bool: # both of `between`

@@ -89,6 +89,7 @@ def _texts(n:int, scores:pd.DataFrame, label:str, custom:Sequence[str],
     said = f"Table {n}, {label}: percent ± one standard error{_over(scores)}, the paper's value {{}}; "
     said += 'best of each column in bold, theirs and ours'
     said += '.' if samples is None else '; ≈: not resolved from the runner-up.'
+    if PLAIN in set(scores['task']): said += ' plain words: TruthfulQA over its plainly worded answers alone.'
     beside, below = said.format('in brackets'), html.escape(said.format('below, in grey'), quote=False)
     shown = {m: printed(n, scores, m, custom, samples) for m in MARKUPS}
     return dict(csv=table(n, scores, custom).to_csv(index=False, float_format='%.2f'),

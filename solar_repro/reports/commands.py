@@ -67,7 +67,8 @@ def status(exp,
     if json_:
         about = dict(profile=exp.profile.name, label=exp.label, store=str(exp.store.folder))
         return _print_json(about | dict(stages=_as_records(s)))
-    print(s[['stage', 'kind', 'state', 'seconds', 'key']].to_string(index=False, na_rep='', float_format='%.1f'))
+    shown = s[['stage', 'kind', 'state', 'seconds', 'key']].astype(dict(seconds=float)) # of none built, too
+    print(shown.to_string(index=False, na_rep='', float_format='%.1f'))
     print(f"{(s['state'] == 'built').sum()} of {len(s)} stages of profile {exp.profile.name} are in {exp.store.folder}")
 
 def table(exp,
