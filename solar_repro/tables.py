@@ -6,7 +6,7 @@
 __all__ = ['Answers', 'ALPHA', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'MARGIN', 'MIN_SEEDS', 'PLAIN', 'with_h6', 'table',
            'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'all_comparisons', 'unresolved', 'finding', 'judge',
            'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'standing', 'in_short', 'in_words', 'over_seeds',
-           'noises', 'replication', 'plain_words']
+           'noises', 'alike', 'replication', 'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
@@ -288,6 +288,15 @@ def noises(
     return x[['model', 'task']].assign(**{k: 100*x[k] for k in ('score', 'item_se', 'training_sd')}, seeds=x['seeds'])
 
 # %% ../nbs/06_tables.ipynb #f33c27ce
+def alike(
+    r:pd.DataFrame, # of `replication`
+)->str: # such as '20 of 22 agree, 9 of them decided; 0 are opposite'
+    "A replication in words."
+    two = r.iloc[:, 1:-1]
+    opposite = (two.isin([SUPPORTED, CONTRADICTED]).all(axis=1) & ~r['agree']).sum()
+    decided = (r['agree'] & (two.iloc[:, 0] != UNDECIDED)).sum()
+    return f'{r["agree"].sum()} of {len(r)} agree, {decided} of them decided; {opposite} are opposite'
+
 def replication(
     verdicts:dict[str,pd.DataFrame], # what the trainings were -> of `claims`
 )->pd.DataFrame: # claim, a column for each of them, agree

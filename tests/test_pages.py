@@ -19,7 +19,8 @@ from chrome import PROGRAM, Chrome
 
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import build_graph
-from solar_repro.pipeline.experiment import Experiment, cost
+from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.progress import cost
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
@@ -480,57 +481,31 @@ def test_readme_python_and_profile_work(full, tmp_path, monkeypatch):
     )
 
 
-def test_record_puts_a_run_on_the_front_page(full, tmp_path, monkeypatch):
-    "Pictures, times and tables of a run appear between the marks; a second time changes nothing."
-    from solar_repro.publishing.report import publish
-    project = tmp_path / 'project'
-    shutil.copytree(ROOT / 'tools', project / 'tools', ignore=shutil.ignore_patterns('katex', '__pycache__'))
-    (project / 'nbs').mkdir()
-    shutil.copy(ROOT / 'nbs' / 'index.ipynb', project / 'nbs')
-    shutil.copy(ROOT / 'settings.ini', project)
-    monkeypatch.chdir(project)
-    exp = Experiment('smoke', store=full)
-    env = dict(PYTHONPATH=str(ROOT), SOLAR_STORE=str(full))
-    record = lambda: run(
-        sys.executable,
-        'tools/record_run.py',
-        '--profile',
-        'smoke',
-        '--nbs',
-        'nbs',
-        '--test-minutes',
-        '9',
-        cwd=project,
-        **env,
-    )
-    early = record()
-    assert early.returncode != 0 and 'make tables PROFILE=smoke' in early.stderr                # no report yet
-    publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom)
-    # the last steps of the tool clean and render the whole project; here only its own part is looked at
-    done = run(
-        sys.executable,
-        '-c',
-        'import runpy, sys; sys.path.insert(0, "tools"); m = runpy.run_path("tools/record_run.py"); from pathlib import'
-        ' Path; m["put"](Path("nbs/index.ipynb"), m["text_of"]("smoke", Path("nbs"), 8., 9.))',
-        cwd=project,
-        **env,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    first = (project / 'nbs' / 'index.ipynb').read_text()
-    assert (
-        '**smoke test, seed 0**, not SOLAR 10.7B' in first
-        and '`make tables`, notebooks and all, took 8 minutes. `make test` took 9 minutes' in first
-        and first.count('| SFT v3 + v4') >= 1
-    )
-    assert (project / 'nbs' / 'recorded' / 'table4.png').is_file() and 'alt=\\"Table 4, smoke test' in first
-    readme = run(
-        sys.executable,
-        '-c',
-        'import sys; sys.path.insert(0, "tools"); from build_readme import render; from pathlib import Path;'
-        ' print(render(Path("nbs/index.ipynb")))',
-        cwd=project,
-    )
-    assert 'src="nbs/recorded/table4.png"' in readme.stdout
+def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
+    "A finished run becomes a record; pictures, machine and tables of the records appear between the marks."
+    from solar_repro.pipeline import results
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import record_run
+    with pytest.raises(SystemExit, match='expected a whole run'):
+        record_run.record('smoke', 0, tmp_path / 'empty', tmp_path)
+    file = record_run.record('smoke', 0, full, tmp_path)
+    monkeypatch.setattr(results, 'RECORDED', tmp_path)
+    one, exp = Experiment('smoke', store=full), Experiment('smoke', store=tmp_path / 'none', recorded=True)
+    assert file.stat().st_size < 30_000 and exp.label == 'smoke test, recorded, seed 0'
+    pd.testing.assert_frame_equal(exp.scores(), one.scores())
+    pd.testing.assert_frame_equal(exp.samples(), one.samples(), atol=1e-6)
+    assert exp.made_on() == one.made_on() and 'torch' in exp.made_on()
+    with pytest.raises(ValueError, match='with seed 7 came'): Experiment('smoke', seed=7, recorded=True)
+    nbs = tmp_path / 'nbs'
+    nbs.mkdir()
+    shutil.copy(ROOT / 'nbs' / 'index.ipynb', nbs)
+    record_run.put(nbs / 'index.ipynb', record_run.text_of('smoke', nbs, 8., 9.))
+    text = (nbs / 'index.ipynb').read_text()
+    assert '**smoke test, recorded, seed 0**, not SOLAR 10.7B, on ' in text and text.count('| SFT v3 + v4') >= 1
+    assert '`make tables`, notebooks and all, took 8 minutes. `make test` took 9 minutes' in text
+    assert (nbs / 'recorded' / 'table4.png').is_file() and 'alt=\\"Table 4, smoke test' in text
+    from build_readme import render
+    assert 'src="nbs/recorded/table4.png"' in render(nbs / 'index.ipynb')
 
 
 # ---- rows of one's own

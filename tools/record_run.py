@@ -52,14 +52,13 @@ def minutes(seconds: float) -> str:
 def replicated(profile: str) -> list[str]:
     "How many verdicts other seeds and another kind of processor give alike, a line of a table each."
     from solar_repro.pipeline.results import replications
+    from solar_repro.tables import alike
     found = replications(profile)
     if not found:
         return []
-    lines = ['Do the verdicts replicate?', '', '| verdicts of | beside those of | agree |', '|:--|:--|:--|']
-    for r in found.values():
-        one, other = list(r)[1:3]
-        lines.append(f'| {one} | {other} | {r["agree"].sum()} of {len(r)} |')
-    return ['\n'.join(lines[:1]) + '\n\n' + '\n'.join(lines[2:])]
+    lines = ['| verdicts of | beside those of | |', '|:--|:--|:--|']
+    lines += [f'| {list(r)[1]} | {list(r)[2]} | {alike(r)} |' for r in found.values()]
+    return ['Do the verdicts replicate?', '\n'.join(lines)]
 
 
 def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_minutes: float | None = None) -> str:

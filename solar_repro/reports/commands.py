@@ -86,7 +86,7 @@ def table(exp,
     if recorded: exp = _recorded(exp)
     t = exp.table(n)
     if json_: return _print_json(dict(table=n, label=exp.label, rows=_as_records(t)))
-    print(f'Table {n}, {exp.label}\n{t.to_string(index=False)}')
+    print(f'Table {n}, {exp.label}\n{exp.made_on()}\n{t.to_string(index=False)}')
 
 # %% ../../nbs/reports/02_commands.ipynb #b637e2c6
 def show(exp,
