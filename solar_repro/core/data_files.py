@@ -157,21 +157,20 @@ def check_rows(
 def _json_lines(path:Path, max_broken:int|None)->Iterator[tuple[int,dict]]: # None: no profile can allow broken lines
     hint = '' if max_broken is None else (f', or set max_broken in [data] of the profile to leave such lines out '
                                           f'(now {max_broken} a file)')
-    broken, i = [], 0
-    with open(path, encoding='utf-8-sig', newline='\n') as f:
-        try:
-            for i, line in enumerate(f, 1):
-                if not line.strip(): continue
-                try: yield i, json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as e:
-                    broken.append(i)
-                    if len(broken) > (max_broken or 0):
-                        raise ValueError(f'{path}: line {i} is no JSON ({getattr(e, "msg", "too deep")}: '
-                                         f'{line[:40]!r}); expected one object a line. Make the file again{hint}.'
-                                         ) from None
-        except UnicodeDecodeError as e:
-            raise ValueError(f'{path}: is not UTF-8 ({e.reason} after line {i}); expected UTF-8. '
-                             'Convert the file.') from None
+    broken = []
+    with open(path, 'rb') as f:
+        for i, line in enumerate(f, 1):
+            try: text = line.decode('utf-8-sig' if i == 1 else 'utf-8')
+            except UnicodeDecodeError as e:
+                raise ValueError(f'{path}: line {i} is not UTF-8 ({e.reason}); expected UTF-8. '
+                                 'Convert the file.') from None
+            if not text.strip(): continue
+            try: yield i, json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as e:
+                broken.append(i)
+                if len(broken) > (max_broken or 0):
+                    raise ValueError(f'{path}: line {i} is no JSON ({getattr(e, "msg", "too deep")}: {text[:40]!r}); '
+                                     f'expected one object a line. Make the file again{hint}.') from None
     if broken:
         print(f'{path.parent.name}/{path.name}: left out the broken lines {broken}, as max_broken of the profile '
               'allows', file=sys.stderr)

@@ -6,6 +6,7 @@
 __all__ = ['Setting', 'DTYPES_OUT', 'setting', 'value_at', 'MergeConfig', 'merge_config', 'from_yaml', 'to_yaml']
 
 # %% ../../nbs/merging/01_config.ipynb #7e880ccf
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ def _refusal(what:str, value, expected:str, advice:str='Correct it in the config
 def _numbers(value, what:str)->tuple[float,...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     try:
-        if values and not any(isinstance(v, bool) for v in values): return tuple(float(v) for v in values)
+        found = () if any(isinstance(v, bool) for v in values) else tuple(float(v) for v in values)
+        if found and all(map(math.isfinite, found)): return found
     except (TypeError, ValueError): pass
     raise _refusal(what, value, 'a number, a list of numbers, or a list of {filter, value}')
 
@@ -217,10 +219,11 @@ def _constants(shared:dict, m:Method)->dict:
     found = dict(normalize=m.normalize or not m.on_base and m.takes('weight'), rescale=True, seed=0)
     for k,default in found.items():
         found[k] = v = shared.get(k, default)
+        if type(default) is bool and type(v) is int and v in (0, 1): found[k] = v = bool(v)
         if type(v) is not type(default): raise _refusal(k, v, 'a whole number' if k=='seed' else 'true or false')
     return found
 
-def _read(text:str, file:str)->dict:
+def _read(text:str|bytes, file:str)->dict:
     "The YAML of a configuration, with known keys only."
     try: said = yaml.safe_load(text)
     except yaml.YAMLError as e:
@@ -236,13 +239,13 @@ def _check_own(near:Sequence[dict], file:str)->None:
         raise ValueError(f"merge: {file} has {odd[0]} with one model; expected it in parameters. Move it there.")
 
 def from_yaml(
-    text:str, # a mergekit configuration
+    text:str|bytes, # a mergekit configuration
     file:str='the configuration', # its name, for errors
 )->MergeConfig:
     "Read mergekit's YAML."
     said = _read(text, file)
     method, base, (models, in_slice, layers) = said['merge_method'], said.get('base_model'), _inputs(said, file)
-    if method not in METHODS: return MergeConfig(str(method), ())
+    if not isinstance(method, str) or method not in METHODS: return MergeConfig(str(method), ())   # which says so
     m = METHODS[method]
     scope = lambda p, where: _dict(p, f'{file}, {where}', ('int8_mask', *m.parameters))
     shared, in_slice = scope(said.get('parameters'), 'parameters'), scope(in_slice, 'parameters of the slice')

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers   # its tokenizers are loaded where two are of different forms
 import yaml
 from huggingface_hub import snapshot_download
 from torch import Tensor
@@ -33,24 +34,42 @@ from .shards import (
 from solar_repro.models.checkpoints import (
     check_same_architecture, check_same_shape, Checkpoint, DTYPES, Entry, layer_of, mapped, one_thread_each,
     open_checkpoint, REAL)
-from ..models.files import checkpoint_files
+from ..models.files import checkpoint_files, read_json
 
 # %% ../../nbs/merging/04_engine.ipynb #f702d277
+def _tokens(said:dict)->dict[str,int]: # of a tokenizer.json: token -> id
+    v = said['model'].get('vocab', {})
+    found = dict(v) if isinstance(v, dict) else {token: i for i,(token,*_) in enumerate(v)}
+    return found | {t['content']: t['id'] for t in said.get('added_tokens') or []}
+
 def vocabulary(
     folder:Path, # a checkpoint
-)->dict[str,int]: # token -> id; empty without a tokenizer
+)->dict[str,int]: # token -> id; empty without a tokenizer, or with one in sentencepiece's form only
     "The tokens of a checkpoint's tokenizer, from its files."
-    read = lambda name: json.loads((folder/name).read_text(encoding='utf-8'))
+    read = lambda name: read_json(folder/name)
     found = {}
     if (folder/'tokenizer.json').is_file():
-        said = read('tokenizer.json')
-        v = said['model'].get('vocab', {})
-        found = dict(v) if isinstance(v, dict) else {token: i for i,(token,*_) in enumerate(v)}
-        found |= {t['content']: t['id'] for t in said.get('added_tokens') or []}
+        try: found = _tokens(read('tokenizer.json'))
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"merge: {folder/'tokenizer.json'} is no tokenizer of transformers; expected a model with "
+                             "a vocabulary. Fetch or save it again.") from None
     elif (folder/'vocab.json').is_file(): found = read('vocab.json')
-    elif (folder/'tokenizer.model').is_file():
-        found = {f"tokenizer.model {file_hash(folder/'tokenizer.model')[:12]}": 0}
     return found | (read('added_tokens.json') if found and (folder/'added_tokens.json').is_file() else {})
+
+def _sentencepiece(folder:Path)->dict[str,int]: # of the file as a whole; empty: there is none
+    file = folder/'tokenizer.model'
+    return {f'tokenizer.model {file_hash(file)[:12]}': 0} if file.is_file() else {}
+
+def _loaded(folder:Path)->dict[str,int]:
+    try: return transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as e: # of several kinds, all meaning that it cannot be read
+        raise ValueError(f"merge: transformers reads no tokenizer in {folder} ({' '.join(str(e).split())[:200]}); "
+                         "expected the tokenizers of all models in one form. Save them again.") from None
+
+def _comparable(*folders:Path)->list[dict[str,int]]:
+    "The vocabularies of checkpoints from files of one form, or else as transformers reads them."
+    found = [[form(f) for f in folders] for form in (vocabulary, _sentencepiece)]
+    return next((v for v in found if all(v)), None) or [_loaded(f) for f in folders]
 
 def _differences(first:Path, one:dict[str,int], other:Path, two:dict[str,int])->list[str]:
     some = lambda words: ', '.join(words[:5])+f' ({len(words)} in all)'
@@ -62,11 +81,12 @@ def check_same_vocabulary(
     models:Sequence[Checkpoint], # those without a tokenizer are passed over
 )->None:
     "Raise unless all tokenizers have the same tokens under the same ids."
-    known = [(m.folder, v) for m in models if (v := vocabulary(m.folder))]
-    for folder,v in known[1:]:
-        found = _differences(*known[0], folder, v)
+    first, *others = [m.folder for m in models if vocabulary(m.folder) or _sentencepiece(m.folder)] or [None]
+    for folder in others:
+        one, two = _comparable(first, folder)
+        found = _differences(first, one, folder, two)
         if found:
-            raise ValueError(f"merge: the vocabularies of {known[0][0]} and {folder} differ; {'; '.join(found)}; "
+            raise ValueError(f"merge: the vocabularies of {first} and {folder} differ; {'; '.join(found)}; "
                              "expected the same tokens under the same ids. Merge fine-tunes that kept the tokenizer of "
                              "their base.")
 

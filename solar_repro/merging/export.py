@@ -7,6 +7,7 @@ __all__ = ['merge_adapters', 'export']
 
 # %% ../../nbs/merging/05_export.ipynb #dcece574
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .engine import locate, model_card, versions, write_beside
 from .methods import METHODS
 from .shards import check_space, check_target, lay_out, MODEL, private_folder, publish, Shard
 from ..models.adapters import (
-    add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter)
+    add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter, read_adapter_config)
 from ..models.checkpoints import mapped, open_checkpoint
 
 # %% ../../nbs/merging/05_export.ipynb #5e6af14d
@@ -35,11 +36,20 @@ def _check_method(r:MergeConfig)->None:
 
 def _base_of(folders:Sequence[Path])->str|None:
     "The base that adapters name."
-    named = [json.loads((f/'adapter_config.json').read_text()).get('base_model_name_or_path') for f in folders]
-    named = sorted({n for n in named if n})
-    if len(named)>1:
+    named = [read_adapter_config(f).get('base_model_name_or_path') for f in folders]
+    named = sorted({_name_of_base(n) for n in named if n})
+    odd = [n for n in named[1:] if not _may_be_one(named[0], n)]
+    if odd:
         raise ValueError(f"merge: the adapters name the bases {named}; expected one. Merge adapters of one base.")
     return named[0] if named else None
+
+def _name_of_base(name:str)->str: # a folder of the hub's cache by what it holds
+    cached = re.search(r'models--([^/]+)--([^/]+)/snapshots/', name)
+    return f'{cached[1]}/{cached[2]}' if cached else name.rstrip('/')
+
+def _may_be_one(a:str, b:str)->bool: # two ids of the hub are two bases; a folder may hold a copy of its namesake
+    is_id = lambda n: n.count('/')==1 and n[0] not in './~' and not Path(n).is_dir()
+    return a==b or not (is_id(a) and is_id(b)) and Path(a).name==Path(b).name
 
 def _check_same_weights(folders:Sequence[Path])->None:
     shapes = [{n: (B.shape[0], A.shape[1]) for n,(A,B) in read_adapter(f).factors.items()} for f in folders]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoints import read_header
 from .loading import quiet
 
 # %% ../../nbs/models/02_adapters.ipynb #2bb255e5
@@ -124,6 +125,7 @@ def read_adapter(
         raise FileNotFoundError(f"read_adapter: no {file}; expected weights in safetensors. "
                                 "Load the adapter with PEFT and save it again.")
     pairs:dict[str,dict[str,Tensor]] = {}
+    read_header(file)   # says what is wrong with a file that is cut or damaged
     with safe_open(file, 'pt') as f:
         for key in sorted(f.keys()):
             name, _, factor = key.removeprefix('base_model.model.').partition('.lora_')

@@ -6,7 +6,7 @@
 __all__ = ['USES_BASE', 'LITTLE', 'default_store', 'Experiment']
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #f1fd42a2
-import difflib
+import html
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .. import tables
 from ..core import contamination
 from ..core import display as view
-from ..core.config import load_profile, Profile, root
+from ..core.config import load_profile, nearest, Profile, root
 from ..core.data_files import read_rows
 from ..core.store import Artifact, Store
 from ..models.base_source import base_note
@@ -67,9 +67,10 @@ class Experiment:
 
     def _stage(self, name:str)->Stage:
         if name not in self.graph:
-            near = difflib.get_close_matches(name, self.graph, 1, 0)
-            raise ValueError(f'experiment: no stage {name!r} in profile {self.profile.name}; did you mean {near[0]!r}? '
-                             'exp.status() lists all.')
+            near = nearest(name, self.graph)
+            hint = f'did you mean {near!r}? ' if near else ''
+            raise ValueError(f'experiment: no stage {name!r} in profile {self.profile.name}; {hint}'
+                             'Expected one of those that exp.status(), or solar-repro status, lists.')
         return self.graph[name]
 
     def needs(self, names:list[str])->list[str]: # stage names, inputs first

@@ -8,12 +8,11 @@ __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES',
            'task_settings', 'build_graph']
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
-import difflib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.config import DpoRow, Numerics, Profile
+from ..core.config import DpoRow, nearest, Numerics, Profile
 from ..core.data_files import own_fields
 from ..core.files import file_hash
 from ..data import BENCHMARKS, SETS
@@ -87,9 +86,9 @@ def must_be_in(
 )->None:
     "Refuse a name that is none of `names`, with the nearest one."
     if name in names: return
-    near = difflib.get_close_matches(name, names, 1, 0)
-    raise ValueError(f'profile: {where} names the {what} {name!r}; did you mean {near[0]!r}? '
-                     f'Expected one of {list(names)}.')
+    near = nearest(name, names)
+    raise ValueError(f'profile: {where} names the {what} {name!r}; {f"did you mean {near!r}? " if near else ""}'
+                     f'expected one of {list(names)}. Correct the name.')
 
 def _must_hold(where:str, given:dict, needed)->None:
     if missing := [n for n in needed if n not in given]:
@@ -172,6 +171,8 @@ def _custom_set(p:Profile, name:str)->tuple[Stage,bool]: # its stage; does it ho
     custom, path = p.sets[name], Path(p.sets[name].file)
     if name in SETS:
         raise ValueError(f'profile: sets.{name} has the name of a set of the package; expected another. Rename it.')
+    if name in ('base', 'start') or name.startswith('ref_'):      # roles of other inputs of a training
+        raise ValueError(f'profile: sets.{name!r} has a name that is taken; expected another. Rename it.')
     if not path.is_file():
         raise ValueError(f'profile: sets.{name}.file is {custom.file!r}, where there is no file; expected JSON lines. '
                          'Correct the path, which counts from the profile.')

@@ -59,4 +59,5 @@ def check_before_training(
     for name, own in p.sets.items():
         if not (a := find(f'data/{name}')): continue      # no row that is built now is trained on it
         rows = read_rows(a.path/'rows.jsonl')
-        check_own_rows(base, p.template, Path(own.file), rows, lengths['chosen' if 'chosen' in rows[0] else 'completion'])
+        fields = 'chosen' if 'chosen' in rows[0] else 'completion'
+        check_own_rows(base, p.template, Path(own.file), rows, lengths[fields])

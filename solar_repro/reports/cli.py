@@ -9,6 +9,7 @@ __all__ = ['parse', 'main']
 import argparse
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
@@ -24,6 +25,15 @@ from .. import __version__
 from .commands import COMMANDS, library, RENAMED
 
 # %% ../../nbs/reports/03_cli.ipynb #9fe2b897
+def _path(text:str)->Path: return Path(text).expanduser() # '~' in quotes is not the shell's
+
+def _number(text:str)->float:
+    "A number that is one: `nan` and `inf` are none."
+    try: x = float(text)
+    except ValueError: x = math.nan
+    if math.isfinite(x): return x
+    raise argparse.ArgumentTypeError(f'{text!r}; expected a number')
+
 def _numbers(text:str)->list[float]: # 0.4,0.6
     "Numbers with commas, or spaces, between them."
     try: return [float(x) for x in re.split(r'[,\s]+', text.strip())]
@@ -38,7 +48,7 @@ def _conversion(kind, name:str, option:bool)->dict: # for argparse
     "How a word becomes a value of a type."
     if kind is bool: return dict(action='store_true')
     if get_origin(kind) is Literal: return dict(type=type(get_args(kind)[0]), choices=get_args(kind), metavar=name)
-    if get_origin(kind) is not list: return dict(type=kind, metavar=name)
+    if get_origin(kind) is not list: return dict(type={Path: _path, float: _number}.get(kind, kind), metavar=name)
     return dict(type=_numbers, metavar='W,W') if option else dict(nargs='+', metavar='PATH')
 
 def _argument(
@@ -74,7 +84,7 @@ def _add_common(p:argparse.ArgumentParser)->None:
     if_given = dict(default=argparse.SUPPRESS)
     p.add_argument('--profile', help='name or TOML file of a profile (default: SOLAR_PROFILE, else tiny)', **if_given)
     p.add_argument('--seed', type=int, help="in place of the profile's seed", **if_given)
-    p.add_argument('--store', type=Path, help='folder of the results (default: runs/store)', **if_given)
+    p.add_argument('--store', type=_path, help='folder of the results (default: runs/store)', **if_given)
 
 def _new_parser(prog:str, what:str, ending:str)->_Parser:
     return _Parser(prog=prog, description=what, epilog=ending, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,6 +165,13 @@ def _announce(
                          'no clone. Say --yes, or name the store of another folder with --store.')
     print(f'solar-repro: {what}; building them', file=sys.stderr)
 
+def _said(e:Exception)->str:
+    "What an error says, in words: not by its number in the system, and with what it cost (`raise_failed`)."
+    text = str(e)
+    if isinstance(e, OSError) and e.strerror:
+        text = e.strerror + (f': {e.filename}. Correct the path, or make it readable' if e.filename else '')
+    return '\n'.join([text, *getattr(e, '__notes__', ())])
+
 def _call(f:Callable, words:dict)->int: # exit status
     "Call a command with its profile or experiment."
     needs = inspect.signature(f).parameters
@@ -180,7 +197,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is left to say would raise again at exit
         return 0
     except Exception as e:
-        if _can_be_mended(e): print(f'solar-repro: {e}', file=sys.stderr); return 2
+        if _can_be_mended(e): print(f'solar-repro: {_said(e)}', file=sys.stderr); return 2
         traceback.print_exc()
         print('solar-repro: a fault of ours, not of yours; please report it with the lines above', file=sys.stderr)
         return 3

@@ -205,6 +205,7 @@ def plan(exp,
     solar-repro plan --profile a100 --workers 8
     """
     planning = library('pipeline.plan')
+    if price is not None and price < 0: raise ValueError(f'plan: a price of {price}; expected 0 or more.')
     if card and calibrate:
         raise ValueError('plan: --card and --calibrate name two machines; expected one. Leave one out.')
     base = exp.find('base')
@@ -348,7 +349,7 @@ def _read_recipe(file:Path, options:dict): # MergeConfig
     if given:
         raise ValueError(f'merge: {file} is a recipe and options are given too ({", ".join(given)}); '
                          'expected one of them. Put the options into the recipe.')
-    return library('merging.config').from_yaml(file.read_text(), file.name)
+    return library('merging.config').from_yaml(file.read_bytes(), file.name)
 
 def _from_options(models:list[Path], options:dict): # MergeConfig
     config, method, t = library('merging.config'), options['method'], options['t']

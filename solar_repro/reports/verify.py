@@ -284,7 +284,8 @@ def score_record(
 )->dict: # model, task, label, protocol, metric, score, se, n; made_from: stage -> manifest
     "One score, and the manifests of all that it was made from."
     if task not in exp.tasks:
-        raise ValueError(f'show: no benchmark {task!r}; expected one of {exp.tasks}. Correct the name.')
+        raise ValueError(f'show: no benchmark {task!r}; expected one of {exp.tasks}, of which H6 is the mean. '
+                         'Name one.')
     if model not in exp.models:
         raise ValueError(f'show: {model!r} is no model; expected one of {exp.models}. Name a row of the tables.')
     name, protocol = f'eval/{model}/{task}', exp.profile.eval.protocol
