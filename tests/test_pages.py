@@ -247,6 +247,12 @@ def test_search_finds_slerp_and_opens_its_page(site, chrome):
         a.length || n++ > 5000 ? done(a) : setTimeout(look, 100); }; look(); })'''
     )
     assert found and 'merge.html' in found[0], found
+    faults = chrome.js(CONTRAST)['bad']
+    chrome.js('window.smalldocsToggleScheme()')
+    assert chrome.js(IS_DARK)
+    faults += chrome.js(CONTRAST)['bad']
+    chrome.js('localStorage.clear()')
+    assert not faults, 'what is found can be read in both schemes'
     chrome.open(found[0])
     assert 'SLERP' in chrome.js('document.querySelector("main").textContent') and not chrome.complaints()
 

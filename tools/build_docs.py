@@ -222,10 +222,10 @@ def sidebar(pages: list[str]) -> list:
     inside = lambda f: [p for p in pages if folders.get(p) == f]
     known = [f for f in SECTIONS if f in folders.values()]
     rest = sorted(set(folders.values()) - {*known, *STORY})
-    reference = {}
+    reference = {'The story': []}
     for module, page in api_pages().items():
-        part = module.split('.')[1] if module.count('.') > 1 else 'the story'
-        reference.setdefault(SECTIONS.get(part, part.capitalize()), []).append(page.replace('.html', '.qmd'))
+        part = module.split('.')[1] if module.count('.') > 1 else 'The story'
+        reference.setdefault(SECTIONS.get(part, part[0].upper() + part[1:]), []).append(page.replace('.html', '.qmd'))
     section = lambda name, contents: dict(section=name, contents=contents)
     return [
         'index.ipynb',

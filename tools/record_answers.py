@@ -18,8 +18,8 @@ SHOWN = dict(gsm8k=3, truthfulqa=2, arc=1, hellaswag=1, mmlu=1, winogrande=1)   
 
 
 def question(prompt: str) -> str:
-    "What is asked, without the worked examples before it."
-    return prompt.strip().split('\n\n')[-1]
+    "What is asked, without the worked examples before it and the words that ask for an answer."
+    return prompt.strip().split('\n\n')[-1].removesuffix('Answer:').removeprefix('Question:').strip()
 
 
 def answers_of(exp: Experiment, task: str, n: int) -> list[dict]:

@@ -48,14 +48,14 @@ def _places(models:list)->dict[str,tuple[float,float]]: # name -> column, height
     return places
 
 def _box(ax, s, x:float, y:float):
-    "A model, with the training sets that it learns from below; its outline."
+    "A model, with the training sets that it learns from below; its name on the page."
     shape = dict(boxstyle='round,pad=.35', fc=_KIND_COLORS[s.kind], ec='none')
     text = ax.text(x, y, s.name, ha='center', va='center', fontsize=9, color='white', zorder=3, bbox=shape)
     sets = [i.removeprefix('data/') for i in s.inputs.values() if i.startswith('data/')]
     if sets:
         ax.text(x, y - .34, '\n'.join(sets), ha='center', va='top', fontsize=7, color=PAPER, linespacing=1.3, zorder=2,
                 bbox=dict(fc='white', ec='none', pad=.6))
-    return text.get_bbox_patch()
+    return text
 
 # %% ../../nbs/core/07_figures.ipynb #6c5a0bc6
 def graph_figure(
@@ -68,11 +68,12 @@ def graph_figure(
     places = _places(models)
     fig, ax = plt.subplots(figsize=(10, 4.6), layout='constrained')
     boxes = {s.name: _box(ax, s, *places[s.name]) for s in models}
-    arrow = dict(arrowstyle='-|>', lw=.9, color='#9ca3af', shrinkA=1, shrinkB=1)
+    # out of the right side and into the left one, clear of what stands below a box
+    arrow = dict(arrowstyle='-|>', lw=.9, color='#9ca3af', shrinkA=4, shrinkB=4,
+                 connectionstyle='arc,angleA=0,angleB=180,armA=29,armB=14,rad=8')
     for s in models:
         for i in filter(boxes.get, s.inputs.values()):
-            ends = dict(patchA=boxes[i], patchB=boxes[s.name])
-            ax.annotate('', places[s.name], places[i], zorder=1, arrowprops=arrow | ends)
+            ax.annotate('', (0, .5), (1, .5), xycoords=boxes[s.name], textcoords=boxes[i], zorder=1, arrowprops=arrow)
         if s.name in notes:
             x, y = places[s.name]
             ax.text(x + .02, y + .27, notes[s.name], ha='center', fontsize=7.5, color='#111827', weight='bold',
