@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'LM_EVAL_TASKS', 'FEWSHOT_SEED', 'PROTOCOLS', 'true_mass', 'mc2', 'task_folder', 'Requests',
            'build_requests', 'run_requests', 'request_hash', 'by_item', 'collect', 'mean_se', 'correct_2023',
-           'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'h6_se', 'plot_scores']
+           'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'first_paragraph', 'answer_requests', 'answer_rows',
+           'h6_se', 'plot_scores']
 
 # %% ../nbs/05_eval.ipynb #2a353266
 import hashlib
@@ -35,7 +36,7 @@ from .core.data_files import read_rows, write_rows
 from .data import BENCHMARKS
 from .inference.lm import RequestEncoder, SharedPrefixLM
 from .models.adapters import materialize, AdaptedModel
-from .models.loading import load_tokenizer, quiet
+from .models.loading import load_tokenizer, quiet, render
 from .paper import H6_TASKS
 
 # %% ../nbs/05_eval.ipynb #dd515b00
@@ -161,12 +162,12 @@ def build_requests(
     return _requests(task, num_fewshot, json.dumps(bench), tasks)
 
 # %% ../nbs/05_eval.ipynb #624b5c32
-def _check_window(lm:SharedPrefixLM, task:str, requests:list)->None:
+def _check_window(lm:SharedPrefixLM, task:str, requests:list, remedy:str)->None:
     "Raise if the longest request does not fit."
     n_tok = lm.longest(requests)
     if n_tok > lm.max_length:
         raise ValueError(f'eval: the longest request of {task} has {n_tok} tokens; expected at most '
-                         f'{lm.max_length}, the context of the model. Lower {task} in [eval.num_fewshot].')
+                         f'{lm.max_length}, the context of the model. {remedy}')
 
 def run_requests(
     lm:SharedPrefixLM, # the model
@@ -175,7 +176,7 @@ def run_requests(
 )->None:
     "Put all requests to a model; the answers stay in the requests."
     requests = [r for t in asked.tasks for r in t.instances]
-    _check_window(lm, task, requests)
+    _check_window(lm, task, requests, f'Lower {task} in [eval.num_fewshot].')
     ask = getattr(lm, requests[0].request_type)
     for r, got in zip(requests, ask(requests, disable_tqdm=True), strict=True): r.resps, r.filtered_resps = [got], {}
     bad = [r for r in requests if r.request_type == 'loglikelihood' and not math.isfinite(r.resps[0][0])]
@@ -326,6 +327,39 @@ def evaluate(
     out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(samples), protocols=by)
     if 'plain' in samples[0]: out['plain'], out['plain_se'] = mean_se([r['plain'] for r in samples])
     return out, samples
+
+# %% ../nbs/05_eval.ipynb #5392a7e2
+def first_paragraph(text:str)->str: return text.split('\n\n')[0].strip()
+
+def answer_requests(
+    encoder:RequestEncoder, # of the model
+    rows:list[dict], # {'prompt', 'completion'}
+    template, # the profile's [template]
+)->list[Instance]: # a request a row
+    "Ask for answers as they are trained on, with room for a little more than the longest one."
+    room = 8 + max(map(len, encoder.encode([r['completion'] for r in rows], special=False)))
+    how = dict(until=['\n\n'], max_gen_toks=room, do_sample=False)
+    prompts = [render(template, r['prompt'])[0] for r in rows]
+    return [Instance('generate_until', r, (p, how), i) for i, (p, r) in enumerate(zip(prompts, rows))]
+
+def answer_rows(
+    model:PreTrainedModel, # that answers
+    base:Path, # folder of its tokenizer
+    rows:list[dict], # {'prompt', 'completion'}, not trained on
+    template, # the profile's [template]
+    batch_size:int, # rows a forward pass at most
+    scratch:Path|None=None, # folder for answers of finished batches; None: not kept
+    on_progress:Callable[[int,int],None]=lambda done, total: None, # told of progress, in rows
+)->list[dict]: # a record of each row: doc_id, asked, gold, prediction, text, score
+    "Exact match of greedy answers with those of rows."
+    with _lm_eval():
+        lm = SharedPrefixLM(model, _encoder(base, None), batch_size, scratch=scratch, on_progress=on_progress)
+        asked = answer_requests(lm.encoder, rows, template)
+        _check_window(lm, 'held-out rows', asked, 'Lower max_length in [sft].')
+        texts = lm.generate_until(asked, disable_tqdm=True)
+    said = [(first_paragraph(r['completion']), first_paragraph(t), t) for r, t in zip(rows, texts)]
+    return [dict(doc_id=i, asked=request_hash([r]), gold=gold, prediction=answer, text=t, score=float(answer == gold))
+            for i, (r, (gold, answer, t)) in enumerate(zip(asked, said))]
 
 # %% ../nbs/05_eval.ipynb #c4fa1363
 def h6_se(

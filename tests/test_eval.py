@@ -22,6 +22,9 @@ from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
 from solar_repro.models.adapters import AdaptedModel, materialize
 from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.paper import H6_TASKS
+from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.results import taught
+from solar_repro.reports import verify
 from solar_repro.tiny.base import random_base
 
 SHOTS = dict(arc=2, hellaswag=1, mmlu=2, truthfulqa=1, winogrande=2, gsm8k=2)
@@ -356,3 +359,40 @@ def test_nothing_is_fetched_written_at_home_or_left_behind(point, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [p for d in (home, scratch, here) for p in d.rglob('*') if p.is_file()] == []
     assert done.stdout == done.stderr == ''
+
+
+# ---- rows that were held out -----------------------------------------------------------------------------------------
+
+
+def test_rows_held_out_are_not_trained_on_and_their_answers_are_counted_again(full, monkeypatch):
+    exp = Experiment('smoke', store=full)
+    held = [n for n in exp.graph if n.startswith('held/')]
+    assert len(held) == 5
+    for n in held:
+        rows, trained = ({tuple(r.values()) for r in exp.rows(m)} for m in (n, n.replace('held/', 'data/')))
+        assert len(rows) == exp.profile.eval.n_own and not rows & trained
+    assert verify._own_problems(exp) == []
+    read = verify.pd.read_parquet
+
+    def forged(file):
+        x = read(file)
+        x.loc[1, 'score'] = 1 - x.loc[1, 'score']
+        return x
+
+    monkeypatch.setattr(verify.pd, 'read_parquet', forged)
+    found = verify._own_problems(exp)
+    assert [what for _, what, *_ in found] == ['score of item 1']*6
+    assert {where.split('/')[1] for where, *_ in found} == {'base', 'SFT v3'}
+
+
+def test_a_gain_is_the_difference_of_two_models_on_the_same_rows(full):
+    exp = Experiment('smoke', store=full)
+    gains = taught(exp).set_index('set')
+    assert list(gains.index) == [n.removeprefix('held/') for n in exp.graph if n.startswith('held/')]
+    after, before = (exp.build(f'own/{m}/openorca').path/'items.parquet' for m in ('SFT v3', 'base'))
+    after, before = verify.pd.read_parquet(after), verify.pd.read_parquet(before)
+    assert (after['asked'] == before['asked']).all() and (after['gold'] == before['gold']).all()
+    assert gains.loc['openorca', 'gain'] == pytest.approx((after['score'] - before['score']).mean())
+    none = Experiment(exp.profile.model_copy(update=dict(eval=exp.profile.eval.model_copy(update=dict(n_own=0)))),
+                      store=full)
+    assert taught(none).empty and not any(n.startswith(('own/', 'held/')) for n in none.graph)

@@ -186,6 +186,7 @@ class CustomRow(DpoRow):
 class Eval(Strict):
     "The benchmarks."
     n_items: Positive # test items a benchmark
+    n_own: Annotated[int, Field(ge=0)] = 0 # rows held out of each training set, to see what it teaches; 0: not asked
     batch_size: Positive # items a forward pass at most
     protocol: Literal['modern', 'leaderboard-2023'] = 'modern' # of today's lm-eval, or of the paper's time
     num_fewshot: dict[str, Annotated[int, Field(ge=0)]] # worked examples of each benchmark that is asked

@@ -178,7 +178,7 @@ def requests(self:Experiment,
     return heavy().benchmark_requests(self.graph[f'eval/base/{task}'], self.build(f'bench/{task}').path)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #06521aab
-USES_BASE = 'sft', 'ref', 'dpo', 'eval', 'quantization' # kinds of stages that hold a model in memory
+USES_BASE = 'sft', 'ref', 'dpo', 'eval', 'own', 'quantization' # kinds of stages that hold a model in memory
 LITTLE = 10. # relative cost up to which starting workers would take longer than they save
 
 @patch

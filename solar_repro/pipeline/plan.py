@@ -57,6 +57,12 @@ class Setting:
     @property
     def device(self)->str: return self.profile.machine.device
 
+    def rows_of(self, stage:Stage)->tuple[Lengths,int]:
+        "Lengths and number of the rows that a stage reads, of a training set or held out of it."
+        kind, name = stage.inputs['data'].split('/')
+        l, n = self.lengths(name)
+        return l, self.profile.eval.n_own if kind == 'held' else n
+
     @property
     def base_bytes(self)->int:
         "Size of the base's checkpoint."
@@ -95,7 +101,7 @@ def _train_cost(of:Setting, stage:Stage)->Cost:
 
 def _ref_cost(of:Setting, stage:Stage)->Cost:
     "Reference log-probabilities: one forward pass over all pairs."
-    (l, n), x, s = of.lengths(stage.inputs['data'].removeprefix('data/')), stage.settings['numerics'], of.shape
+    (l, n), x, s = of.rows_of(stage), stage.settings['numerics'], of.shape
     r, tokens, budget = lora_rank(of.graph, stage.inputs['start']), _fed(l, n, x), x.get('max_tokens_per_microbatch')
     parts = train_memory(s, x['nf4'], x['compute_dtype'], r, 0., 0, 1, False, of.device)
     n_tok = max(budget or 2048, 2*min(l.quantiles[-1], x['max_length']))
@@ -122,6 +128,13 @@ def _eval_cost(of:Setting, stage:Stage)->Cost:
     return Cost((read + made,)*3, (flops,)*3, _plus(load, _times(step_s, made/x['batch_size'])), of.base_bytes + GIB,
                 400*min(items.n, n_items))
 
+def _own_cost(of:Setting, stage:Stage)->Cost:
+    "Answers to held-out rows, as long as the rows' own: half of a row, about."
+    l, n = of.rows_of(stage)
+    step_s = tuple(of.base_bytes/(of.card.gb_s*1e9)*k for k in (1.2, 2., 4.))
+    steps_s = _times(step_s, n*l.mean/2/stage.settings['batch_size'])
+    return Cost((n*l.mean,)*3, (n*l.mean*forward_flops(of.shape, l.mean/2),)*3, steps_s, of.base_bytes + GIB, 400*n)
+
 # %% ../../nbs/pipeline/07_plan.ipynb #d793d0f4
 # training sets: sizes of their files as the Hub states them; benchmarks: rough guesses
 DOWNLOADS = dict(alpaca_gpt4=48.4e6, openorca=1.01e9, synth_math_instruct=396e6, ultrafeedback_clean=219e6,
@@ -135,9 +148,10 @@ def _base_cost(of:Setting, stage:Stage)->Cost:
 def _file_cost(of:Setting, stage:Stage)->Cost:
     "A training set or a benchmark: fetched, if it is on the Hub, and kept."
     name = stage.name.split('/')[1]
-    got = DOWNLOADS.get(name, 0.)*(of.profile.data.source == 'hub')
+    got = DOWNLOADS.get(name, 0.)*(of.profile.data.source == 'hub' and 'trained' not in stage.inputs)
     if stage.kind == 'bench': return Cost(other_s=_fetching(got), disk=got, download=got)
     l, n = of.lengths(name)
+    n = of.profile.eval.n_own if 'trained' in stage.inputs else n
     return Cost(other_s=_fetching(got), disk=n*l.mean*4.2, download=got)      # 4.2 bytes a token
 
 def _merge_cost(of:Setting, stage:Stage)->Cost:
@@ -145,7 +159,7 @@ def _merge_cost(of:Setting, stage:Stage)->Cost:
     return Cost(other_s=_reading(4*of.base_bytes), disk=of.base_bytes)
 
 COSTS = dict(base=_base_cost, data=_file_cost, bench=_file_cost, sft=_train_cost, ref=_ref_cost, dpo=_train_cost,
-             merge=_merge_cost, eval=_eval_cost) # other kinds compare texts: nothing to price
+             merge=_merge_cost, eval=_eval_cost, own=_own_cost) # other kinds compare texts: nothing to price
 
 # %% ../../nbs/pipeline/07_plan.ipynb #1ff9b41e
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .graph import Stage
 # %% ../../nbs/pipeline/12_progress.ipynb #f04f9aff
 # what a stage of each kind costs beside the others, roughly, as measured in the tiny world; for estimates of time left
 RELATIVE_COST = dict(base=.5, data=.5, bench=.1, contamination=.2, sft=20., ref=2., dpo=10., merge=.2, eval=.6,
-                     quantization=12.)
+                     own=1., quantization=12.)
 
 _BAR = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}'
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'made_on',
            'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records', 'recorded', 'evaluations_of',
-           'answer_in_words', 'find_flips', 'summary', 'over_records', 'replications']
+           'read_taught', 'taught', 'gained_and_forgotten', 'answer_in_words', 'find_flips', 'summary', 'over_records',
+           'replications']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
 import gzip
@@ -22,6 +23,8 @@ import pandas as pd
 from .. import tables
 from ..core.files import write_whole
 from ..data import BENCHMARKS
+from ..paper import H6_TASKS
+from .graph import taught_by
 from .progress import cost, duration, headline
 
 # %% ../../nbs/pipeline/13_results.ipynb #5c8a2b94
@@ -170,6 +173,44 @@ def evaluations_of(
 )->Evaluations:
     "The evaluations of a recorded run."
     return {(m, t): dict(x, **record['tasks'][t]) for m, of in record['results'].items() for t, x in of.items()}
+
+# %% ../../nbs/pipeline/13_results.ipynb #44cca94e
+def _right(folder:Path)->pd.Series: # 1. or 0. for each held-out row
+    if (folder/'items.parquet').is_file(): return pd.read_parquet(folder/'items.parquet')['score']
+    pairs = pd.read_csv(folder/'logps.csv')
+    return (pairs['chosen'] > pairs['rejected']).astype(float)
+
+def read_taught(
+    trainings:list[tuple[str,str,str]], # training set, the model that a training starts from, the model that it makes
+    folders:dict[tuple[str,str],Path], # (model, training set) -> folder of what it says of the held-out rows
+)->pd.DataFrame: # set, start, model, n, before, after, gain, se of the gain; fractions
+    "What models make of rows like those they are trained on, before and after."
+    rows = []
+    for name, start, model in trainings:
+        before, after = (_right(folders[m, name]) for m in (start, model))
+        rows.append(dict(set=name, start=start, model=model, n=len(after), before=before.mean(), after=after.mean(),
+                         gain=(after - before).mean(), se=(after - before).sem()))
+    return pd.DataFrame(rows, columns=['set', 'start', 'model', 'n', 'before', 'after', 'gain', 'se'])
+
+def taught(
+    exp, # an `Experiment`
+)->pd.DataFrame: # of `read_taught`, for each of the paper's training sets; empty where no rows are held out
+    "What each training set teaches; built where missing."
+    trainings = taught_by(exp.graph) if exp.profile.eval.n_own else []
+    names = {(m, d): f'own/{m}/{d}' for d, *models in trainings for m in models}
+    exp.run(list(names.values()))
+    return read_taught(trainings, {k: exp.build(n).path for k, n in names.items()})
+
+# %% ../../nbs/pipeline/13_results.ipynb #e80c6dfb
+def gained_and_forgotten(
+    scores:pd.DataFrame, # of `read_scores`, with all models that are named
+    starts:dict[str,str], # model -> the model that its training started from
+    task:str, # the benchmark that the training is about
+)->pd.DataFrame: # a row a model: the change of that benchmark, and `others`, the mean change of the five others
+    "What a training changed in the benchmark that it is about, and in the rest of H6."
+    s = scores.pivot(index='model', columns='task', values='score')[list(H6_TASKS)]
+    change = s.loc[list(starts)] - s.loc[list(starts.values())].to_numpy()
+    return pd.DataFrame({task: change[task], 'others': change.drop(columns=task).mean(axis=1)})
 
 # %% ../../nbs/pipeline/13_results.ipynb #6a8dc00c
 def answer_in_words(

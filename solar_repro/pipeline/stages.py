@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'build_base', 'build_data', 'build_bench', 'build_contamination', 'build_sft', 'build_ref', 'build_dpo',
-           'build_merge', 'build_eval']
+           'build_merge', 'build_eval', 'build_own']
 
 # %% ../../nbs/pipeline/04_stages.ipynb #e4b06ce6
 import json
@@ -20,7 +20,7 @@ from ..core.data_files import read_rows, write_rows
 from ..core.store import Artifact
 from ..data import item_text, row_text
 from ..dpo import reference_logps, train_dpo
-from ..eval import evaluate
+from ..eval import answer_rows, evaluate
 from ..merge import merge_models
 from ..merging.methods import METHODS, numbers_of
 from ..models.adapters import AdaptedModel, average
@@ -50,8 +50,9 @@ def build_data(out, settings, inputs, context):
     fits = None
     if 'base' in inputs:
         fits = row_filter(inputs['base'].path, Template.model_validate(settings['template']), settings['max_length'])
+    other = dict(trained=read_rows(inputs['trained'].path/'rows.jsonl')) if 'trained' in inputs else {}
     source = stage_source(settings, context.file)
-    got = source.rows(settings['set'], settings['n'], settings['seed'], fits)
+    got = source.rows(settings['set'], settings['n'], settings['seed'], fits, **other)
     write_rows(got.rows, out/'rows.jsonl')
     if got.ids is not None: (out/'draw.json').write_text(json.dumps(got.record, indent=1))
 
@@ -129,6 +130,16 @@ def build_eval(out, settings, inputs, context):
     (out/'score.json').write_text(json.dumps(score))
     pd.DataFrame(items).to_parquet(out/'items.parquet', index=False)
 
+# %% ../../nbs/pipeline/04_stages.ipynb #5cb436bd
+def build_own(out, settings, inputs, context):
+    "items.parquet, one row a held-out row: what the model answers, and whether that is the row's own answer."
+    adapted = merged_onto(adapted_model(inputs['model'], context.store), inputs.get('merge_onto'))
+    rows, template = read_rows(inputs['data'].path/'rows.jsonl'), Template.model_validate(settings['template'])
+    items = answer_rows(context.materialize(adapted), adapted.base, rows, template, settings['batch_size'],
+                        out/'scratch', context.on_progress)
+    pd.DataFrame(items).to_parquet(out/'items.parquet', index=False)
+
 # %% ../../nbs/pipeline/04_stages.ipynb #a64634d9
 BUILDERS = dict(base=build_base, data=build_data, bench=build_bench, contamination=build_contamination, sft=build_sft,
-                ref=build_ref, dpo=build_dpo, merge=build_merge, eval=build_eval, quantization=build_quantization)
+                ref=build_ref, dpo=build_dpo, merge=build_merge, eval=build_eval, own=build_own,
+                quantization=build_quantization)

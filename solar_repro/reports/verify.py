@@ -21,7 +21,9 @@ from ..core.display import lineage, View
 from ..core.files import content_hash, folder_files, whole
 from ..core.store import own_hash, Store
 from ..data import BENCHMARKS
-from ..eval import mean_se, METRICS, request_hash, score_as
+from ..eval import answer_requests, mean_se, METRICS, request_hash, score_as
+from ..inference.lm import RequestEncoder
+from ..models.loading import load_tokenizer
 from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
 from ..pipeline.results import asked_hash, evaluations_of, read_items, records
@@ -89,12 +91,18 @@ def _judge_truthfulqa(doc:dict, lls:np.ndarray)->dict:
     out = dict(gold=np.flatnonzero(true).tolist(), prediction=int(lls.argmax()), score=_mass(lls, true))
     return out | (dict(plain=_mass(lls[plain], true[plain])) if len(plain) else {})
 
+def _judge_row(row:dict, text:str)->dict:
+    "The answer to a held-out row, word for word up to a blank line."
+    gold, said = (x.split('\n\n')[0].strip() for x in (row['completion'], text))
+    return dict(gold=gold, prediction=said, score=float(said == gold))
+
 def judged(
     task:str, # one of `BENCHMARKS`
-    doc:dict, # the item
+    doc:dict, # the item, or a held-out row
     answer:dict, # its record: loglikelihoods, or text
 )->dict: # gold, prediction, score; truthfulqa of the tiny world: plain
     "What an answer comes to."
+    if 'completion' in doc: return _judge_row(doc, answer['text'])
     if task == 'gsm8k': return _judge_gsm8k(doc, answer['text'])
     lls = np.array(answer['loglikelihoods'], float)
     if task == 'truthfulqa': return _judge_truthfulqa(doc, lls)
@@ -161,6 +169,18 @@ def _rows(model:str, task:str, score:dict, protocol:str)->list[dict]: # as `Expe
     return [row, dict(model=model, task=f'{task}_plain', metric='mc2', score=s['plain'], se=s['plain_se'], n=s['n'])]
 
 # %% ../../nbs/reports/00_verify.ipynb #3a5cc7fe
+def _own_problems(exp:Experiment)->list[tuple[str,str,str,str]]:
+    "Answers to held-out rows that are recorded otherwise."
+    built = [s for s in exp.graph.values() if s.kind == 'own' and exp.find(s.name)]
+    encoder, out = built and RequestEncoder(load_tokenizer(exp.find('base').path)), []
+    for s in built:
+        rows = exp.rows(s.inputs['data'])
+        asked = answer_requests(encoder, rows, exp.profile.template)
+        records = pd.read_parquet(exp.find(s.name).path/'items.parquet').to_dict('records')
+        hashes = {i: request_hash([r]) for i, r in enumerate(asked)}
+        out += [(s.name, *x) for x in _item_problems(s.name, records, rows, hashes)]
+    return out
+
 def recounted(
     exp:Experiment, # evaluations that are not built are left out
 )->tuple[pd.DataFrame,pd.DataFrame,pd.DataFrame]: # as `Experiment.scores`, as `Experiment.samples`, problems
@@ -175,6 +195,7 @@ def recounted(
             problems += wrong
             rows += _rows(m, t, score, exp.profile.eval.protocol)
             samples += [dict(doc_id=x['doc_id'], score=x['score'], model=m, task=t) for x in records]
+    problems += _own_problems(exp)
     order = {m: k for k, m in enumerate(exp.models)}
     scores = pd.DataFrame(rows, columns=['model', 'task', 'metric', 'score', 'se', 'n'])
     scores = scores.sort_values('model', key=lambda c: c.map(order), kind='stable', ignore_index=True)
