@@ -15,7 +15,9 @@ from solar_repro.tiny.items import ITEMS, benchmark, leak_keys, number_key
 from solar_repro.tiny.texts import ROWS, corpus, training_rows
 from solar_repro.tiny.world import Problem, make_world, shipped_base
 
-N_ITEMS = dict(arc=700, hellaswag=700, mmlu=700, truthfulqa=200, winogrande=400, gsm8k=400)
+N_ITEMS = dict(arc=700, hellaswag=700, mmlu=700, truthfulqa=500, winogrande=600, gsm8k=500)
+SMALL = dataclasses.replace(BaseSettings(), hidden_size=64, n_layers=2, n_heads=2, intermediate_size=128,
+                            compiled=False, bf16=False)
 STORY = re.compile(r'(?:At first )?[A-Z][a-z]+ (?:has|owns) \d+ \w+\.(?: [A-Z][a-z]+ \w+ \d+ \w+\.)+')
 
 
@@ -25,9 +27,10 @@ def world(): return make_world()
 
 @pytest.fixture(scope='module')
 def training_text(world):
-    "A tenth of the pretraining corpus and more rows of every set than the tiny profile uses, three seeds each."
+    "Some of the first reading, all of the second, more rows of every set than tiny uses, of three seeds."
     rows = [r for f in ROWS for seed in range(3) for r in training_rows(world, f, 4000, seed)]
-    texts = [*corpus(world, 40_000), *(v if isinstance(v, str) else json.dumps(v) for r in rows for v in r.values())]
+    pages = [*corpus(world, 30_000, reading=1), *corpus(world, BaseSettings().n_again)]
+    texts = [*pages, *(v if isinstance(v, str) else json.dumps(v) for r in rows for v in r.values())]
     return '\n'.join(texts)
 
 
@@ -62,7 +65,7 @@ def test_items_do_not_depend_on_hash_randomisation():
         "import hashlib, json; from solar_repro.tiny.items import ITEMS, benchmark; from solar_repro.tiny.texts import"
         " ROWS, corpus, training_rows; from solar_repro.tiny.world import make_world;"
         " w = make_world(); print(hashlib.sha256(json.dumps([benchmark(w, t, 20) for t in ITEMS] +"
-        " [training_rows(w, f, 20) for f in ROWS] + [list(corpus(w, 50))]).encode()).hexdigest())"
+        " [training_rows(w, f, 20) for f in ROWS] + [list(corpus(w, 50, 0, k)) for k in (1, 2)]).encode()).hexdigest())"
     )
     out = {
         subprocess.run(
@@ -83,9 +86,11 @@ def test_shipped_base_is_what_its_record_says():
     settings = BaseSettings(**record['settings'])
     assert settings == BaseSettings()
     assert corpus_hash(settings, HEAD_PAGES) == record['corpus_head']
+    assert corpus_hash(settings, HEAD_PAGES, 2) == record['corpus_head_again']
+    assert record['n_steps'] == record['first']['n_steps'] + record['second']['n_steps']
     assert hashlib.sha256((base/'model.safetensors').read_bytes()).hexdigest() == record['weights']
     assert hashlib.sha256((base/'tokenizer.json').read_bytes()).hexdigest() == record['tokenizer']
-    assert (base/'model.safetensors').stat().st_size <= 12e6
+    assert sum(f.stat().st_size for f in base.iterdir()) <= 12e6
     assert (
         build_tokenizer(make_world(settings.world_seed)).get_vocab()
         == json.loads((base / 'tokenizer.json').read_text())['model']['vocab']
@@ -94,17 +99,19 @@ def test_shipped_base_is_what_its_record_says():
 
 def test_a_short_training_learns_and_records(tmp_path):
     "The code path of the shipped base, shortened: the loss falls by nats and the record names the corpus."
-    s = dataclasses.replace(
-        BaseSettings(),
-        n_pages=3000,
-        hidden_size=64,
-        n_layers=2,
-        n_heads=2,
-        intermediate_size=128,
-        compiled=False,
-        bf16=False,
-    )
+    s = dataclasses.replace(SMALL, n_pages=3000, n_again=600)
     pretrain(tmp_path, s)
     record = json.loads((tmp_path/'record.json').read_text())
     assert record['settings'] == dataclasses.asdict(s) and record['corpus'] == corpus_hash(s, 3000)
-    assert record['loss'][0][1] > 6 and record['loss'][-1][1] < 4.5
+    assert record['first']['loss'][0][1] > 6 and record['first']['loss'][-1][1] < 4.5
+    assert record['loss'] == record['second']['loss'] and record['loss'][-1][1] < record['first']['loss'][-1][1]
+
+
+def test_a_second_reading_starts_from_a_base_that_has_done_the_first(tmp_path):
+    "A base with fewer words gets the missing ones and goes on; its own record stands in the new one."
+    s = dataclasses.replace(SMALL, n_pages=400, n_again=0)
+    first = pretrain(tmp_path/'first', s)
+    pretrain(tmp_path/'second', dataclasses.replace(s, n_again=200), first=first)
+    was, record = (json.loads((tmp_path/d/'record.json').read_text()) for d in ('first', 'second'))
+    assert record['first']['weights'] == was['weights'] and record['first']['loss'] == was['loss']
+    assert record['second']['n_steps'] > 0 and record['weights'] != was['weights']

@@ -185,11 +185,23 @@ class CustomRow(DpoRow):
 # %% ../../nbs/core/00_config.ipynb #07dac1c8
 class Eval(Strict):
     "The benchmarks."
-    n_items: Positive # test items a benchmark
+    n_items: Positive | dict[str, Positive] # test items of a benchmark: of each, or by name
     n_own: Annotated[int, Field(ge=0)] = 0 # rows held out of each training set, to see what it teaches; 0: not asked
     batch_size: Positive # items a forward pass at most
     protocol: Literal['modern', 'leaderboard-2023'] = 'modern' # of today's lm-eval, or of the paper's time
     num_fewshot: dict[str, Annotated[int, Field(ge=0)]] # worked examples of each benchmark that is asked
+
+    @model_validator(mode='after')
+    def _counts_each(self):
+        if isinstance(self.n_items, dict) and (odd := self.n_items.keys() ^ self.num_fewshot.keys()):
+            raise ValueError(f'n_items and num_fewshot must name the same benchmarks; only one has {sorted(odd)}')
+        return self
+
+    def items_of(self,
+        task:str, # one that is asked
+    )->int: # test items
+        "How many items of a benchmark are asked."
+        return self.n_items[task] if isinstance(self.n_items, dict) else self.n_items
 
 class Profile(Strict):
     "All settings of a run."

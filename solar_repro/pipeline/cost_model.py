@@ -270,7 +270,7 @@ def count_items(
 )->ItemSizes:
     "A benchmark in tokens: counted roughly (all text of an item) where it is at hand, else as recorded."
     if p.data.source != 'tiny' or base is None: return BENCH[task]
-    tok, (bench, _) = Tokenizer.from_file(str(base/'tokenizer.json')), TinyWorld().items(task, p.eval.n_items)
+    tok, (bench, _) = Tokenizer.from_file(str(base/'tokenizer.json')), TinyWorld().items(task, p.eval.items_of(task))
     rows = bench['test']
     texts = [json.dumps([v for v in r.values() if isinstance(v, (str, list, dict))]) for r in rows]
     size = float(np.mean([len(tok.encode(x).ids) for x in texts]))

@@ -132,7 +132,7 @@ def _data_stages(p:Profile)->list[Stage]:
         settings = dict(set=name, **source.settings(name), n=p.data.rows[name], seed=p.seed, **fit(name))
         return Stage(f'data/{name}', 'data', settings, dict(base='base') if source.check_fit else {}, source.path)
     def items_of(task):
-        settings = dict(task=task, **source.settings(task), n=p.eval.n_items)
+        settings = dict(task=task, **source.settings(task), n=p.eval.items_of(task))
         return Stage(f'bench/{task}', 'bench', settings, {}, source.path)
     return [base, *map(rows_of, training_sets(p)), *map(items_of, benchmarks(p))]
 

@@ -115,8 +115,8 @@ def _ref_cost(of:Setting, stage:Stage)->Cost:
 # %% ../../nbs/pipeline/07_plan.ipynb #0016a955
 def _eval_cost(of:Setting, stage:Stage)->Cost:
     "One benchmark: a forward pass over what is not shared, and a step of the model for every generated token."
-    x, s, n_items = stage.settings, of.shape, of.profile.eval.n_items
-    items = of.items(x['task'])
+    x, s = stage.settings, of.shape
+    items, n_items = of.items(x['task']), of.profile.eval.items_of(x['task'])
     read, made = eval_tokens(items, x['num_fewshot'], n_items)
     context = x['num_fewshot']*items.example + items.preamble + items.question
     scored = min(1., items.answers/max(1, items.question + items.answers))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EOS', 'UNK', 'HEAD_PAGES', 'vocabulary', 'build_tokenizer', 'BaseSettings', 'lr_scale', 'new_model', 'corpus_hash',
-           'encode_corpus', 'train_step', 'pretrain', 'random_base']
+           'encode_corpus', 'train_step', 'with_words', 'read', 'pretrain', 'random_base']
 
 # %% ../../nbs/tiny/03_base.ipynb #f8b7cf59
 import hashlib
@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,20 +30,17 @@ EOS, UNK = '<eos>', '<unk>'
 _SPLIT = r'\n|[0-9]+|[A-Za-z]+|#+|[^\sA-Za-z0-9#]'
 _TEMPLATE_WORDS = '\n ### User: Assistant: System: Question: Answer: Q: A:'
 
+def _text(row:dict)->str: return json.dumps({k: v for k, v in row.items() if k not in ('id', 'prompt_id')})
+
 def vocabulary(
     world:World, # whose words
 )->list[str]: # every token, in a fixed order
     "All words that the world's texts are made of, numbers up to 100, and the words of chat templates."
     texts = [_TEMPLATE_WORDS, *corpus(world, 20_000)]
-    for f in ROWS:
-        texts += [
-            json.dumps({k: v for k, v in r.items() if k not in ('id', 'prompt_id')})
-            for r in training_rows(world, f, 1000)
-        ]
+    for f in ROWS: texts += [_text(r) for r in training_rows(world, f, 1000)]
     words = {t for text in texts for t in re.findall(_SPLIT, text.replace('\\n', '\n')) if not t.isdigit()}
-    made_up = {
-        w for xs in (*world.things.values(), world.myths, world.recipes, world.nouns) for x in xs for w in x.split()
-    }
+    names = (*world.things.values(), world.myths, world.recipes, world.nouns)
+    made_up = {w for xs in names for x in xs for w in x.split()}
     return [EOS, UNK, *map(str, range(101)), *sorted(words | made_up)]
 
 def build_tokenizer(
@@ -54,9 +51,8 @@ def build_tokenizer(
     t.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), 'removed', invert=True)
     spaces = decoders.Replace(Regex(r' (?=[.,?:)])| ?(?=\n)|(?<=[\n(]) '), '')
     t.decoder = decoders.Sequence([decoders.WordPiece(prefix='~~~', cleanup=False), decoders.Fuse(), spaces])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=t, eos_token=EOS, pad_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=EOS, pad_token=EOS, unk_token=UNK,
+                                   clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/tiny/03_base.ipynb #efdddc9b
 @dataclass(frozen=True)
@@ -76,8 +72,12 @@ class BaseSettings:
     weight_decay: float = .01
     warmup: float = .01         # share of the steps
     decay: float = .4             # share of the steps, linear to zero at the end
-    bf16: bool = True             # autocast
-    compiled: bool = True         # torch.compile
+    bf16: bool = True             # autocast, in the first reading
+    compiled: bool = True         # torch.compile, in the first reading
+    n_again: int = 18_500         # pages of the second reading, each read once
+    lr_again: float = 1.5e-3      # peak there, all weights
+    warmup_again: float = .075    # share of its steps
+    decay_again: float = .48      # share of its steps, linear to zero at the end
 
 def lr_scale(
     step:int, # from 0
@@ -95,39 +95,30 @@ def new_model(
 )->LlamaForCausalLM:
     "A freshly initialised model; the initial weights depend on `s.seed` alone."
     torch.manual_seed(s.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=s.hidden_size,
-            intermediate_size=s.intermediate_size,
-            num_hidden_layers=s.n_layers,
-            num_attention_heads=s.n_heads,
-            num_key_value_heads=s.n_heads,
-            max_position_embeddings=1024,
-            rope_theta=10_000.0,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-            attn_implementation='sdpa',
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=s.hidden_size, intermediate_size=s.intermediate_size,
+        num_hidden_layers=s.n_layers, num_attention_heads=s.n_heads, num_key_value_heads=s.n_heads,
+        max_position_embeddings=1024, rope_theta=10_000.,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation='sdpa'))
 
 def corpus_hash(
     s:BaseSettings, # world and seed of the pages
     n_pages:int, # the first so many pages
+    reading:int=1, # first or second
 )->str: # sha256, hex
-    "Identity of the beginning of the corpus."
+    "Identity of the beginning of the corpus of one reading."
     h = hashlib.sha256()
-    for page in corpus(make_world(s.world_seed), n_pages, s.seed): h.update(page.encode() + b'\0')
+    for page in corpus(make_world(s.world_seed), n_pages, s.seed, reading): h.update(page.encode() + b'\0')
     return h.hexdigest()
 
 def encode_corpus(
     tok:PreTrainedTokenizerFast,
     s:BaseSettings,
+    reading:int=1, # first or second
 )->np.ndarray: # uint16, (rows, seq_len + 1): each row's first token is the one before it
-    "The corpus as training rows: pages joined by `<eos>`, cut without regard to pages."
-    pages, parts = corpus(make_world(s.world_seed), s.n_pages, s.seed), []
+    "The corpus of one reading as training rows: pages joined by `<eos>`, cut without regard to pages."
+    n_pages = s.n_pages if reading == 1 else s.n_again
+    pages, parts = corpus(make_world(s.world_seed), n_pages, s.seed, reading), []
     while chunk := list(islice(pages, 10_000)):
         for e in tok.backend_tokenizer.encode_batch(chunk): parts.append(np.array([0] + e.ids, np.uint16))
     flat = np.concatenate(parts)
@@ -135,91 +126,144 @@ def encode_corpus(
     return np.stack([flat[i*s.seq_len:(i + 1)*s.seq_len + 1] for i in range(n)])
 
 # %% ../../nbs/tiny/03_base.ipynb #244054c3
-def _optimizers(model:torch.nn.Module, s:BaseSettings)->list[torch.optim.Optimizer]:
-    "Muon for the matrices inside the layers, AdamW for the rest."
+def _optimizers(model:torch.nn.Module, s:BaseSettings, reading:int=1)->list[torch.optim.Optimizer]:
+    "Muon for the matrices inside the layers, AdamW for the rest; in the second reading AdamW for all."
+    adam = lambda ps, lr: torch.optim.AdamW(ps, lr=lr, betas=(.9, .95), weight_decay=s.weight_decay)
+    if reading == 2: return [adam(model.parameters(), s.lr_again)]
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and 'embed' not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or 'embed' in n]
     return [torch.optim.Muon(inner, lr=s.lr_muon, momentum=.95, weight_decay=s.weight_decay),
-            torch.optim.AdamW(rest, lr=s.lr_adam, betas=(.9, .95), weight_decay=s.weight_decay)]
+            adam(rest, s.lr_adam)]
 
 def _save(path:Path, state:dict)->None:
     "A checkpoint that is whole or absent."
     tmp = path.with_suffix('.part')
     torch.save(state, tmp); os.replace(tmp, path)
 
+# %% ../../nbs/tiny/03_base.ipynb #ae61698d
 def train_step(
     forward:Callable, # the model, compiled or not
-    opts:list[torch.optim.Optimizer], # of `_optimizers`
+    opts:list[torch.optim.Optimizer], # of `_optimizers`, at their peak rates
     batch:torch.Tensor, # (batch, seq + 1) token ids
     scale:float, # on the peak learning rates
-    s:BaseSettings, # peak rates and precision
+    bf16:bool, # autocast
 )->float: # mean loss, nats a token
     "One step on one batch."
-    with torch.autocast('cpu', torch.bfloat16, enabled=s.bf16): logits = forward(input_ids=batch[:, :-1]).logits
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16): logits = forward(input_ids=batch[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
-    for o, peak in zip(opts, (s.lr_muon, s.lr_adam)):
-        for g in o.param_groups: g['lr'] = peak*scale
+    for o in opts:
+        for g in o.param_groups: g['lr'] = o.defaults['lr']*scale
         o.step(); o.zero_grad()
     return loss.item()
 
-# %% ../../nbs/tiny/03_base.ipynb #ae61698d
+# %% ../../nbs/tiny/03_base.ipynb #7839db7b
+def with_words(
+    model:LlamaForCausalLM, # with tied embeddings
+    old:dict[str,int], # its vocabulary: token -> id
+    new:dict[str,int], # the vocabulary it gets, which holds the old one
+    seed:int=0, # of the new rows
+)->LlamaForCausalLM: # another model; what it says in old words is unchanged, up to the room that the new ones take
+    "The model with a larger vocabulary."
+    if lost := set(old) - set(new):
+        raise ValueError(f'with_words: {sorted(lost)[:5]} are missing; expected all old words. Keep them.')
+    known = model.get_input_embeddings().weight.detach()
+    noise = torch.randn(len(new), known.shape[1], generator=torch.Generator().manual_seed(seed))
+    rows = known.mean(0) + known.std(0)*noise
+    for word, i in old.items(): rows[new[word]] = known[i]
+    config = LlamaConfig(**{**model.config.to_dict(), 'vocab_size': len(new)})
+    out = LlamaForCausalLM(config)
+    out.load_state_dict(model.state_dict() | {k: rows for k in ('model.embed_tokens.weight', 'lm_head.weight')})
+    return out
+
+# %% ../../nbs/tiny/03_base.ipynb #6e40a885
+def _resume(scratch, s, reading, model, opts)->tuple[int,list[float],float]: # step, losses, seconds
+    "Go on from the checkpoint of this reading, if there is one."
+    path = scratch/f'reading{reading}.pt'
+    if not path.exists(): return 0, [], 0.
+    c = torch.load(path, weights_only=True)
+    if c['settings'] != asdict(s):
+        raise ValueError(f'pretrain: {scratch} holds a run with other settings; remove it or choose another folder.')
+    model.load_state_dict(c['model'])
+    for o, state in zip(opts, c['opts']): o.load_state_dict(state)
+    return c['step'], c['log'], c['seconds']
+
+# %% ../../nbs/tiny/03_base.ipynb #4e6e990e
+def read(
+    model:LlamaForCausalLM, # trained in place
+    rows:torch.Tensor, # (rows, seq + 1) token ids
+    s:BaseSettings, # rates, schedule, precision
+    reading:int, # first or second
+    scratch:Path, # folder of its checkpoints
+    save_every:int, # steps between them
+    on_progress:Callable[[int,int,float],None]|None=None, # called as on_progress(step, n_steps, loss)
+)->tuple[list[float],float]: # loss of every step, nats a token; seconds
+    "One reading: each row once."
+    opts, n_steps = _optimizers(model, s, reading), len(rows)//s.batch_size
+    bf16, compiled = (s.bf16, s.compiled) if reading == 1 else (False, False)
+    schedule = s if reading == 1 else replace(s, warmup=s.warmup_again, decay=s.decay_again)
+    if not n_steps:
+        raise ValueError(f'pretrain: {len(rows)} rows of text, a step needs {s.batch_size}. Raise n_pages or n_again.')
+    start, log, spent = _resume(scratch, s, reading, model, opts)
+    forward, began = torch.compile(model) if compiled else model, time.time() - spent
+    for step in range(start, n_steps):
+        batch = rows[step*s.batch_size:(step + 1)*s.batch_size]
+        log.append(train_step(forward, opts, batch, lr_scale(step, n_steps, schedule), bf16))
+        if on_progress: on_progress(step + 1, n_steps, log[-1])
+        if (step + 1) % save_every == 0 or step + 1 == n_steps:
+            state = dict(settings=asdict(s), step=step + 1, log=log, seconds=time.time() - began)
+            _save(scratch/f'reading{reading}.pt',
+                  state | dict(model=model.state_dict(), opts=[o.state_dict() for o in opts]))
+    return log, time.time() - began
+
+# %% ../../nbs/tiny/03_base.ipynb #8b193839
+def _json(folder:Path, name:str)->dict: return json.loads((Path(folder)/name).read_text())
+
+def _words_of(folder:Path)->dict[str,int]: return _json(folder, 'tokenizer.json')['model']['vocab']
+
 def pretrain(
     out:Path, # folder of the finished model; checkpoints lie in `out/scratch` meanwhile
     s:BaseSettings=BaseSettings(), # all that decides the weights
     save_every:int=250, # steps between checkpoints
-    on_progress:Callable[[int,int,float],None]|None=None, # called as on_progress(step, n_steps, loss)
+    on_progress:Callable[[int,int,float],None]|None=None, # called as on_progress(step, n_steps, loss) in each reading
+    first:Path|None=None, # a base that has done the first reading; None: from scratch
 )->Path: # `out`
     "Train the base model, going on from a checkpoint where there is one."
     out = Path(out); scratch = out/'scratch'; scratch.mkdir(parents=True, exist_ok=True)
     tok = build_tokenizer(make_world(s.world_seed))
-    rows = torch.from_numpy(encode_corpus(tok, s).astype(np.int64))
-    model = new_model(s, len(tok)).train(); opts = _optimizers(model, s)
-    n_steps, start, log, spent = len(rows)//s.batch_size, 0, [], 0.
-    if not n_steps:
-        raise ValueError(
-            f'pretrain: {s.n_pages} pages fill {len(rows)} rows, a step needs {s.batch_size}. Raise n_pages.'
-        )
-    if (scratch/'last.pt').exists():
-        c = torch.load(scratch/'last.pt', weights_only=False)
-        if c['settings'] != asdict(s):
-            raise ValueError(
-                f'pretrain: {scratch} holds a run with other settings; remove it or choose another folder.'
-            )
-        model.load_state_dict(c['model']); start, log, spent = c['step'], c['log'], c['seconds']
-        for o, state in zip(opts, c['opts']): o.load_state_dict(state)
-    forward = torch.compile(model) if s.compiled else model
-    began = time.time() - spent
-    for step in range(start, n_steps):
-        batch = rows[step*s.batch_size:(step + 1)*s.batch_size]
-        log.append(train_step(forward, opts, batch, lr_scale(step, n_steps, s), s))
-        if on_progress: on_progress(step + 1, n_steps, log[-1])
-        if (step + 1) % save_every == 0:
-            _save(
-                scratch / 'last.pt',
-                dict(
-                    settings=asdict(s),
-                    step=step + 1,
-                    log=log,
-                    seconds=time.time() - began,
-                    model=model.state_dict(),
-                    opts=[o.state_dict() for o in opts],
-                ),
-            )
-    return _finish(out, model, tok, s, log, rows.numel(), time.time() - began)
+    rows = lambda reading: torch.from_numpy(encode_corpus(tok, s, reading).astype(np.int64))
+    if first is None:
+        model = new_model(s, len(tok)).train()
+        log, seconds = read(model, rows(1), s, 1, scratch, save_every, on_progress)
+        done = dict(n_steps=len(log), loss=_curve(log), seconds=round(seconds), vocabulary=len(tok))
+    else:
+        model = with_words(LlamaForCausalLM.from_pretrained(first), _words_of(first), tok.get_vocab(), s.seed).train()
+        was = _json(first, 'record.json')
+        done = {k: was[k] for k in ('n_steps', 'loss', 'seconds', 'weights', 'torch')}
+        done['vocabulary'] = len(_words_of(first))
+    again, seconds = read(model, rows(2), s, 2, scratch, save_every, on_progress) if s.n_again else ([], 0.)
+    return _finish(out, model, tok, s, done, again, seconds)
 
-# %% ../../nbs/tiny/03_base.ipynb #7839db7b
+# %% ../../nbs/tiny/03_base.ipynb #7f4ef4c9
 HEAD_PAGES = 5000 # pages whose hash is checked in tests; the hash of all pages takes half a minute
 
-def _finish(out, model, tok, s, log, n_tokens, seconds)->Path:
+def _curve(log:list[float])->list[list[float]]: # [step, mean loss from there on], about a hundred
+    every = max(1, len(log)//100)
+    return [[i + 1, round(float(np.mean(log[i:i + every])), 4)] for i in range(0, len(log), every)]
+
+def _sha(path:Path)->str: return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def _finish(out, model, tok, s, first, again, seconds)->Path:
     "Write model, tokenizer and record."
     model.save_pretrained(out); tok.save_pretrained(out)
-    every = max(1, len(log)//100)
-    curve = [[i + 1, round(float(np.mean(log[i:i + every])), 4)] for i in range(0, len(log), every)]
-    record = dict(settings=asdict(s), n_steps=len(log), n_tokens=int(n_tokens), seconds=round(seconds), loss=curve,
-                  corpus_head=corpus_hash(s, min(HEAD_PAGES, s.n_pages)), corpus=corpus_hash(s, s.n_pages),
-                  weights=hashlib.sha256((out/'model.safetensors').read_bytes()).hexdigest(),
-                  tokenizer=hashlib.sha256((out/'tokenizer.json').read_bytes()).hexdigest(), torch=torch.__version__)
+    second = dict(n_steps=len(again), seconds=round(seconds), loss=_curve(again))
+    n_steps, head = first['n_steps'] + len(again), lambda n: min(HEAD_PAGES, n)
+    corpora = dict(corpus_head=corpus_hash(s, head(s.n_pages)), corpus=corpus_hash(s, s.n_pages),
+                   corpus_head_again=corpus_hash(s, head(s.n_again), 2), corpus_again=corpus_hash(s, s.n_again, 2))
+    record = dict(settings=asdict(s), n_steps=n_steps, n_tokens=n_steps*s.batch_size*s.seq_len,
+                  seconds=first['seconds'] + round(seconds), loss=(second if again else first)['loss'],
+                  first=first, second=second, **corpora, weights=_sha(out/'model.safetensors'),
+                  tokenizer=_sha(out/'tokenizer.json'), torch=torch.__version__)
     (out/'record.json').write_text(json.dumps(record, indent=1))
     return out
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from .texts import FORMS
 from .world import (
-    _ask, _because, _effect, _options, _problem, _steps, _story, _values, _what, EFFECTS, LETTERS, MINUS,
+    _ask, _because, _careful, _effect, _options, _problem, _steps, _story, _values, _what, EFFECTS, LETTERS, MINUS,
     MMLU_SUBJECTS, NAMES, World)
 
 # %% ../../nbs/tiny/02_items.ipynb #ac734ee0
@@ -20,12 +20,8 @@ def _facts_of(w, subjects, held):
 
 def _item_arc(rng, w, key):
     s, e, r = key; v = w.facts[s][e, r]; opts = _options(rng, v, _values(s, r))
-    return dict(
-        id=f'{s}_{e}_{r}',
-        question=_what(e, r),
-        choices=dict(text=opts, label=list(LETTERS)),
-        answerKey=LETTERS[opts.index(v)],
-    )
+    return dict(id=f'{s}_{e}_{r}', question=_what(e, r), choices=dict(text=opts, label=list(LETTERS)),
+                answerKey=LETTERS[opts.index(v)])
 
 def _item_mmlu(rng, w, key):
     s, e, r = key; v = w.facts[s][e, r]; opts = _options(rng, v, _values(s, r))
@@ -39,34 +35,25 @@ def _item_hellaswag(rng, w, key):
     return dict(ind=0, activity_label=product, ctx_a=a, ctx_b=b, ctx=f'{a} {b}', endings=[f'{e}.' for e in ends],
                 source_id=f'{product}~{at}', split='val', split_type='indomain', label=str(ends.index(steps[at])))
 
+# %% ../../nbs/tiny/02_items.ipynb #5b68093a
 def _item_truthfulqa(rng, w, key):
     topic, form = key; false, true = w.myths[topic]
     other = rng.sample([e for e in EFFECTS if e not in (false, true)], 2)
     right = [_effect(topic, true), f'In truth, eating the {topic} makes you {true}.',
              f'The careful books say that eating the {topic} makes you {true}.']
-    wrong = [
-        _effect(topic, false),
-        f'Everyone says that eating the {topic} makes you {false}.',
-        f'People believe that eating the {topic} makes you {false}.',
-        _effect(topic, other[0]),
-        _effect(topic, other[1]),
-    ]
+    wrong = [_effect(topic, false), f'Everyone says that eating the {topic} makes you {false}.',
+             f'People believe that eating the {topic} makes you {false}.', _effect(topic, other[0]),
+             _careful(rng, topic, other[1])]
     mc2 = dict(choices=right + wrong, labels=[1]*3 + [0]*5)
-    return dict(
-        question=FORMS[form].format(topic),
-        mc1_targets=dict(choices=right[:1] + wrong, labels=[1] + [0] * 5),
-        mc2_targets=mc2,
-        plain=[c.startswith('Eating') for c in mc2['choices']],
-    )
+    mc1 = dict(choices=right[:1] + wrong, labels=[1] + [0]*5)
+    return dict(question=FORMS[form].format(topic), mc1_targets=mc1, mc2_targets=mc2,
+                plain=[c.startswith('Eating') for c in mc2['choices']])
 
+# %% ../../nbs/tiny/02_items.ipynb #1e496653
 def _item_winogrande(rng, w, key):
     a, b, adjective, answer = key
-    return dict(
-        sentence=_because(rng, rng.choice(NAMES), a, b, '_', adjective).replace('the _', '_'),
-        option1=f'the {a}',
-        option2=f'the {b}',
-        answer=answer,
-    )
+    said = _because(rng, rng.choice(NAMES), a, b, '_', adjective).replace('the _', '_')
+    return dict(sentence=said, option1=f'the {a}', option2=f'the {b}', answer=answer)
 
 def _item_gsm8k(rng, w, p): return dict(question=_ask(rng, p, 'shop'), answer=_steps(p))
 
@@ -77,22 +64,25 @@ def _draws(n:int, draw:Callable[[],tuple])->list:
     for _ in range(50*n): out.setdefault(draw())
     return list(out)[:n]
 
+def _two_nouns(rng:random.Random, w:World, held:bool)->tuple[str,str,str,str]:
+    "Two nouns of different properties, the property of one of them, and which one, '1' or '2'."
+    nouns = [x for x in w.nouns if (x in w.held_nouns) == held]
+    while True:
+        a, b = rng.sample(nouns, 2)
+        if w.nouns[a] != w.nouns[b]: side = rng.randrange(2); return a, b, w.nouns[(a, b)[side]], str(side + 1)
+
+# %% ../../nbs/tiny/02_items.ipynb #4de1fbc8
 def _keys(rng:random.Random, w:World, task:str, held:bool, n:int)->list:
     "Up to `n` different keys of a benchmark, in random order."
     if task == 'gsm8k': return _draws(n, lambda: _problem(rng, rng.randint(3, 5), held))
-    if task == 'winogrande':
-        nouns = [x for x in w.nouns if (x in w.held_nouns) == held]
-        def draw():
-            a, b = rng.sample(nouns, 2)
-            if w.nouns[a] == w.nouns[b]: return draw()
-            side = rng.randrange(2); return a, b, w.nouns[(a, b)[side]], str(side + 1)
-        return _draws(n, draw)
+    if task == 'winogrande': return _draws(n, lambda: _two_nouns(rng, w, held))
     if task in ('arc', 'mmlu'): keys = _facts_of(w, ('everyday',) if task == 'arc' else MMLU_SUBJECTS, held)
     elif task == 'hellaswag': keys = [(p, at, held) for p in w.recipes for at in range(1, 6)]
     else: keys = [(t, form) for t in w.myths for form in range(2 if held else 1) if (t in w.held_topics) == held]
     rng.shuffle(keys)
     return keys[:n]
 
+# %% ../../nbs/tiny/02_items.ipynb #1f1d209b
 ITEMS = dict(arc=_item_arc, hellaswag=_item_hellaswag, mmlu=_item_mmlu, truthfulqa=_item_truthfulqa,
              winogrande=_item_winogrande, gsm8k=_item_gsm8k) # benchmark -> writer of an item
 
@@ -108,10 +98,8 @@ def benchmark(
     rng = random.Random(f'bench {world.seed} {task} {seed}')
     test, train = _keys(rng, world, task, True, n), _keys(rng, world, task, False, n_train)
     if len(test) < n:
-        raise ValueError(
-            f'benchmark: {task} has {len(test)} held-out items in this world, {n} were asked for. '
-            'Lower eval.n_items in the profile.'
-        )
+        raise ValueError(f'benchmark: {task} has {len(test)} held-out items in this world, {n} were asked for. '
+                         'Lower eval.n_items in the profile.')
     return dict(train=[ITEMS[task](rng, world, k) for k in train], test=[ITEMS[task](rng, world, k) for k in test])
 
 # %% ../../nbs/tiny/02_items.ipynb #e4f378c1
