@@ -327,10 +327,10 @@ def scored(samples) -> pd.DataFrame:
 
 def test_a_verdict_needs_both_noises():
     "Ten points that every training shows support a claim; the same ten on average, where trainings scatter, do not."
-    name, which = 'Math data lifts GSM8K', [c for c in paper.CLAIMS if c.name == 'Math data lifts GSM8K']
+    which = [c for c in paper.CLAIMS if c.name == 'Math data lifts GSM8K']
     def verdict(noise, seeds):
         x = trained(400, .1, noise, seeds, ['SFT v2', 'SFT v3'])
-        return tables.claims(scored(x), which, x).set_index('claim').loc[name]
+        return tables.claims(scored(x), which, x).iloc[0]
     steady, scattered, alone = verdict(.002, 5), verdict(.15, 5), verdict(.15, 1)
     assert (steady['on_ours'], steady['seeds']) == (S, 5) and scattered['on_ours'] == N
     assert alone['on_ours'] != N and alone['seeds'] == 1                 # of items alone it would be one: provisional

@@ -1,5 +1,6 @@
 """What `verify` catches, where a number comes from, what lm-eval can read, statistics against references, two seeds."""
 
+import gzip
 import json
 import math
 import re
@@ -614,3 +615,29 @@ def test_every_benchmark_names_its_choices(task):
     from solar_repro.pipeline.sources import TinyWorld
     found = BENCHMARKS[task].choices(TinyWorld().items(task, 2)[0]['test'][0])
     assert len(found) > 1 and all(isinstance(c, str) and c for c in found)
+
+
+# ---- what came with the package
+
+def test_records_are_checked_answer_by_answer(full, tmp_path, monkeypatch):
+    "A record that follows from its answers passes; a score, a choice and an item that were changed are named."
+    from solar_repro.pipeline import results
+    from solar_repro.reports.verify import record_problems
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]/'tools'))
+    from record_run import record
+    exp, good = Experiment('smoke', store=full), record('smoke', 0, full, tmp_path, 'cpu')
+    monkeypatch.setattr(results, 'RECORDED', tmp_path)
+    n, problems = record_problems(exp)
+    assert n == 1 and problems.empty, problems.head().to_string()
+    x = json.loads(gzip.decompress(good.read_bytes()))
+    x['results']['SFT v1']['arc']['items']['score'][2] = 1 - x['results']['SFT v1']['arc']['items']['score'][2]
+    x['results']['DPO v1']['gsm8k']['items']['text'][1] = '#### 12345'
+    x['tasks']['mmlu']['asked'] = '0'*64
+    bad = tmp_path/'smoke'/'other'/'seed1.json.gz'
+    bad.parent.mkdir()
+    bad.write_bytes(gzip.compress(json.dumps(x | dict(seed=1)).encode()))
+    n, problems = record_problems(exp)
+    assert n == 2 and set(problems['where'].str.split(', ').str[0]) == {'recorded other'}
+    found = set(zip(problems['where'].str.split('seed 1, ').str[1], problems['what']))
+    assert {('SFT v1/arc', 'score of item 2'), ('SFT v1/arc', 'score'), ('base/mmlu', 'items')} <= found
+    assert {w for w, _ in found} <= {'SFT v1/arc', 'DPO v1/gsm8k', *(f'{m}/mmlu' for m in exp.models)}
