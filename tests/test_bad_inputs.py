@@ -331,7 +331,7 @@ def test_a_name_that_is_not_there(here, capsys, argv, says):
     ('extends = "smoke"\n[rows.""]\nsets = ["openorca"]', 'must be a plain name'),
     ('extends = "smoke"\n[rows."a/b"]\nsets = ["openorca"]', 'must be a plain name'),
     ('extends = "smoke"\n[rows."base"]\nsets = ["openorca"]', 'name of another row'),
-    ('extends = "smoke"\n[rows."contamination"]\nsets = ["openorca"]', "called 'contamination'"),
+    ('extends = "smoke"\n[rows."contamination"]\nsets = ["openorca"]', 'name of another stage'),
     ('extends = "smoke"\n[rows."SFT v1"]\nsets = ["openorca"]', 'name of another row'),
     ('extends = "smoke"\n[rows.A]\nsets = ["openorca", "openorca"]', 'each of its sets once'),
     ('extends = "smoke"\n[rows.A]\nsets = []', 'either sets'),

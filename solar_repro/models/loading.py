@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from huggingface_hub import constants as hub
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging as hf_logging
@@ -75,7 +76,8 @@ def encode(
 # %% ../../nbs/models/01_loading.ipynb #6da6fe55
 @contextmanager
 def quiet():
-    "Run a block without the progress bars and remarks of transformers, datasets and bitsandbytes."
+    "Run a block without progress bars and remarks of the libraries, and without what they report to the Hub."
+    reports, hub.HF_HUB_DISABLE_TELEMETRY = hub.HF_HUB_DISABLE_TELEMETRY, True
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     no_data_bars, four_bits = datasets.are_progress_bars_disabled(), logging.getLogger('bitsandbytes')
     level_of_four_bits = four_bits.level
@@ -88,6 +90,7 @@ def quiet():
             warnings.simplefilter('ignore', FutureWarning)
             yield
     finally:
+        hub.HF_HUB_DISABLE_TELEMETRY = reports
         four_bits.setLevel(level_of_four_bits)
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()

@@ -34,11 +34,19 @@ def _in_markup(sign:str, markup:str)->str:
     if markup == 'tex': return _SIGNS.get(sign, sign)
     return sign.replace(' ', '\xa0') if markup == 'html' else sign
 
+_IN_TEX = _SIGNS | {c: '\\' + c for c in '&%$#_{}'} | {
+    '\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+_IN_MD = {c: '\\' + c for c in '\\|*_`[]$'} | {'<': '&lt;', '>': '&gt;', '&': '&amp;'}
+
 def _tex(text:str)->str:
     "Text for LaTeX: nothing in it is a command."
-    escaped = ''.join('\\' + c if c in '&%$#_{}' else c for c in text)
-    for sign in '±≈': escaped = escaped.replace(sign, _SIGNS[sign])
-    return escaped
+    return ''.join(_IN_TEX.get(c, c) for c in text)
+
+def _md(text:str)->str:
+    "Text for Markdown: nothing in it is markup, HTML, or the end of a cell."
+    return ''.join(_IN_MD.get(c, c) for c in text)
+
+_ESCAPE = dict(html=html.escape, md=_md, tex=_tex)
 
 def as_html(
     shown:pd.DataFrame, # of `printed`, in HTML
@@ -71,7 +79,7 @@ def printed(
         text += marks.noise.format(row[f'{task}_se'])
         if math.isnan(theirs): return text
         return text + marks.paper.format(_value(theirs, task in theirs_bold[row['model']], marks))
-    out = {'Model': t['model'], **_made(n, t['model'], markup)}
+    out = {'Model': t['model'].map(_ESCAPE[markup]), **_made(n, t['model'], markup)}
     for task, title in TITLES.items():
         out[title] = [cell(r, task) for _, r in t.iterrows()]
         if task == 'truthfulqa' and PLAIN in set(scores['task']):
@@ -86,15 +94,17 @@ def _over(scores:pd.DataFrame)->str:
 def _texts(n:int, scores:pd.DataFrame, label:str, custom:Sequence[str],
            samples:pd.DataFrame|None)->dict[str,str]: # ending -> text
     "One table in four formats."
-    said = f"Table {n}, {label}: percent ± one standard error{_over(scores)}, the paper's value {{}}; "
-    said += 'best of each column in bold, theirs and ours'
-    said += '.' if samples is None else '; ≈: not resolved from the runner-up.'
-    if PLAIN in set(scores['task']): said += ' plain words: TruthfulQA over its plainly worded answers alone.'
-    beside, below = said.format('in brackets'), html.escape(said.format('below, in grey'), quote=False)
+    close = '' if samples is None else '; ≈: not resolved from the runner-up'
+    plain = 'plain words: TruthfulQA over its plainly worded answers alone.'*(PLAIN in set(scores['task']))
+    def said(place):
+        noise = f"one standard error{_over(scores)}, the paper's value {place}"
+        ours = f'Table {n}, {label}: percent ± {noise}; best of each column in bold, theirs and ours{close}. {plain}'
+        return ours.rstrip()
+    beside, below = said('in brackets'), html.escape(said('below, in grey'), quote=False)
     shown = {m: printed(n, scores, m, custom, samples) for m in MARKUPS}
     return dict(csv=table(n, scores, custom).to_csv(index=False, float_format='%.2f'),
                 html=as_html(shown['html']).replace('>', f'><caption>{below}</caption>', 1),
-                md=f"{beside}\n\n{shown['md'].to_markdown(index=False, disable_numparse=True)}\n",
+                md=f"{_md(beside)}\n\n{shown['md'].to_markdown(index=False, disable_numparse=True)}\n",
                 tex=shown['tex'].to_latex(index=False, escape=False, caption=_tex(beside)))
 
 def _beside(scores:pd.DataFrame, samples:pd.DataFrame|None)->dict[str,pd.DataFrame]:
