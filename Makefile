@@ -1,10 +1,11 @@
 # make tables   rebuild Tables 3 to 7, results in runs/PROFILE/; PROFILE=tiny, SEED=the profile's own (0)
 #               PROFILE=smol DATA=DIR: real weights and the published rows in DIR (solar_repro.core.data_files says how it is laid out)
+# make demo     two trainings, their average, a DPO step and their answers side by side, in two minutes
 # make test     notebooks in sync with the library, every notebook, the tests
 # make test-all make test, and the tests that take minutes
 # make lab      explore in JupyterLab; ROOT=1 lets root start it, in a container
 # make docs     the documentation site, in _docs/, with the outputs of runs/PROFILE/ where that was run
-# make notebooks  make tables, then keep the executed notebooks' outputs in nbs/
+# make notebooks  make tables, then the machinery's notebooks, too; keeps the outputs of all in nbs/
 # make record   record the finished run of SEED=0, and put all recorded runs on the front page and into README.md
 # make check    only: are notebooks, library and README in sync?
 # make clean    remove .venv, the site and caches; results in runs/ stay
@@ -17,7 +18,7 @@ DATA    ?=
 BIN     := .venv/bin
 
 .DEFAULT_GOAL := tables
-.PHONY: setup tables test test-all lab docs notebooks record check clean
+.PHONY: setup tables demo test test-all lab docs notebooks record check clean
 
 setup:
 	@PYTHON='$(PYTHON)' sh tools/setup.sh
@@ -26,6 +27,9 @@ tables: export SOLAR_DATA := $(or $(DATA),$(SOLAR_DATA))
 tables: setup
 	@$(BIN)/solar-repro fetch-base --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 	@$(BIN)/python -m solar_repro.reports.notebooks --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
+
+demo: setup
+	@$(BIN)/solar-repro demo
 
 test: setup
 	@sh tools/test.sh
@@ -43,6 +47,7 @@ docs: setup
 	@$(BIN)/python tools/build_docs.py --profile '$(PROFILE)'
 
 notebooks: tables
+	@$(BIN)/python -m solar_repro.reports.notebooks --all --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 	@$(BIN)/python tools/keep_outputs.py --profile '$(PROFILE)'
 
 record: setup

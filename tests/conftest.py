@@ -4,16 +4,25 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
+from forked import forked
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 os.environ.setdefault('MPLBACKEND', 'Agg')
+
+
+# The longest files, so that no worker is left with one at the end. The first two do not start with a store, so that
+# one of them builds it (`full`) while the other goes on.
+LONG = ['checkpoints', 'pages', 'notebooks', 'training', 'run', 'workers', 'verify', 'plan', 'sources', 'inference']
+
+
+def pytest_collection_modifyitems(items):
+    order = {f'test_{name}': k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +67,7 @@ def full(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             if made and os.path.isdir(made) and not store.exists(): shutil.copytree(made, store)
-            built = subprocess.run([sys.executable, '-c', BUILD, str(store)], capture_output=True, text=True)
+            built = forked(BUILD, store)
             assert built.returncode == 0, built.stderr
             done.touch()
     return store

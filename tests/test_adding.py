@@ -1,11 +1,9 @@
 "Adding something is one place: what CONTRIBUTING says is done in a copy of the package, and runs at smoke scale."
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,8 +79,7 @@ def run(package: Path, profile: str, code: str) -> None:
     (package/'mine.toml').write_text(f'extends = "smoke"\n{profile}')
     head = ('from pathlib import Path\nfrom solar_repro.pipeline.experiment import Experiment\n'
             'exp = Experiment("mine.toml", store=Path("store"))\n')
-    env = os.environ | dict(PYTHONPATH=str(package))
-    got = subprocess.run([sys.executable, '-c', head + code], cwd=package, env=env, capture_output=True, text=True)
+    got = forked(head + code, cwd=package, env=dict(PYTHONPATH=str(package)))
     assert got.returncode == 0, got.stderr[-3000:]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forked import Forked
 from papermill.exceptions import PapermillExecutionError
 
 from solar_repro.reports import notebooks as runner
@@ -34,8 +35,8 @@ def notebook(path: Path, *cells: str, parameters='') -> Path:
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
-    "A project of two small notebooks that note when they run."
+def project(tmp_path, monkeypatch, full) -> Path:
+    "A project of two small notebooks that note when they run; all stages are built."
     (tmp_path/'settings.ini').write_text(INI)
     notebook(
         tmp_path / 'nbs' / '00_one.ipynb',
@@ -45,7 +46,7 @@ def project(tmp_path, monkeypatch) -> Path:
     notebook(tmp_path/'nbs'/'core'/'00_two.ipynb', "open('../../ran.txt', 'a').write('two\\n')", '1 + 1')
     notebook(tmp_path/'nbs'/'index.ipynb', 'raise RuntimeError("the front page is not run")')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('SOLAR_STORE', str(tmp_path/'store'))
+    monkeypatch.setenv('SOLAR_STORE', str(full))
     return tmp_path
 
 
@@ -57,16 +58,23 @@ def ran(project: Path) -> list[str]:
     return lines
 
 
-def run_notebooks(cwd: Path, *args: str, code: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    "`make tables` without the set-up."
-    return subprocess.run(
-        [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke', *args],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, 'PYTHONPATH': str(code), **env},
-    )
+MAIN = 'import sys; from solar_repro.reports.notebooks import main; sys.exit(main(sys.argv[1:]))'
+
+
+def start(cwd: Path, *args: str, code: Path = ROOT, **env: str) -> Forked:
+    "`make notebooks` without the set-up; without --all, `make tables`."
+    return Forked(MAIN, '--profile', 'smoke', *args, cwd=cwd, env={'PYTHONPATH': str(code), **env})
+
+
+def run_notebooks(cwd: Path, *args: str, **how) -> subprocess.CompletedProcess:
+    p = start(cwd, *args, **how)
+    return subprocess.CompletedProcess(args, p.wait(), p.out, p.err)
+
+
+@pytest.fixture
+def without_stages(monkeypatch):
+    "What a run would build is left out."
+    monkeypatch.setattr(Experiment, 'run', lambda *args, **how: None)
 
 
 # ---- which notebooks run
@@ -80,10 +88,10 @@ def test_story_order():
                         if p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts}
 
 
-def test_only_what_changed_runs_again(project, capsys):
+def test_only_what_changed_runs_again(project, without_stages, capsys):
     "One test, so that the two notebooks are executed no more often than needed."
     out = project/'runs'/'smoke'/'notebooks'
-    assert runner.run_notebooks('smoke') == [out/'00_one.ipynb', out/'core'/'00_two.ipynb']
+    assert runner.run_notebooks('smoke', every=True) == [out/'00_one.ipynb', out/'core'/'00_two.ipynb']
     assert ran(project) == ['one smoke 0', 'two']
     said = capsys.readouterr().out
     assert '[1/2] 00_one.ipynb' in said and '[2/2] core/00_two.ipynb' in said and 'unchanged' not in said
@@ -94,33 +102,33 @@ def test_only_what_changed_runs_again(project, capsys):
         and not (project / 'runs' / 'smoke' / 'progress.jsonl').exists()
     )
 
-    runner.run_notebooks('smoke')
+    runner.run_notebooks('smoke', every=True)
     assert ran(project) == [] and capsys.readouterr().out.count('unchanged') == 2
 
     one = json.loads((project/'nbs'/'00_one.ipynb').read_text())
     one['cells'][1]['outputs'] = [dict(output_type='stream', name='stdout', text='new')]
     (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
-    runner.run_notebooks('smoke')
+    runner.run_notebooks('smoke', every=True)
     assert ran(project) == []                                # outputs are no source
 
     one['cells'][-1]['source'] = "open('../ran.txt', 'a').write('changed\\n')"
     (project/'nbs'/'00_one.ipynb').write_text(json.dumps(one))
-    runner.run_notebooks('smoke')
+    runner.run_notebooks('smoke', every=True)
     assert ran(project) == ['changed']
 
     (out/'core'/'00_two.ipynb').write_text('{"cells": [')     # damaged
-    runner.run_notebooks('smoke')
+    runner.run_notebooks('smoke', every=True)
     assert ran(project) == ['two'] and nbformat.read(out/'core'/'00_two.ipynb', 4)
 
     (out/'00_one.ipynb').unlink()
-    runner.run_notebooks('smoke')
+    runner.run_notebooks('smoke', every=True)
     assert ran(project) == ['changed'] and (out/'00_one.ipynb').exists()
 
     (project/'solar_repro').mkdir(); (project/'solar_repro'/'new.py').write_text('x = 1')
-    runner.run_notebooks('smoke')
+    runner.run_notebooks('smoke', every=True)
     assert ran(project) == ['changed', 'two']                # the library is part of every fingerprint
 
-    runner.run_notebooks('smoke', 3)
+    runner.run_notebooks('smoke', 3, every=True)
     assert ran(project) == ['changed', 'two'] and (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').exists()
     assert 'seed = 3' in (project/'runs'/'smoke-seed3'/'notebooks'/'00_one.ipynb').read_text()
 
@@ -137,15 +145,14 @@ def test_results_that_left_the_store_are_made_again(project):
     assert not runner._unchanged(None, nb, nb, exp, {})
 
 
-def test_a_profile_of_ones_own_keeps_its_seed(project):
+def test_a_profile_of_ones_own_keeps_its_seed(project, without_stages):
     "Without --seed the profile's own holds, in the notebooks as in the run's folder."
     text = (ROOT/'solar_repro'/'profiles'/'smoke.toml').read_text(encoding='utf-8')
     own = project/'own.toml'
     own.write_text(re.sub('^seed = 0', 'seed = 5', text, flags=re.M).replace('name = "smoke"', 'name = "own"'))
-    shutil.rmtree(project/'nbs'/'core')
     runner.run_notebooks('own.toml')                                # a path is meant from where one stands
     assert (project/'runs'/'own-seed5'/'notebooks'/'00_one.ipynb').exists()
-    assert ran(project) == [f'one {own} 5']
+    assert ran(project) == [f'one {own} 5']                         # the story alone
 
 
 def test_unknown_parameter(project):
@@ -163,14 +170,14 @@ def test_no_notebooks(tmp_path):
 def test_a_failing_notebook(project):
     "Exit status 1, a traceback, the notebook as far as it came; the next run goes on there."
     bad = notebook(project/'nbs'/'core'/'00_two.ipynb', "print('got here')", 'def f(): return 1/0', 'f()')
-    done = run_notebooks(project)
+    done = run_notebooks(project, '--all')
     failed = project/'runs'/'smoke'/'notebooks'/'core'/'00_two.failed.ipynb'
     assert done.returncode == 1, done.stderr
     assert 'ZeroDivisionError' in done.stderr and 'f()' in done.stderr and '*.failed.ipynb' in done.stderr
     assert 'got here' in failed.read_text() and not failed.with_name('00_two.ipynb').exists()
     assert ran(project) == ['one smoke 0']
     notebook(bad, "open('../../ran.txt', 'a').write('two\\n')")
-    done = run_notebooks(project)
+    done = run_notebooks(project, '--all')
     assert done.returncode == 0 and ran(project) == ['two'] and not failed.exists()
 
 
@@ -218,23 +225,14 @@ def test_interrupted(project, how):
         project / 'nbs' / 'core' / '00_two.ipynb',
         "import os, time\nopen('../../pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(3600)",
     )
-    p = subprocess.Popen(
-        [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'],
-        cwd=project,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        start_new_session=True,
-    )
+    p = start(project, '--all')
     try:
         assert wait_for(lambda: (project/'pid.txt').exists() and (project/'pid.txt').read_text())
         kernel = int((project/'pid.txt').read_text())
         time.sleep(.5)
         if how == 'Ctrl-C':os.killpg(p.pid, signal.SIGINT)
         else: p.send_signal(signal.SIGINT if how.startswith('SIGINT') else signal.SIGKILL)
-        _, err = p.communicate(timeout=HOUR)
+        _, err = p.communicate()
         if how == 'kill -9':assert p.returncode == -signal.SIGKILL
         else: assert p.returncode == 130 and 'interrupted' in err and 'again' in err and 'Traceback' not in err, err
         assert wait_for(lambda: not alive(kernel)), 'the kernel outlived the runner'
@@ -242,7 +240,7 @@ def test_interrupted(project, how):
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
     assert ran(project) == ['one smoke 0'] and not (project/'runs'/'smoke'/'notebooks'/'core'/'00_two.ipynb').exists()
     notebook(slow, "open('../../ran.txt', 'a').write('two\\n')")
-    done = run_notebooks(project)
+    done = run_notebooks(project, '--all')
     assert done.returncode == 0, done.stderr
     assert ran(project) == ['two'] and '00_one.ipynb: unchanged' in done.stdout
 
@@ -257,20 +255,11 @@ open('../../{{}}.met', 'w').close(); time.sleep(3600)"""
     for a, b in (('00_two', '01_three'), ('01_three', '00_two')):
         notebook(project / 'nbs' / 'core' / f'{a}.ipynb', meet.format(b).replace('{}', a))
     notebook(project/'nbs'/'tiny'/'00_four.ipynb', "open('../../ran.txt', 'a').write('four\\n')")
-    p = subprocess.Popen(
-        [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke'],
-        cwd=project,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        start_new_session=True,
-    )
+    p = start(project, '--all')
     try:
         assert wait_for(lambda: len(list(project.glob('*.met'))) == 2), 'they did not meet'
         p.send_signal(signal.SIGINT)
-        _, err = p.communicate(timeout=HOUR)
+        _, err = p.communicate()
         assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err, err
         assert wait_for(
             lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid'))
@@ -286,16 +275,16 @@ open('../../{{}}.met', 'w').close(); time.sleep(3600)"""
 
 class Smoke:
     "A copy of the project, its store, and the first `--profile smoke` run in it: of the story, or of all notebooks."
-    def __init__(self, folder: Path, whole: bool = False):
-        self.code, self.store = folder/'clone', folder/'store'
+    def __init__(self, folder: Path, store: Path, *args: str):
+        self.code, self.store = folder/'clone', store
         for d in ('nbs', 'solar_repro'):
             shutil.copytree(ROOT / d, self.code / d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
         shutil.copy(ROOT/'settings.ini', self.code)
-        machinery = [p for p in (self.code/'nbs').rglob('*.ipynb') if p.parent != self.code/'nbs']
-        for p in machinery:
-            if not whole and p.parent.name != 'reports': p.unlink()
         self.before = self.files()
-        self.first = self.run()
+        self.first = subprocess.run(
+            [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', 'smoke', *args],
+            cwd=self.code, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+            env={**os.environ, 'PYTHONPATH': str(self.code), 'SOLAR_STORE': str(store)})
         self.out = self.code/'runs'/'smoke'
 
     def run(self): return run_notebooks(self.code, code=self.code, SOLAR_STORE=str(self.store))
@@ -319,37 +308,40 @@ class Smoke:
             capture_output=True,
             env={**os.environ, 'PYTHONPATH': str(self.code), 'SOLAR_STORE': str(store)},
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0 and 'unknown parameter' not in done.stderr.lower(), done.stderr[-3000:]
         return nbformat.read(cwd/'OUT.ipynb', 4)
 
 
 @pytest.fixture(scope='module')
-def smoke(tmp_path_factory):
-    return Smoke(tmp_path_factory.mktemp('smoke'))
+def smoke(full, tmp_path_factory):
+    "`make tables`, where the merges and their scores are still to be built."
+    folder = tmp_path_factory.mktemp('smoke')
+    store = shutil.copytree(full, folder/'store')
+    for a in Experiment('smoke', store=store).store.entries():
+        if 'Merge' in a.manifest['name']: shutil.rmtree(a.path)
+    return Smoke(folder, store)
 
 
-@pytest.fixture(scope='module', params=['story', pytest.param('all', marks=pytest.mark.slow)])
-def run_of(request, tmp_path_factory):
-    "The story's notebooks and the reports', which `make test` runs; or all of them, which `nbdev_test` has run, too."
-    return (
-        request.getfixturevalue('smoke')
-        if request.param == 'story'
-        else Smoke(tmp_path_factory.mktemp('all'), whole=True)
-    )
-
-
-def test_every_notebook_runs(run_of):
-    smoke = run_of
+def holds(smoke: Smoke, nbs: list[Path]) -> None:
+    "A run built stages, executed these notebooks and no others, and left the sources as they were."
     assert smoke.first.returncode == 0, smoke.first.stderr[-3000:]
-    nbs = [p.relative_to(smoke.code/'nbs') for p in runner.notebooks(smoke.code/'nbs')]
-    assert {p.relative_to(smoke.out/'notebooks') for p in (smoke.out/'notebooks').rglob('*.ipynb')} == set(nbs)
-    assert (
-        f'[{len(nbs)}/{len(nbs)}]' in smoke.first.stdout
-        and 'stage 1 of ' in smoke.first.stdout
-        and 'report.html' in smoke.first.stdout
-    )
+    executed = {p.relative_to(smoke.out/'notebooks') for p in (smoke.out/'notebooks').rglob('*.ipynb')}
+    assert executed == {p.relative_to(ROOT/'nbs') for p in nbs}
+    said = smoke.first.stdout
+    assert f'[{len(nbs)}/{len(nbs)}]' in said and 'stages | stage ' in said and 'report.html' in said
+    assert said.rindex('stages | stage ') < said.index('] 00_paper.ipynb'), 'stages come first'
     assert 'Traceback' not in smoke.first.stderr
-    assert smoke.files() == smoke.before                     # the sources stay as they were
+    assert smoke.files() == smoke.before
+
+
+def test_the_story_makes_the_tables(smoke):
+    holds(smoke, [p for p in runner.notebooks(ROOT/'nbs') if p.parent == ROOT/'nbs' and p.stem != '07_your_own'])
+
+
+@pytest.mark.slow
+def test_every_notebook_runs_from_nothing(tmp_path):
+    "`make notebooks`; that each runs, `nbdev_test` has shown."
+    holds(Smoke(tmp_path, tmp_path/'store', '--all'), runner.notebooks(ROOT/'nbs'))
 
 
 @pytest.mark.parametrize('n,rows', [(3, 5), (4, 3), (5, 2), (6, 2), (7, 4)])
@@ -374,7 +366,7 @@ def test_figures_and_report_of_the_run(smoke):
 def test_a_second_run_finds_everything(smoke):
     tables = {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()}
     again = smoke.run()
-    n = len(runner.notebooks(smoke.code/'nbs'))
+    n = len(list((smoke.out/'notebooks').rglob('*.ipynb')))
     assert (
         again.returncode == 0 and again.stdout.count(': unchanged') == n and 'stage' not in again.stdout
     ), again.stdout

@@ -16,6 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 from chrome import PROGRAM, Chrome
+from forked import forked
 
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import build_graph
@@ -379,6 +380,7 @@ def commands():
     return sorted({*listed, *inline})
 
 
+AS_MODULE = 'import runpy, sys; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name="__main__")'
 OURS = [c for c in commands() if c.startswith('solar-repro ') and c not in FETCHING]
 
 
@@ -399,7 +401,7 @@ def test_readme_command_is_one_that_works(command):
             inspect_notebook(str(ROOT / args[0]))
         ) and args[1].endswith('.ipynb')
     elif name in ('python', 'python3.11') and args[0] == '-m':
-        assert args[1] in ('build', 'pytest', 'venv') or run(sys.executable, *args[:2], '--help').returncode == 0
+        assert args[1] in ('build', 'pytest', 'venv') or forked(AS_MODULE, *args[1:2], '--help').returncode == 0
     elif name == 'python':
         assert (ROOT / args[0]).is_file()
         for flag in (a for a in args[1:] if a.startswith('-')): assert f"'{flag}'" in (ROOT / args[0]).read_text(), flag
@@ -413,9 +415,11 @@ def test_readme_command_is_one_that_works(command):
 
 @pytest.fixture(scope='module')
 def models(full, tmp_path_factory):
-    "What the commands that merge and compare name: checkpoints A and B, what both started from, and a mergekit recipe."
+    "Checkpoints A and B, what both started from, a mergekit recipe, and the tables of a run: what commands name."
+    from contextlib import chdir
     from solar_repro.reports.cli import main
     desk = tmp_path_factory.mktemp('desk')
+    with chdir(desk): assert main(['run', '--profile', 'smoke', '--store', str(full)]) == 0
     for name, folder in (('SFT v1', 'A'), ('SFT v2', 'B'), ('base', 'C')):
         assert main(['export', name, str(desk / folder), '--profile', 'smoke', '--store', str(full)]) == 0
     (desk / 'CONFIG.yml').write_text(
@@ -430,16 +434,32 @@ def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsy
     "As it stands, but on the smoke profile; DIR, NAME and mine.toml are what a reader would put there."
     from solar_repro.reports.cli import main
     monkeypatch.chdir(tmp_path)
-    for f in models.iterdir(): (tmp_path / f.name).symlink_to(f)
+    for f in models.iterdir():
+        if f.name != 'runs': (tmp_path / f.name).symlink_to(f)
+    shutil.copytree(models / 'runs', tmp_path / 'runs')
     args = shlex.split(command)[1:]
     args = [dict(NAME='SFT v1', DIR='new').get(a, a) for a in args]
     if args[0] not in ('init', 'merge', 'compare'):
-        args += ['--store', str(full), *([] if '--profile' in args else ['--profile', 'smoke'])]
-    if args[0] == 'verify': assert main(['run', *args[1:]]) == 0                # it compares the tables of a run
+        store = shutil.copytree(full, tmp_path / 'store')                       # what is built more stays here
+        args += ['--store', str(store), *([] if '--profile' in args else ['--profile', 'smoke'])]
     before = {a.name for a in tmp_path.iterdir()}
     assert main(args) == 0, capsys.readouterr().err
     made = {a.name for a in tmp_path.iterdir()} - before
     assert capsys.readouterr().out.strip() or made
+
+
+def test_a_run_with_nothing_to_do_writes_nothing(full, models, tmp_path, monkeypatch, capsys):
+    "And what is damaged comes back."
+    from solar_repro.reports.cli import main
+    monkeypatch.chdir(tmp_path)
+    runs = shutil.copytree(models / 'runs', tmp_path / 'runs')
+    look = lambda: {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in runs.rglob('*') if f.is_file()}
+    before, words = look(), ['run', '--profile', 'smoke', '--store', str(full)]
+    assert main(words) == 0 and look() == before
+    said = capsys.readouterr().out.split()
+    assert len(said) == len(before) - 1 and all(Path(f).is_file() for f in said)     # all but the record of them
+    (runs / 'smoke' / 'tables' / 'table3.csv').write_text('other')
+    assert main(words) == 0 and {f: x for f, (x, _) in look().items()} == {f: x for f, (x, _) in before.items()}
 
 
 def test_licences_and_citation_are_those_of_the_package():
@@ -512,6 +532,25 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     assert (nbs / 'recorded' / 'table4.png').is_file() and 'alt=\\"Table 4, smoke test' in text
     from build_readme import render
     assert 'src="nbs/recorded/table4.png"' in render(nbs / 'index.ipynb')
+
+
+# ---- the demo
+
+def test_the_demo_is_one_page_and_part_of_the_run(full, tmp_path, monkeypatch, capsys):
+    "Only the average, the DPO on it and their scores are new to a full store, and the paper's rows are found in it."
+    from solar_repro.reports.cli import main
+    monkeypatch.chdir(tmp_path)
+    store = shutil.copytree(full, tmp_path / 'store')
+    before = {a.key for a in Experiment('smoke', store=store).store.entries()}
+    assert main(['demo', '--profile', 'smoke', '--store', str(store)]) == 0
+    page = (tmp_path / 'runs' / 'smoke' / 'demo.html').read_text(encoding='utf-8')
+    assert 'runs/smoke/demo.html' in capsys.readouterr().out
+    new = {a.manifest['name'] for a in Experiment('smoke', store=store).store.entries() if a.key not in before}
+    assert {n for n in new if not n.startswith('eval/')} == {
+        'SFT v1 + v4', 'DPO on it', 'ref/SFT v1 + v4/ultrafeedback_clean'} and len(new) == 3 + 2*6
+    for m in ('base', 'SFT v1', 'SFT v4', 'SFT v1 + v4', 'DPO on it'):
+        assert page.count(f'>{m}</th>') == 6, m                  # a row of scores, and a column of each of five answers
+    assert 'make tables' in page and 'smoke test' in page and not re.search(r'(?:src|href)=|@import', page)
 
 
 # ---- rows of one's own

@@ -1,16 +1,14 @@
 "The whole recipe at smoke scale: the same bits every time, whatever interrupts it, and nothing built twice."
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 
 import pandas as pd
 import pytest
+from forked import Forked
 
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import CODE_VERSIONS, MODELS
@@ -28,8 +26,7 @@ FEW = ['eval/Merge v1/arc', 'eval/Merge v1/gsm8k']
 
 
 def start(store, *names, **env):
-    return subprocess.Popen([sys.executable, '-c', RUN, str(store), *names], stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, **env})
+    return Forked(RUN, store, *names, env=env)
 
 
 def finish(p):

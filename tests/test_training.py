@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from forked import forked
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -106,8 +106,7 @@ else:
 
 
 def child(*args):
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    return subprocess.run([sys.executable, '-c', CHILD, *map(str, args)], env=env, capture_output=True, text=True)
+    return forked(CHILD, *args, env=dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path])))
 
 
 @pytest.mark.parametrize('what', ['sft', 'dpo'])
@@ -681,7 +680,7 @@ Experiment('smoke', store=sys.argv[1]).run(['DPO v1'])
 @pytest.mark.parametrize('stage', ['SFT v3', 'DPO v1'])
 def test_a_run_goes_on_from_a_copy_of_its_store(stage, tmp_path, capfd, full, monkeypatch):
     "Killed in a training, its store moved: it resumes inside the stage and ends with the same bits."
-    first = subprocess.run([sys.executable, '-c', MOVED, str(tmp_path/'old'), stage], capture_output=True, text=True)
+    first = forked(MOVED, tmp_path/'old', stage)
     assert first.returncode == -signal.SIGKILL, first.stderr
     shutil.copytree(tmp_path/'old', tmp_path/'new')
     shutil.rmtree(tmp_path/'old')

@@ -66,18 +66,8 @@ def put(file, change):
     change(items[1])
     pd.DataFrame(items).to_parquet(file, index=False)
 
-def test_a_whole_run_has_no_fault(whole):
-    said, found = problems(*whole)
-    assert found.empty, found.to_string()
-    exp = Experiment('smoke', store=whole[0])
-    n = 16*6*exp.profile.eval.n_items
-    assert (
-        f'{len(exp.graph)} artifacts' in said
-        and f'{16*7} scores counted again from {n} answers' in said
-        and '23 tables compared' in said
-    )
-
-def test_no_model_is_loaded_and_nothing_is_built(whole, monkeypatch):
+def test_a_whole_run_has_no_fault(whole, monkeypatch):
+    "And to see that, no model is loaded and nothing is built."
     import solar_repro.eval
     import solar_repro.models.adapters
     from solar_repro.core.store import Store
@@ -88,7 +78,15 @@ def test_no_model_is_loaded_and_nothing_is_built(whole, monkeypatch):
         (Experiment, 'materialized'),
     ):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('needed a model'))
-    assert problems(*whole)[1].empty
+    said, found = problems(*whole)
+    assert found.empty, found.to_string()
+    exp = Experiment('smoke', store=whole[0])
+    n = 16*6*exp.profile.eval.n_items
+    assert (
+        f'{len(exp.graph)} artifacts' in said
+        and f'{16*7} scores counted again from {n} answers' in said
+        and '23 tables compared' in said
+    )
 
 def test_counted_again_are_the_scores_and_records_of_the_lab(whole):
     exp = Experiment('smoke', store=whole[0])
@@ -174,17 +172,17 @@ def test_what_is_gone_or_cannot_be_read_is_caught(mine):
     assert found['found'].str.contains('Merge v1').all() and len(found) == 23
 
 
-@pytest.mark.parametrize(
-    'name', ('table3.csv', 'table5.md', 'table6.html', 'table7.tex', 'claims.csv', 'comparisons.csv')
-)
-def test_a_changed_table_is_caught(name, mine):
+def test_changed_tables_are_caught(mine):
+    "One digit in each, all in one look."
     store, folder = mine
-    lines = (folder/name).read_text().splitlines()
-    at = max(i for i, l in enumerate(lines) if re.search(r'\d\.\d', l))
-    lines[at] = re.sub(r'(\d)\.(\d)', lambda m: f'{m[1]}.{(int(m[2]) + 1) % 10}', lines[at], count=1)
-    (folder/name).write_text('\n'.join(lines) + '\n')
+    at = {}
+    for name in ('claims.csv', 'comparisons.csv', 'table3.csv', 'table5.md', 'table6.html', 'table7.tex'):
+        lines = (folder/name).read_text().splitlines()
+        k = at[name] = max(i for i, l in enumerate(lines) if re.search(r'\d\.\d', l))
+        lines[k] = re.sub(r'(\d)\.(\d)', lambda m: f'{m[1]}.{(int(m[2]) + 1) % 10}', lines[k], count=1)
+        (folder/name).write_text('\n'.join(lines) + '\n')
     found = problems(store, folder)[1]
-    assert found['where'].tolist() == [name] and found['what'].tolist() == [f'line {at + 1}']
+    assert found['where'].tolist() == list(at) and found['what'].tolist() == [f'line {k + 1}' for k in at.values()]
 
 def test_an_empty_store_has_nothing_to_differ_but_makes_no_table(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -575,6 +573,22 @@ def test_the_difference_of_protocols_is_that_of_their_rules(full):
 
 # ---- seeds
 
+def test_two_seeds_end_in_tables_that_show_both_noises(full, tmp_path):
+    "The second seed's scores are made up; that a run trains twice, the slow test below shows."
+    exp = Experiment('smoke', store=full)
+    one, records = exp.scores(), exp.samples()
+    runs = {0: one, 1: one.assign(score=(one['score'] + .1).clip(upper=1))}
+    both = pd.concat([records.assign(seed=s) for s in runs], ignore_index=True)
+    write_tables(tables.over_seeds(runs), tmp_path, exp.label, exp.custom, both)
+    noise = pd.read_csv(tmp_path/'noise.csv').set_index(['model', 'task'])
+    x = {s: tables.with_h6(r) for s, r in runs.items()}
+    for key in (('Merge v4', 'h6'), ('SFT v1', 'gsm8k'), ('DPO v2', 'truthfulqa')):
+        a, b = (100*f.loc[key, 'score'] for f in x.values())
+        assert noise.loc[key, 'training_sd'] == pytest.approx(abs(a - b)/math.sqrt(2), rel=1e-3)
+    assert 'over items and 2 trainings' in (tmp_path/'table3.md').read_text()
+
+
+@pytest.mark.slow
 def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, monkeypatch, capsys):
     store, project = shutil.copytree(full, tmp_path/'store'), tmp_path/'project'
     project.mkdir(); monkeypatch.chdir(project)

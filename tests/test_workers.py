@@ -4,12 +4,11 @@ driver is lost."""
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from solar_repro.core.config import load_profile
 from solar_repro.core.store import Store
@@ -35,15 +34,9 @@ def contents(store: Path) -> dict[str, str]:
     return {a.manifest['name']: a.content for a in Store(store).entries()}
 
 
-def driver(store: Path, progress: Path, **more) -> subprocess.Popen:
+def driver(store: Path, progress: Path) -> Forked:
     "A run in a process of its own, which says in a file how far it is."
-    return subprocess.Popen(
-        [sys.executable, '-c', RUN, str(store)],
-        env={**os.environ, 'SOLAR_PROGRESS': str(progress)},
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
+    return Forked(RUN, store, env=dict(SOLAR_PROGRESS=str(progress)))
 
 
 def workers_of(pid: int) -> list[int]:
@@ -63,10 +56,10 @@ def alive(pid: int) -> bool:
     except FileNotFoundError: return False
 
 
-def wait_for(what, of: subprocess.Popen | None = None):
+def wait_for(what, of: Forked | None = None):
     "Until something is so; a driver that has ended meanwhile is an error."
     while not (got := what()):
-        assert of is None or of.poll() is None, of.stderr.read()
+        assert of is None or of.poll() is None, of.err
         time.sleep(.05)
     return got
 
@@ -89,7 +82,7 @@ def test_a_killed_worker_costs_only_what_it_did_since_its_checkpoint(full, tmp_p
     run = driver(tmp_path/'store', tmp_path/'progress')
     wait_for(lambda: steps_of(tmp_path/'progress', 'SFT v3'), run)
     for pid in workers_of(run.pid): os.kill(pid, signal.SIGKILL)
-    assert run.wait() == 0, run.stderr.read()
+    assert run.wait() == 0, run.err
     want = contents(full)
     assert all(want[n] == c for n, c in contents(tmp_path/'store').items())
 
@@ -103,12 +96,12 @@ def test_a_driver_that_ends_leaves_no_worker(end, tmp_path):
     run.send_signal(end)
     run.wait()
     wait_for(lambda: not any(map(alive, pids)))
-    if end == signal.SIGINT: assert 'stages are finished and kept' in run.stderr.read()
+    if end == signal.SIGINT: assert 'stages are finished and kept' in run.err
 
 
 def test_a_second_driver_takes_other_stages(full, tmp_path):
     runs = [driver(tmp_path/'store', tmp_path/f'progress{k}') for k in range(2)]
-    assert [r.wait() for r in runs] == [0, 0], [r.stderr.read() for r in runs]
+    assert [r.wait() for r in runs] == [0, 0], [r.err for r in runs]
     want = contents(full)
     assert {n: c for n, c in contents(tmp_path / 'store').items()} == {
         n: want[n] for n in Experiment('smoke').needs(WANTED)

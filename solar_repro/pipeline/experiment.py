@@ -189,13 +189,13 @@ def _peak(self:Experiment, missing:list[str])->int: # bytes
     return int(stages[stages['stage'].isin(missing)]['gib'].max()*2**30)
 
 @patch
-def _engine(self:Experiment, missing:list[str], inputs:dict, costs:dict, on_event:Callable)->Engine:
+def _engine(self:Experiment, missing:list[str], inputs:dict, costs:dict, on_event:Callable, apart:bool)->Engine:
     "What builds these stages."
     n, machine = 1, self.profile.machine
     cards = heavy().visible_cards() if machine.device == 'cuda' else []
     if sum(costs.values()) > LITTLE and machine.workers != 1:
         n = n_workers(machine, widest(inputs, costs), self._peak(missing), cards)
-    if n == 1: return InlineEngine(self.make, on_event)
+    if n == 1 and not apart: return InlineEngine(self.make, on_event)
     hello = dict(profile=self.profile.model_dump(mode='json'), store=str(self.store.folder))
     def env(slot):
         threads = dict(OMP_NUM_THREADS=str(machine.threads))
@@ -206,6 +206,7 @@ def _engine(self:Experiment, missing:list[str], inputs:dict, costs:dict, on_even
 @patch
 def run(self:Experiment,
     names:list[str]|None=None, # stages; None: all
+    apart:bool=False, # in worker processes, even if there is but one: no model stays in this process
 )->None:
     "Build stages and everything that they need."
     missing = [n for n in self.needs(list(self.graph) if names is None else names) if self.find(n) is None]
@@ -215,7 +216,7 @@ def run(self:Experiment,
     missing = [n for n in missing if self.find(n) is None]
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
     costs = relative_costs(self.graph[n] for n in missing)
-    engine = self._engine(missing, inputs, costs, lambda e: progress.follow(e))
+    engine = self._engine(missing, inputs, costs, lambda e: progress.follow(e), apart)
     progress = self._progress(missing, engine.n_slots)
     uses_base = {n for n in missing if self.graph[n].kind in USES_BASE}
     try: outcome = execute(inputs, engine, costs, uses_base, lambda n: self.find(n) is not None,
