@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from . import paper
-from .core.stats import (holm, interval, item_and_training_noise, over_trainings, Paired, paired, paired_mean,
-                                    paired_se, resolvable)
+from .core.stats import (
+    holm, interval, item_and_training_noise, over_trainings, Paired, paired, paired_mean, paired_se, resolvable)
 from .paper import Claim, CLAIMS, h6, H6_TASKS, models, TITLES
 
 # %% ../nbs/06_tables.ipynb #ef4550a2
@@ -224,7 +224,8 @@ def claims(
     for c in which:
         p, o = _compare(c, theirs), _compare(c, ours, found)
         rows.append(dict(claim=c.name, on_paper=overall(list(p['verdict'])), on_ours=overall(list(o['verdict'])),
-                         seeds=n_seeds(samples), quote=c.quote, paper_numbers=_in_numbers(p), our_numbers=_in_numbers(o),
+                         seeds=n_seeds(samples), quote=c.quote,
+                         paper_numbers=_in_numbers(p), our_numbers=_in_numbers(o),
                          paper_parts=tuple(p['verdict']), our_parts=tuple(o['verdict'])))
     return pd.DataFrame(rows)
 
@@ -268,7 +269,7 @@ def in_words(
 # %% ../nbs/06_tables.ipynb #5ff572f0
 def over_seeds(
     by_seed:dict[int,pd.DataFrame], # seed -> scores of its trainings; two or more
-)->pd.DataFrame: # model, task (with 'h6'), metric, score, se (of both noises), n, item_se, training_sd, seeds; fractions
+)->pd.DataFrame: # model, task (h6 too), metric, score, se (of both noises), n, item_se, training_sd, seeds; fractions
     "Scores over several trainings."
     if len(by_seed) < 2:
         raise ValueError(f'over_seeds: scores of seeds {list(by_seed)}; expected two seeds or more. '

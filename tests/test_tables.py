@@ -319,7 +319,8 @@ def trained(n, gap, noise, seeds, models=MODELS) -> pd.DataFrame:
 
 def scored(samples) -> pd.DataFrame:
     "The scores that such samples give, over seeds where there are several."
-    def one(x): return pd.DataFrame([dict(model=m, task=t, metric='acc', score=g.mean(), se=g.std()/len(g)**.5, n=len(g))
+    def one(x): return pd.DataFrame([dict(model=m, task=t, metric='acc', score=g.mean(), se=g.std()/len(g)**.5,
+                                          n=len(g))
                                      for (m, t), g in x.groupby(['model', 'task'], sort=False)['score']])
     by = {s: one(x) for s, x in samples.groupby('seed')}
     return tables.over_seeds(by) if len(by) > 1 else by[0]

@@ -609,7 +609,8 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
         assert noise.loc[key, 'item_se'] == pytest.approx(math.sqrt((one['se']**2 + two['se']**2)/2), rel=1e-3)
     row = next(l for l in (out/'tables'/'table3.md').read_text().splitlines() if l.startswith('| SFT v1'))
     one, two = (100*f.loc[('SFT v1', 'truthfulqa')] for f in x.values())
-    mean, se = (one['score'] + two['score'])/2, math.hypot(*noise.loc[('SFT v1', 'truthfulqa'), ['item_se', 'training_sd']]
+    mean = (one['score'] + two['score'])/2
+    se = math.hypot(*noise.loc[('SFT v1', 'truthfulqa'), ['item_se', 'training_sd']]
                                                            / [1, math.sqrt(2)])
     assert f'{mean:.2f}' in row and f'± {se:.1f}' in row
     assert 'over items and 2 trainings' in (out/'tables'/'table3.md').read_text()

@@ -387,7 +387,7 @@ def side_by_side(self:Experiment,
 # %% ../../nbs/pipeline/14_experiment.ipynb #6f88f5ee
 @patch(as_prop=True)
 def label(self:Experiment)->str:
-    "What stands beside every result: scale, seeds, whether recorded, the rule that fills the math sets without MetaMathQA."
+    "Beside every result: scale, seeds, whether recorded, the rule that fills the math sets without MetaMathQA."
     stand_in = 'gsm8k/train' in self.graph['data/synth_math_instruct'].settings.get('files', {})
     base = base_note(self.graph['base'].settings)
     seeds = tables.in_short(sorted({self.profile.seed, *self.profile.seeds}))

@@ -28,7 +28,8 @@ from .graph import taught_by
 from .progress import cost, duration, headline
 
 # %% ../../nbs/pipeline/13_results.ipynb #5c8a2b94
-Evaluations = dict[tuple[str, str], Path|dict] # (model, benchmark) -> folder of the evaluation, or what a record holds of it
+# (model, benchmark) -> folder of the evaluation, or what a record holds of it
+Evaluations = dict[tuple[str, str], Path|dict]
 
 def _score(e:Path|dict)->dict:
     return dict(e['score']) if isinstance(e, dict) else json.loads((e/'score.json').read_text())
@@ -164,7 +165,8 @@ def recorded(
     kinds = records(profile)
     found = next(iter(kinds.values()), {})
     if not found or seed not in (None, *found):
-        raise ValueError(f'recorded: no run of profile {profile!r}{"" if seed is None else f" with seed {seed}"} came with '
+        which = '' if seed is None else f' with seed {seed}'
+        raise ValueError(f'recorded: no run of profile {profile!r}{which} came with '
                          f'the package; there are seeds {list(found)}. Run it: solar-repro run --profile {profile}')
     return found if seed is None else {seed: found[seed]}
 

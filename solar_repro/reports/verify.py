@@ -203,7 +203,7 @@ def recounted(
     return scores, samples, pd.DataFrame(problems, columns=PROBLEM)
 
 # %% ../../nbs/reports/00_verify.ipynb #1639afe1
-def _facts(task:str, docs:list[dict], e:dict)->list[dict]: # one evaluation of a record -> items, with what is right on each
+def _facts(task:str, docs:list[dict], e:dict)->list[dict]: # an evaluation of a record -> items, with what is right
     out = read_items(e).to_dict('records')
     for x, doc in zip(out, docs):
         if task == 'gsm8k': x['right'] = judged(task, doc, x)
