@@ -61,6 +61,19 @@ def replicated(profile: str) -> list[str]:
     return ['Do the verdicts replicate?', '\n'.join(lines)]
 
 
+def in_short(exp) -> str:
+    "What becomes of the claims over all recorded seeds."
+    from solar_repro.tables import CONTRADICTED, SUPPORTED, UNDECIDED, claims
+    found = claims(exp.scores(), samples=exp.samples())
+    n = {v: (found['on_ours'] == v).sum() for v in (SUPPORTED, CONTRADICTED, UNDECIDED)}
+    named = {v: '; '.join(found.loc[found['on_ours'] == v, 'claim']) for v in (SUPPORTED, CONTRADICTED)}
+    return (
+        f'Over items and {len(exp.records)} trainings these runs support {n[SUPPORTED]} of the text\'s {len(found)}'
+        f' claims ({named[SUPPORTED]}), contradict {n[CONTRADICTED]} ({named[CONTRADICTED]}) and leave {n[UNDECIDED]}'
+        ' undecided, in this world.'
+    )
+
+
 def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_minutes: float | None = None) -> str:
     "The part of the front page: what was run and on what, two pictures, what replicates, five tables."
     from solar_repro.pipeline.experiment import Experiment
@@ -89,6 +102,7 @@ def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_m
                 '<p><img src="recorded/claims.png" alt="Each claim of section 4.3 with its verdict on the paper\'s'
                 ' numbers and on ours"></p>'
             ),
+            in_short(exp),
             *replicated(profile),
             f'<details>\n<summary>Tables 3 to 7 in numbers</summary>\n\n{numbers}\n\n</details>',
         ]
