@@ -126,7 +126,7 @@ def test_site_pictures_are_described_and_code_is_shown(site, pages):
     merge = (site[0] / 'merge.html').read_text()
     assert 'id="merge_models"' in merge and 'href="api/merge.html#merge_models"' in merge
     api = (site[0] / 'api' / 'merge.html').read_text()
-    assert 'merge_models' in api and 'weights of the models; equal if left out' in api
+    assert 'merge_models' in api and 'checkpoint folder to write' in api
     assert '#| export' not in merge and str(ROOT) not in merge
 
 

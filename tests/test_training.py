@@ -391,7 +391,7 @@ def dpo_step(start, data, settings, tmp_path, rows=None, dtype='float32'):
     return inputs, loss, rewards, _gradients(model)
 
 
-@pytest.mark.parametrize('budget, n_microbatches', [(10**6, 1), (300, 2), (1, 8)])
+@pytest.mark.parametrize('budget, n_microbatches', [(10**6, 1), (200, 2), (1, 8)])
 def test_pairs_with_a_shared_prefix_are_trls_step(models, moved_pairs, tmp_path, heads, budget, n_microbatches):
     "DPO: loss, rewards and gradient of TRL's own step on the whole batch, each prompt computed once."
     batch, loss, rewards, grad = dpo_step(models[0], moved_pairs, DPO, tmp_path)
