@@ -209,11 +209,11 @@ def run(self:Experiment,
     apart:bool=False, # in worker processes, even if there is but one: no model stays in this process
 )->None:
     "Build stages and everything that they need."
-    missing = [n for n in self.needs(list(self.graph) if names is None else names) if self.find(n) is None]
-    if not missing: return
-    if self.before_build: self.before_build([self.graph[n] for n in missing])
-    self._check(missing)
-    missing = [n for n in missing if self.find(n) is None]
+    wanted = [n for n in self.needs(list(self.graph) if names is None else names) if self.find(n) is None]
+    if not wanted: return
+    if self.before_build: self.before_build([self.graph[n] for n in wanted])
+    self._check(wanted)
+    missing = [n for n in wanted if self.find(n) is None]
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
     costs = relative_costs(self.graph[n] for n in missing)
     engine = self._engine(missing, inputs, costs, lambda e: progress.follow(e), apart)
@@ -222,9 +222,9 @@ def run(self:Experiment,
     try: outcome = execute(inputs, engine, costs, uses_base, lambda n: self.find(n) is not None,
                            progress.follow, tries=TRIES if engine.n_slots > 1 else 1)
     except KeyboardInterrupt as e:
-        n = sum(self.find(n) is not None for n in missing)
+        n = sum(self.find(n) is not None for n in wanted)
         where = f' in {", ".join(progress.running)}' if progress.running else ''
-        kept = f'{n} of {len(missing)} stages are finished and kept. Run again to go on.'
+        kept = f'{n} of {len(wanted)} stages are finished and kept. Run again to go on.'
         say_interrupted(e, f'interrupted{where}; {kept}')
         raise
     finally:
