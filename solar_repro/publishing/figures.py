@@ -124,7 +124,7 @@ def claims_figure(
     "All claims and their verdicts as one picture."
     style()
     fig, axes = plt.subplots(1, 2, figsize=(9, 1.1 + .31*len(c)), sharey=True)
-    papers = "on the paper's (one training each: provisional)"
+    papers = "on the paper's (provisional)"
     _verdict_column(axes[0], papers, c['on_paper'], c['paper_parts'])
     _second_noise(axes[0], c)
     _verdict_column(axes[1], f'on ours ({standing(c["seeds"].iloc[0])})', c['on_ours'], c['our_parts'])
