@@ -211,7 +211,7 @@ def test_texts_of_the_shipped_model_are_the_same_without_guesses(rows, tok, monk
     n_slow = len(passes)
     assert all(len(t) == 1 for _, out in passes for t in out)
     assert fast.generate_until(requests) == texts
-    assert any(len(t) > 1 for _, out in passes[n_slow:] for t in out) and len(passes) < 2 * n_slow
+    assert any(len(t) > 1 for _, out in passes[n_slow:] for t in out) and len(passes) < 2 * n_slow + (rows > 1)
     with quiet():
         assert (
             HFLM(pretrained=base, tokenizer=tok, batch_size=rows).generate_until(requests, disable_tqdm=True) == texts

@@ -144,7 +144,7 @@ def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
     full, back = (build_graph(profile(tmp_path, f'merge_onto = "{h}"')) for h in ('original', 'dequantized'))
     assert set(back)-set(full) == {DEQUANTIZED}
     moved = {n for n in full if full[n] != back[n]}
-    evals = {n for n in full if n.startswith('eval/') and n.split('/')[1] not in ('base', 'Merge v4')}
+    evals = {n for n, s in full.items() if s.kind in ('eval', 'own') and n.split('/')[1] not in ('base', 'Merge v4')}
     assert moved == {'Merge v4'} | evals
     assert all(back[n].inputs['merge_onto'] == DEQUANTIZED
                and back[n].settings['merge_onto'] == 'dequantized' for n in moved)
