@@ -1,4 +1,5 @@
 "What somebody meets who has just come: commands that say where, how much and what to do; the line between two models."
+import json
 import os
 import re
 import subprocess
@@ -9,9 +10,10 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from solar_repro.paper import MEASURED
+from solar_repro.paper import MEASURED, TITLES
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.sweep import between, is_built, sweep
+from solar_repro.publishing.text import write_tables
 from solar_repro.reports.cli import main
 from solar_repro.tables import CONTRADICTED, SUPPORTED, verdicts_on_paper
 
@@ -25,6 +27,46 @@ def test_outside_a_clone_nothing_long_is_built_unasked(tmp_path, monkeypatch, ca
     said = capsys.readouterr().err
     assert '--yes' in said and str(tmp_path/'runs'/'store') in said, said
     assert not list((tmp_path/'runs'/'store').glob('sft*'))
+
+
+def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeypatch, capsys):
+    "It was one line of 21 columns, without marks and without what is best or resolved."
+    monkeypatch.setenv('COLUMNS', '80')
+    report = Experiment('tiny', recorded=True)
+    for n in (3, 7):
+        assert main(['table', str(n), '--recorded', '--store', str(tmp_path/'none')]) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80 and '\x1b' not in out
+        cells = report.table(n).to_dict('records')
+        for row in cells:
+            for task in TITLES: assert f'{row[task]:.2f}' in out and f'({row[f"{task}_paper"]:.2f}' in out
+        best = {task: max(r[task] for r in cells) for task in TITLES}
+        for task, x in best.items(): assert re.search(rf'{x:.2f}[*≈]±', out), task
+        assert set(re.findall('[○✗]', out)) == ({'○', '✗'} if n == 3 else set())
+    assert 'SLERP' in out and report.label in ' '.join(out.split())
+
+
+def test_a_table_comes_in_the_formats_of_the_files(full, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ['table', '5', '--profile', 'smoke', '--store', str(full), '--format']
+    exp = Experiment('smoke', store=full)
+    write_tables(exp.scores(), tmp_path, exp.label, exp.custom, exp.samples())
+    for kind in ('md', 'csv', 'tex', 'html'):
+        assert main([*words, kind]) == 0
+        assert capsys.readouterr().out.strip() == (tmp_path/f'table5.{kind}').read_text(encoding='utf-8').strip()
+    assert main([*words, 'json']) == 0
+    rows = json.loads(capsys.readouterr().out)['rows']
+    assert [r['h6'] for r in rows] == list(exp.table(5)['h6'])
+    with pytest.raises(SystemExit): main([*words, 'xml'])
+    assert "'md'" in capsys.readouterr().err
+
+
+def test_names_of_models_are_offered_and_a_table_is_a_picture():
+    exp = Experiment('tiny', recorded=True)
+    assert exp._ipython_key_completions_() == exp.models and 'Merge v4' in exp.models
+    fig, other = exp.plot(3), exp.plot(4)
+    names = lambda f: [t.get_text() for t in f.axes[0].get_yticklabels()]
+    assert names(fig) == list(exp.table(3)['model']) and names(other) == list(exp.table(4)['model'])
 
 
 def test_where_the_line_is_asked_at_the_papers_points_nothing_new_is_built(full, tmp_path, monkeypatch, capsys):

@@ -441,7 +441,7 @@ def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsy
     args = [dict(NAME='SFT v1', DIR='new').get(a, a) for a in args]
     if args[0] not in ('init', 'merge', 'compare'):
         store = shutil.copytree(full, tmp_path / 'store')                       # what is built more stays here
-        args += ['--store', str(store), *([] if '--profile' in args else ['--profile', 'smoke'])]
+        args += ['--store', str(store), *([] if {'--profile', '--recorded'} & {*args} else ['--profile', 'smoke'])]
     before = {a.name for a in tmp_path.iterdir()}
     assert main(args) == 0, capsys.readouterr().err
     made = {a.name for a in tmp_path.iterdir()} - before

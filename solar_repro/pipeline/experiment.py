@@ -24,6 +24,7 @@ from ..core.data_files import read_rows
 from ..core.store import Artifact, Store
 from ..models.base_source import base_note
 from ..paper import MODELS
+from ..publishing.text import as_text, Table
 from . import results
 from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import benchmarks, build_graph, CODE_VERSIONS, DEQUANTIZED, MODEL_KINDS, Stage
@@ -87,6 +88,7 @@ class Experiment:
         self.model(name)
         return Model(self, name)
 
+    def _ipython_key_completions_(self)->list[str]: return self.models
     def __repr__(self)->str: return f'{self.profile.name} ({self.label}): {headline(self.status())}'
     def _repr_html_(self)->str: return results.summary(self)
 
@@ -329,10 +331,24 @@ def samples(self:Experiment,
     return results.read_samples(self._evaluated(names))
 
 @patch
-def table(self:Experiment, n:int)->pd.DataFrame:
-    "Table 3 to 7 of the paper, rebuilt (`tables.table`)."
+def table(self:Experiment, n:int)->Table:
+    "Table 3 to 7 of the paper, rebuilt: numbers to compute with (`tables.table`), that show themselves as the report."
     custom = self.custom.get(n, [])
-    return tables.table(n, self.scores([*tables.models(n), *custom]), custom)
+    names = [*tables.models(n), *custom]
+    scores = self.scores(names)
+    print_as = lambda kind: as_text(n, kind, scores, self.label, custom, self.samples(names))
+    return Table(tables.table(n, scores, custom), print_as)
+
+@patch
+def plot(self:Experiment, n:int): # matplotlib's Figure
+    "Table 3 to 7 as a picture, ours and the paper's, each about its own mean (`publishing.figures.figure`)."
+    # brings matplotlib, which `status` and `table` do without
+    from solar_repro.publishing import figures
+    custom = self.custom.get(n, [])
+    names = [*tables.models(n), *custom]
+    fig = figures.figure(n, self.scores(names), self.label, custom, self.samples(names))
+    figures.plt.close(fig)      # a notebook shows what a cell returns, and once more what is open
+    return fig
 
 @patch
 def claims(self:Experiment)->pd.DataFrame: # of `tables.in_words`

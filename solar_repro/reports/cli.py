@@ -47,7 +47,9 @@ def _without_none(kind):
 def _conversion(kind, name:str, option:bool)->dict: # for argparse
     "How a word becomes a value of a type."
     if kind is bool: return dict(action='store_true')
-    if get_origin(kind) is Literal: return dict(type=type(get_args(kind)[0]), choices=get_args(kind), metavar=name)
+    if get_origin(kind) is Literal:
+        values = get_args(kind)
+        return dict(type=type(values[0]), choices=values, metavar='|'.join(map(str, values)) if option else name)
     if get_origin(kind) is not list: return dict(type={Path: _path, float: _number}.get(kind, kind), metavar=name)
     return dict(type=_numbers, metavar='W,W') if option else dict(nargs='+', metavar='PATH')
 
@@ -93,7 +95,7 @@ def _new_parser(prog:str, what:str, ending:str)->_Parser:
 def _top_parser()->argparse.ArgumentParser:
     "Reads what stands before the command, and the command."
     listed = '\n'.join(f'  {name:<15}{f.__doc__.splitlines()[0]}' for name, f in COMMANDS.items())
-    examples = '  solar-repro status --profile smoke\n  solar-repro table 5\n  solar-repro merge --help'
+    examples = '  solar-repro status --profile smoke\n  solar-repro table 5 --recorded\n  solar-repro merge --help'
     ending = f'commands:\n{listed}\n\nexamples:\n{examples}'
     p = _new_parser('solar-repro', 'Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', ending)
     p.add_argument('--version', action='version', version=f'solar_repro {__version__}')

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
@@ -85,15 +87,15 @@ def demo(exp)->None:
 
 def status(exp,
     *,
-    json_:bool=False, # as JSON, for a program
+    format_:Literal['text', 'json']='text', # json is for a program
 )->None:
     """Say what is built and what is missing.
 
     solar-repro status
-    solar-repro status --profile smoke --json
+    solar-repro status --profile smoke --format json
     """
     s = exp.status()
-    if json_:
+    if format_ == 'json':
         about = dict(profile=exp.profile.name, label=exp.label, store=str(exp.store.folder))
         return _print_json(about | dict(stages=_as_records(s)))
     shown = s[['stage', 'kind', 'state', 'seconds', 'key']].astype(dict(seconds=float)) # of none built, too
@@ -104,25 +106,26 @@ def table(exp,
     n:Literal[3, 4, 5, 6, 7], # number of the table
     *,
     recorded:bool=False, # of the runs that came with the package, all seeds; nothing is built
-    json_:bool=False, # as JSON, for a program
+    format_:Literal['text', 'md', 'csv', 'tex', 'html', 'json']='text', # text fits the terminal; json is for a program
 )->None:
-    """Print a table: ours, the standard errors and the paper's values.
+    """Print a table as the report shows it: marks, ours ± its error, the paper's values, what is best and resolved.
 
     solar-repro table 5 --recorded
     solar-repro table 5
-    solar-repro table 7 --profile smoke --json
+    solar-repro table 7 --profile smoke --format md
     """
     if recorded: exp = _recorded(exp)
     t = exp.table(n)
-    if json_: return _print_json(dict(table=n, label=exp.label, rows=_as_records(t)))
-    print(f'Table {n}, {exp.label}\n{exp.made_on()}\n{t.to_string(index=False)}')
+    if format_ == 'json': return _print_json(dict(table=n, label=exp.label, rows=_as_records(t)))
+    print(t.as_text(format_).rstrip())
+    if format_ == 'text': print(textwrap.fill(f'Made on {exp.made_on()}.', shutil.get_terminal_size().columns))
 
 # %% ../../nbs/reports/02_commands.ipynb #b637e2c6
 def show(exp,
     name:str, # a stage, such as 'SFT v3' or 'data/openorca'
     task:str|None=None, # a benchmark, for the lineage of the model's score on it
     *,
-    json_:bool=False, # as JSON, for a program; without a benchmark it is JSON anyway
+    format_:Literal['text', 'json']='text', # json is for a program; without a benchmark it is JSON anyway
 )->None:
     """Print what made a model, another stage, or one score: its lineage down to base and data.
 
@@ -131,7 +134,7 @@ def show(exp,
     """
     if task is None: return _print_json(exp.show(name))
     verification = library('reports.verify')
-    if json_: return _print_json(verification.score_record(exp, name, task))
+    if format_ == 'json': return _print_json(verification.score_record(exp, name, task))
     print(verification.number(exp, name, task))
 
 def diff(exp,
@@ -156,7 +159,7 @@ def sweep(exp,
     b:str, # another
     *,
     points:int=11, # weights from 0 to 1, an odd number of them
-    json_:bool=False, # as JSON, for a program
+    format_:Literal['text', 'json']='text', # json is for a program
 )->None:
     """Score the line between two models, averages and SLERP; say whether any weight is told from one half.
 
@@ -165,7 +168,7 @@ def sweep(exp,
     """
     line = library('pipeline.sweep')
     m = line.sweep(exp, a, b, points)
-    if json_: return _print_json(dict(a=a, b=b, label=exp.label, rows=_as_records(m)))
+    if format_ == 'json': return _print_json(dict(a=a, b=b, label=exp.label, rows=_as_records(m)))
     percent = 100*m.pivot(index=['method', 'weight'], columns='task', values='score')[list(line.TITLES)]
     print(percent.round(2).reset_index().to_string(index=False))
     print(line.finding(m, a, exp.label))
@@ -225,7 +228,7 @@ def plan(exp,
     price:float|None=None, # of an hour
     actual:bool=False, # after a run: planned beside measured
     workers:int|None=None, # also say how long so many workers take, each with a card of its own
-    json_:bool=False, # as JSON, for a program
+    format_:Literal['text', 'json']='text', # json is for a program
 )->None:
     """Print what the profile takes: tokens, hours, memory, disk, price; and after a run, planned beside measured.
 
@@ -243,7 +246,7 @@ def plan(exp,
     else: on = planning.card(card, exp.profile)
     made = planning.make_plan(exp.profile, exp.graph, exp.find, on, price)
     measured = planning.actual(made, exp.find) if actual else None
-    if json_:
+    if format_ == 'json':
         about = dict(profile=made.name, label=made.label, card=on.name, source=on.source, price=price)
         return _print_json(about | dict(stages=_as_records(made.stages if measured is None else measured)))
     print(f'{made.name} ({made.label}) on {on.name}: {on.source}')
