@@ -624,7 +624,8 @@ def test_a_bad_row_of_a_file_names_its_place(tmp_path):
     exp = Experiment(
         own_profile(tmp_path / 'mine', rows=[*ALPACA, dict(prompt='x', completion=' ')]), store=tmp_path / 'store'
     )
-    with pytest.raises(ValueError, match="times.jsonl: line 13 has nothing in field 'completion'"): exp.build('data/times')
+    with pytest.raises(ValueError, match="times.jsonl: line 13 has nothing in field 'completion'"):
+        exp.build('data/times')
     exp = Experiment(own_profile(tmp_path / 'mine'), store=tmp_path / 'store')
     (tmp_path / 'mine' / 'times.jsonl').write_text('{"prompt": "a", "completion": "b"}')  # no newline at the end
     with pytest.raises(ValueError, match='has changed since the run began'): exp.build('data/times')
