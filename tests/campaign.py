@@ -1,6 +1,6 @@
 """Faults by the hundred: kills, damage, full disks, several runners at once; prints a table of what they did.
 
-    python tests/campaign.py            200 kills, every kind of file, a disk full at 20 points (an hour)
+    python tests/campaign.py            250 kills, every kind of file, a disk full at 20 points, bad inputs (an hour)
     python tests/campaign.py --short    a few of each (a minute); what `make test` runs
 
 Each try forks from this process, which has loaded the libraries and computes nothing itself; a fault strikes; then the
@@ -11,8 +11,10 @@ import argparse
 import errno
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -219,15 +221,15 @@ class Campaign:
 # -- the faults
 
 def kills(c:Campaign, n:int, rng:random.Random)->None:
-    "Kills at operations and at moments, in turns; every third work is killed twice."
-    for i in range(n):
+    "So many kills at operations on files, and a quarter as many at moments; every third work is killed twice."
+    for i in range(n + n//4):
         w = WORKS[i % len(WORKS)]
         folder, struck = c.fresh(w), []
         for _ in range(2 if i % 3 == 0 else 1):
-            at = dict(hook=kill_at(rng.randrange(c.n_ops[w.name]))) if i//len(WORKS) % 2 == 0 else \
+            at = dict(hook=kill_at(rng.randrange(c.n_ops[w.name]))) if i < n else \
                 dict(kill_after_s=rng.uniform(0, c.seconds[w.name]))
             struck.append(forked(w.argv, folder, **at))
-        c.judge('kill', w, folder, *struck)
+        c.judge('kill at an operation' if i < n else 'kill at a moment', w, folder, *struck)
 
 
 def full_disks(c:Campaign, n:int, rng:random.Random)->None:
@@ -318,6 +320,17 @@ def runners(c:Campaign, works:list[Work], n:int)->None:
         c.judge(f'{n} runners', w, folder, Outcome(0, said, 0))
 
 
+def bad_inputs(c:Campaign)->None:
+    "Those of test_bad_inputs.py, each refused in one line."
+    file = Path(__file__).with_name('test_bad_inputs.py')
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', file], capture_output=True,
+                          text=True)
+    count = Counter({how: int(n) for n, how in re.findall(r'(\d+) (passed|failed|error)', done.stdout)})
+    c.tries['bad input', 'refused in a line'] = count.total()
+    for _ in range(count.total() - count['passed'] or int(count.total() < 100)):
+        c.wrong.append(('bad input', 'refused in a line', 'wrong', done.stdout[-3000:]))
+
+
 # -- together
 
 BUILD = [['run', '--workers', '1', *ON], ['export', 'Cand. 1', 'a', *ON], ['export', 'Cand. 2', 'b', *ON]]
@@ -344,6 +357,7 @@ def campaign(store:Path|None, short:bool, seed:int)->int:
         damaged_scratch(c, WORKS[:1] if short else WORKS, 1 if short else None, rng)
         damaged_store(c, 2 if short else None, rng)
         runners(c, WORKS[3:4] if short else WORKS, 4)
+        if not short: bad_inputs(c)
         print(c.table().to_string(index=False))
     for fault, work, what, said in c.wrong: print(f'\n{what}: {fault}, {work} (seed {seed})\n{said}')
     print(f'{sum(c.tries.values())} tries, {len(c.wrong)} faults')

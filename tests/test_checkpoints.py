@@ -16,12 +16,13 @@ from forked import forked, Forked
 from safetensors.torch import load_file, save_file
 
 from solar_repro.merging import arithmetic, engine as merging, shards
+from solar_repro.models.adapters import AdaptedModel
 from solar_repro.models.checkpoints import compare, open_checkpoint, together
 from solar_repro.reports.cli import main
 from solar_repro.merging.config import from_yaml, merge_config, to_yaml
 from solar_repro.merging.arithmetic import kept_at_random
 from solar_repro.merging.engine import are_adapters, merge
-from solar_repro.merging.export import merge_adapters
+from solar_repro.merging.export import export, merge_adapters
 from solar_repro.merging.shards import private_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,9 +276,11 @@ def test_no_program_and_no_link_out_of_the_model_is_copied(tmp_path):
     (one/'merges.txt').write_text('a b')
     (one/'merges.txt').chmod(0o755)
     out = merge(merge_config('linear', [one, two]), tmp_path/'out')
-    assert sorted(f.name for f in out.iterdir()) == [
-        'README.md', 'config.json', 'generation_config.json', 'mergekit_config.yml', 'merges.txt', 'model.safetensors']
-    assert not any(f.is_symlink() or f.stat().st_mode & 0o111 for f in out.iterdir())
+    exported = export(AdaptedModel(one), tmp_path/'exported')
+    common = ['README.md', 'config.json', 'generation_config.json', 'merges.txt', 'model.safetensors']
+    for folder, files in ((out, sorted([*common, 'mergekit_config.yml'])), (exported, common)):
+        assert sorted(f.name for f in folder.iterdir()) == files
+        assert not any(f.is_symlink() or f.stat().st_mode & 0o111 for f in folder.iterdir())
     assert 'not copied' in (out/'README.md').read_text() and 'special_tokens_map.json' in (out/'README.md').read_text()
     assert 'transformers_weights' not in json.loads((out/'config.json').read_text())
 

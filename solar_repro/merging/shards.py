@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'CHUNK', 'MODEL', 'Shard', 'lay_out', 'slices_in', 'write_chunk', 'fingerprint', 'Writer', 'check_target',
-           'check_space', 'private_folder', 'publish']
+           'check_space', 'discard', 'private_folder', 'publish']
 
 # %% ../../nbs/merging/03_shards.ipynb #78e51061
 import errno
@@ -198,9 +198,11 @@ def check_space(
         raise OSError(errno.ENOSPC, f"merge: {n_bytes/1e9:.2f} GB to write and {free/1e9:.2f} GB free in {folder}; "
                                     "expected room for all. Free some space or choose another disk")
 
-def _discard(private:Path)->None:
+def discard(
+    private:Path, # folder
+)->None:
     "Remove a private folder whose lock this process holds."
-    gone = private.with_name(f'{private.stem}-{secrets.token_hex(4)}.merging')
+    gone = private.with_name(f'{private.stem}-{secrets.token_hex(4)}{private.suffix}')
     os.rename(private, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -230,14 +232,14 @@ def private_folder(
             if other==own: continue
             try: _lock(other, out, stack)
             except FileNotFoundError: continue
-            _discard(other)
+            discard(other)
         _make_and_lock(own, out, stack)
         try:
             check_target(out)
             (own/MODEL).mkdir(exist_ok=True)
             yield own
         except (ValueError, FileExistsError):
-            _discard(own)
+            discard(own)
             raise
 
 def publish(
@@ -247,5 +249,5 @@ def publish(
     "Give what was built its name."
     check_target(out)
     rename_whole(private/MODEL, out)
-    _discard(private)
+    discard(private)
     return out

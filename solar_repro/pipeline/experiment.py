@@ -55,6 +55,7 @@ class Experiment:
             profile = profile.model_copy(update=dict(seed=seeds[0], seeds=seeds))
         self.profile, self.store, self.graph = profile, Store(store or default_store()), build_graph(profile)
         self._built: dict[str, Artifact] = {}
+        self._fit: set[str] = set() # benchmarks whose prompts the base can read
         self._builder = None
         self.before_build = None # called with the stages that are about to be built
 
@@ -169,8 +170,10 @@ def _check(self:Experiment, missing:list[str])->None:
     if not any(self.graph[n].kind in ('sft', 'dpo') for n in missing): return
     self.run([n for n in missing if self.graph[n].kind in ('base', 'data', 'bench')])     # data first
     heavy().check_before_training(self.profile, self.graph, self.find)
-    if self.graph['base'].settings['source'] not in ('tiny', 'random'):
-        for t in self.tasks: heavy().check_requests(self.build('base').path, t, self.requests(t)[1])
+    for t in self.tasks:
+        if t in self._fit or self.find(f'eval/base/{t}'): continue
+        heavy().check_requests(self._built['base'].path, t, self.requests(t)[1])
+        self._fit.add(t)
 
 @patch
 def requests(self:Experiment,

@@ -71,6 +71,9 @@ def _listen(engine:ProcessEngine, slot:int, w:_Process, said:IO)->None:
     with said:
         for line in said:
             x = json.loads(line)
+            if x['kind'] == 'said':
+                print(x['text'], file=sys.stderr, flush=True)
+                continue
             if 'error' in x: x['error'] = unpack_error(x['error'])
             if x['kind'] != 'step': w.name = None
             engine._events.put(Event(slot, **x))
@@ -155,6 +158,16 @@ def n_workers(
 # %% ../../nbs/pipeline/11_workers.ipynb #8f0cea19
 STEP_S = .2 # seconds between two reports of a step
 
+class _Heard:
+    "A stream whose whole lines, but for those of progress bars, are said elsewhere, too."
+    def __init__(self, stream:IO, say:Callable[[str],None]): self.stream, self.say, self.line = stream, say, ''
+    def __getattr__(self, name:str): return getattr(self.stream, name)
+    def write(self, text:str)->int:
+        *lines, self.line = (self.line + text).split('\n')
+        for x in lines:
+            if '\r' not in x: self.say(x)
+        return self.stream.write(text)
+
 def serve(
     make:Callable[[dict],Callable], # makes of `hello` what builds a stage: build(name, step)
     channel:int, # descriptor on which events are said
@@ -165,7 +178,7 @@ def serve(
         out.write(json.dumps(dict(name=name, kind=kind, **more)) + '\n')
         out.flush()
     threading.Thread(target=_read, args=(told,), daemon=True).start()
-    hello, build = told.get(), None
+    sys.stderr, hello, build = _Heard(sys.stderr, lambda text: say('', 'said', text=text)), told.get(), None
     while True:
         name = told.get()['name']
         try:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'RENAMED', 'library', 'run', 'demo', 'status', 'table', 'show', 'diff', 'sweep', 'verify', 'results',
-           'contamination', 'plan', 'doctor', 'fetch_base', 'fetch', 'base', 'init', 'export', 'compare', 'merge']
+           'contamination', 'plan', 'doctor', 'clean', 'fetch_base', 'fetch', 'base', 'init', 'export', 'compare',
+           'merge']
 
 # %% ../../nbs/reports/02_commands.ipynb #57b989ff
 import hashlib
@@ -254,11 +255,23 @@ def plan(exp,
     if workers: print(planning.workers_text(made, exp.graph, workers))
 
 def doctor(exp)->None:
-    """Print what this machine has, and which of the shipped profiles it can run.
+    """Print what this machine has, which of the shipped profiles it can run, and what dead builds have left.
 
     solar-repro doctor
     """
-    print(library('pipeline.doctor').doctor(exp.store.folder))
+    print(library('pipeline.doctor').doctor(exp))
+
+def clean(exp,
+    folder:Path=Path('.'), # where merges and exports were written
+    *,
+    hours:float=24., # without a write, after which what is not known to be finished counts as dead
+    dry_run:bool=False, # only say what would go
+)->None:
+    """Remove what killed builds, merges and exports have left, as far as no stage of the profile goes on from it.
+
+    solar-repro clean --dry-run
+    """
+    print(library('pipeline.doctor').clean(exp, folder, hours, dry_run))
 
 # %% ../../nbs/reports/02_commands.ipynb #a31f23df
 def fetch_base(profile)->None:
@@ -429,7 +442,7 @@ def merge(
     print(made)
 
 # %% ../../nbs/reports/02_commands.ipynb #24cfbfc3
-_ALL = (run, demo, status, table, show, diff, sweep, verify, results, contamination, plan, doctor,
+_ALL = (run, demo, status, table, show, diff, sweep, verify, results, contamination, plan, doctor, clean,
         export, merge, compare, fetch_base, fetch, base, init)
 COMMANDS = {f.__name__.replace('_', '-'): f for f in _ALL}
 RENAMED = dict(ledger='contamination', weights='fetch-base') # old name -> new
