@@ -48,11 +48,11 @@ docs: setup
 
 notebooks: tables
 	@$(BIN)/python -m solar_repro.reports.notebooks --all --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
-	@$(BIN)/python tools/keep_outputs.py --profile '$(PROFILE)'
+	@$(BIN)/python tools/keep_outputs.py --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 
 record: setup
-	@$(BIN)/python tools/record_answers.py --profile '$(PROFILE)'
 	@$(BIN)/python tools/record_run.py --profile '$(PROFILE)' --seeds '$(or $(SEED),0)'
+	@$(BIN)/python tools/record_answers.py --profile '$(PROFILE)' --seed '$(or $(SEED),0)'
 
 check: setup
 	@sh tools/check.sh

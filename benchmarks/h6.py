@@ -1,37 +1,29 @@
-"""Our scoring backend against lm-eval's own (`HFLM`): the same items in one process, a line for each of the six
-benchmarks.
+"""Our scoring backend against lm-eval's own (`HFLM`): the same items in one process, a line a benchmark.
 
     python benchmarks/h6.py [--items 4] [--mmlu_items 16] [--tasks arc mmlu] [--hf_batch 1 8] [--hf_packed] [--shape
     smollm2-135m] [--device cpu] [--dtype float32] [--out NAME]
     python benchmarks/h6.py --profile smol [...]
 
 The model has random weights and the shape of a known one, so that nothing is fetched; or it is the base of a profile,
-asked the first items of that profile:
-real weights and published items for `smol`. Otherwise items are random words, as long as those of the real benchmarks
-are on average in tokens (LENGTHS); shots are the leaderboard's (25, 10, 5, 0 with the six fixed pairs, 5, 5) and drawn
-by lm-eval's default sampler, other
-examples for each item except in MMLU, whose items are all of one subject: its real subjects have 246 items on average,
-so few items understate
-what sharing its examples saves, and `--mmlu_items` may ask for more of them. Two ratios are given: of the times as
-measured, and with each task's time
-an item multiplied by the items of its real test set (SIZES), which is what H6 costs.
+asked the first items of that profile: real weights and published items for `smol`. Otherwise items are random words,
+as long as those of the real benchmarks are on average in tokens (LENGTHS); shots are the leaderboard's (25, 10, 5, 0
+with the six fixed pairs, 5, 5) and drawn by lm-eval's default sampler, other examples for each item except in MMLU,
+whose items are all of one subject: its real subjects have 246 items on average, so few items understate what sharing
+its examples saves, and `--mmlu_items` may ask for more of them. Two ratios are given: of the times as measured, and
+with each task's time an item multiplied by the items of its real test set (SIZES), which is what H6 costs.
 
 A random model never writes a stop string, so GSM8K generates all its 256 tokens; and greedy texts of a random model
-soon go in circles, which our
-backend's guesses of what comes next follow better than they follow real answers. So GSM8K is also timed without
-guesses, and a second pair of ratios counts that;
-a profile's base shows what they are worth on text that a trained model writes.
+soon go in circles, which our backend's guesses of what comes next follow better than they follow real answers. So
+GSM8K is also timed without guesses, and a second pair of ratios counts that; a profile's base shows what they are
+worth on text that a trained model writes.
 
 Each backend answers one request first, to warm up. A hook counts tokens that go through the model and positions that
-get logits, padding included. On a
-CPU our backend multiplies float32 matrices of large models with oneDNN, HFLM with what torch takes (MKL);
-`--hf_packed` lets HFLM's products go the same
-way as ours, and what is left of the ratio is then due to other things. The share of the matmul rate is the time that
-the model's matrix products take
-by themselves, each shape timed alone in the same process with the faster of the two libraries, divided by the time
-measured (other work on the machine moves
-it either way); attention over cached keys is left out of it. With several sizes of HFLM's batch the fastest counts,
-task by task.
+get logits, padding included. On a CPU our backend multiplies float32 matrices of large models with oneDNN, HFLM with
+what torch takes (MKL); `--hf_packed` lets HFLM's products go the same way as ours, and what is left of the ratio is
+then due to other things. The share of the matmul rate is the time that the model's matrix products take by
+themselves, each shape timed alone in the same process with the faster of the two libraries, divided by the time
+measured (other work on the machine moves it either way); attention over cached keys is left out of it. With several
+sizes of HFLM's batch the fastest counts, task by task.
 """
 
 import argparse
@@ -52,43 +44,11 @@ for k, v in dict(
     os.environ.setdefault(k, v)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from shapes import LLAMA_1B, SMOLLM2_135M, SOLAR, llama                        # noqa: E402
+
 SHAPES = {
-    'smoke': dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=2048,
-        tie_word_embeddings=True,
-    ),
-    'smollm2-135m': dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-    'llama-1b': dict(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    'solar-10.7b': dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
+    'smoke': llama(64, 128, 2, 4, 2, 2048, True), 'smollm2-135m': SMOLLM2_135M, 'llama-1b': LLAMA_1B,
+    'solar-10.7b': SOLAR,
 }
 SHOTS = dict(arc=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
 SIZES = dict(
@@ -263,99 +223,100 @@ def of_profile(a: argparse.Namespace) -> tuple:
     )
 
 
-def compare(a: argparse.Namespace) -> dict:
+def theirs(a: argparse.Namespace, t: str, requests: list, model, tok) -> dict[int, dict]: # rows a batch -> what it took
+    "A benchmark with HFLM, in each of the batch sizes asked for."
     import torch
     from lm_eval.models.huggingface import HFLM
-    from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
     from solar_repro.inference.forward import packed
     from solar_repro.models.loading import quiet
-    from solar_repro.paper import H6_TASKS
+
+    got = {}
+    for n in a.hf_batch:
+        with quiet(), torch.inference_mode(), packed(model) if a.hf_packed else nullcontext():
+            got[n] = run(HFLM(pretrained=model, tokenizer=tok, batch_size=n), requests, model)
+        print(f'  {t}: HFLM, batches of {n}: {got[n]["seconds"]:.1f} s', file=sys.stderr, flush=True)
+    return got
+
+
+def ours_of(a: argparse.Namespace, t: str, requests: list, model, tok) -> tuple[dict, dict]:
+    "A benchmark with our backend, and the same without guesses of what comes next."
+    from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
+
+    ours = run(SharedPrefixLM(model, RequestEncoder(tok), a.batch), requests, model)
+    if t != 'gsm8k':
+        return ours, ours
+    lm = SharedPrefixLM(model, RequestEncoder(tok), a.batch)
+    lm.limits = replace(lm.limits, n_idle=0)  # a pass of one token a row is the best
+    plain = run(lm, requests, model)
+    assert plain['answers'] == ours['answers'] or a.dtype != 'float32', (
+        'gsm8k: the texts with guesses and without differ'
+    )  # bfloat16 rounds otherwise in wider passes
+    return ours, plain
+
+
+def line(t: str, shots: int, requests: list, got: dict[int, dict], ours: dict, plain: dict) -> dict:
+    "One benchmark: what each side took, and how its answers compare."
+    best = min(got, key=lambda n: got[n]['seconds'])
+    hf, pairs = got[best], list(zip(got[best]['answers'], ours['answers']))
+    generated = t == 'gsm8k'
+    return dict(
+        task=t, shots=shots, items=len({(r.task_name, r.doc_id) for r in requests}), requests=len(requests),
+        hf_batch=best, hf_s=hf['seconds'], ours_s=ours['seconds'],
+        no_guesses_s=plain['seconds'], no_guesses_cpu_s=plain['cpu_s'], ratio=hf['seconds'] / ours['seconds'],
+        hf_cpu_s=hf['cpu_s'], ours_cpu_s=ours['cpu_s'], cpu_ratio=hf['cpu_s'] / ours['cpu_s'],
+        hf_tok=hf['tokens'], ours_tok=ours['tokens'],
+        hf_passes=hf['passes'], ours_passes=ours['passes'], no_guesses_passes=plain['passes'],
+        hf_logits=hf['logits'], ours_logits=ours['logits'],
+        max_difference_nats=0.0 if generated else max(abs(x[0] - y[0]) for x, y in pairs),
+        equal=sum(x == y if generated else x[1] == y[1] for x, y in pairs),
+        hf_s_by_batch={n: g['seconds'] for n, g in got.items()},
+    )
+
+
+def add_shares(lines: list[dict], sides: dict[str, tuple[dict, dict]]) -> None:
+    "What share of the time bare products of the same shapes would take."
     from tiny_tables import arithmetic, bucket, time_products
+
+    shapes = {bucket(s) for both in sides.values() for side in both for s in side['seen']}
+    rate, other = time_products(shapes), onednn_rates(shapes)
+    rate = {s: min(x, other.get(s, x)) for s, x in rate.items()}
+    for l in lines:
+        for name, side in zip(('hf', 'ours'), sides[l['task']]):
+            l[f'{name}_share'] = arithmetic(side['seen'], rate) / side['seconds']
+
+
+def machine(a: argparse.Namespace) -> str:
+    import torch
+
+    if a.device != 'cpu':
+        return torch.cuda.get_device_name()
+    flags = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+    return f'{a.threads} of {os.cpu_count()} CPU cores{" with AMX" if "amx_tile" in flags else ""}'
+
+
+def compare(a: argparse.Namespace) -> dict:
+    import torch
+    from solar_repro.paper import H6_TASKS
 
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     tok, model, ask, what = of_profile(a) if a.profile else invented(a)
-    lines, sides, rates = [], {}, set()
+    lines, sides = [], {}
     for t in a.tasks or H6_TASKS:
         requests, shots = ask(t, a.mmlu_items or a.items if t == 'mmlu' else a.items)
-        n_items = len({(r.task_name, r.doc_id) for r in requests})
-        got = {}
-        for n in a.hf_batch:
-            with quiet(), torch.inference_mode(), packed(model) if a.hf_packed else nullcontext():
-                got[n] = run(HFLM(pretrained=model, tokenizer=tok, batch_size=n), requests, model)
-            print(f'  {t}: HFLM, batches of {n}: {got[n]["seconds"]:.1f} s', file=sys.stderr, flush=True)
-        ours = run(SharedPrefixLM(model, RequestEncoder(tok), a.batch), requests, model)
-        plain = ours
-        if t == 'gsm8k':
-            lm = SharedPrefixLM(model, RequestEncoder(tok), a.batch)
-            lm.limits = replace(lm.limits, n_idle=0)  # a pass of one token a row is the best
-            plain = run(lm, requests, model)
-            assert plain['answers'] == ours['answers'] or a.dtype != 'float32', (
-                'gsm8k: the texts with guesses and without differ'
-            )  # bfloat16 rounds otherwise in wider passes
-        best = min(got, key=lambda n: got[n]['seconds'])
-        sides[t] = got[best], ours
-        same = (
-            [x == y for x, y in zip(got[best]['answers'], ours['answers'])]
-            if t == 'gsm8k'
-            else [x[1] == y[1] for x, y in zip(got[best]['answers'], ours['answers'])]
-        )
-        gap = 0.0 if t == 'gsm8k' else max(abs(x[0] - y[0]) for x, y in zip(got[best]['answers'], ours['answers']))
-        lines.append(
-            dict(
-                task=t,
-                shots=shots,
-                items=n_items,
-                requests=len(requests),
-                hf_batch=best,
-                hf_s=got[best]['seconds'],
-                ours_s=ours['seconds'],
-                no_guesses_s=plain['seconds'],
-                no_guesses_cpu_s=plain['cpu_s'],
-                ratio=got[best]['seconds'] / ours['seconds'],
-                hf_cpu_s=got[best]['cpu_s'],
-                ours_cpu_s=ours['cpu_s'],
-                cpu_ratio=got[best]['cpu_s'] / ours['cpu_s'],
-                hf_tok=got[best]['tokens'],
-                ours_tok=ours['tokens'],
-                hf_passes=got[best]['passes'],
-                ours_passes=ours['passes'],
-                no_guesses_passes=plain['passes'],
-                hf_logits=got[best]['logits'],
-                ours_logits=ours['logits'],
-                max_difference_nats=gap,
-                equal=sum(same),
-                hf_s_by_batch={n: g['seconds'] for n, g in got.items()},
-            )
-        )
+        got = theirs(a, t, requests, model, tok)
+        ours, plain = ours_of(a, t, requests, model, tok)
+        lines.append(line(t, shots, requests, got, ours, plain))
+        sides[t] = got[lines[-1]['hf_batch']], ours
         print(f'  {t}: ours: {ours["seconds"]:.1f} s, ratio {lines[-1]["ratio"]:.2f}', file=sys.stderr, flush=True)
-        rates |= {bucket(s) for side in sides[t] for s in side['seen']}
     if a.device == 'cpu':
-        rate, other = time_products(rates), onednn_rates(rates)
-        rate = {s: min(x, other.get(s, x)) for s, x in rate.items()}
-        for l in lines:
-            for name, side in zip(('hf', 'ours'), sides[l['task']]):
-                l[f'{name}_share'] = arithmetic(side['seen'], rate) / side['seconds']
-    flags = Path('/proc/cpuinfo').read_text() if a.device == 'cpu' and Path('/proc/cpuinfo').exists() else ''
-    where = (
-        f'{a.threads} of {os.cpu_count()} CPU cores{" with AMX" if "amx_tile" in flags else ""}'
-        if a.device == 'cpu'
-        else torch.cuda.get_device_name()
-    )
+        add_shares(lines, sides)
     return dict(
-        machine=where,
-        load_before=round(a.load, 1),
-        model=what,
-        profile=a.profile,
-        dtype=a.dtype,
-        torch=torch.__version__,
-        rows_at_most=a.batch,
-        hf_packed=a.hf_packed,
-        tasks=lines,
-        **ratios(lines),
-        no_guesses=ratios(lines, 'no_guesses'),
+        machine=machine(a), load_before=round(a.load, 1), model=what, profile=a.profile, dtype=a.dtype,
+        torch=torch.__version__, rows_at_most=a.batch, hf_packed=a.hf_packed, tasks=lines,
+        **ratios(lines), no_guesses=ratios(lines, 'no_guesses'),
     )
 
 

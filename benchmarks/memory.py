@@ -1,18 +1,13 @@
-"""Planned and measured peaks of training memory, on the CPU: the tiny base, and SmolLM2-135M's shape with random
-weights.
+"""Planned and measured peaks of training memory: the tiny base on the CPU, and known shapes with random weights.
 
 Measured: bytes of all live tensors, as torch's dispatcher sees them come and go, over whole training runs of
-`train_sft` and
-`train_dpo`; and, beside it, by how much the process's resident memory rose at its peak, which holds the allocator's
-slack too.
-The tile of logits is allocated in full but touched as far as the vocabulary goes, so resident memory may rise by less;
-and by
-more, where a whole float32 base is read before it is quantized.
+`train_sft` and `train_dpo`; and, beside it, by how much the process's resident memory rose at its peak, which holds
+the allocator's slack too. The tile of logits is allocated in full but touched as far as the vocabulary goes, so
+resident memory may rise by less; and by more, where a whole float32 base is read before it is quantized.
 Run: python benchmarks/memory.py ; writes benchmarks/results/memory.json (with --only tiny, or --compare 0, it writes
 nothing)
-On a GPU: python benchmarks/memory.py --only solar ; SOLAR-10.7B's shape with random weights (22 GB of disk), where the
-peak
-is what the card's allocator handed out, and the passes are those of the profile a100.
+On a GPU: python benchmarks/memory.py --only solar ; SOLAR-10.7B's shape with random weights (22 GB of disk), where
+the peak is what the card's allocator handed out, and the passes are those of the profile a100.
 """
 
 import argparse
@@ -25,9 +20,10 @@ import tempfile
 import weakref
 from pathlib import Path
 
-# base, kind, nf4, compute dtype, microbatches, rows a step, max_length, dropout, checkpointing, and the most tokens
-# of a
-# microbatch where the profile says that instead of their number
+from shapes import SMOLLM2_135M, SOLAR
+
+# base, kind, nf4, compute dtype, microbatches, rows a step, max_length, dropout, checkpointing, and the most tokens of
+# a microbatch where the profile says that instead of their number
 CASES = [
     ('tiny', 'sft', True, 'float32', 1, 6, 256, 0.0, False),
     ('tiny', 'sft', True, 'float32', 1, 6, 256, 0.05, False),
@@ -50,26 +46,7 @@ CASES = [
     ('smol', 'sft', True, 'float32', 1, 4, 256, 0.0, False, 512),
 ]
 RANK = dict(tiny=16, smol=16, solar=64)
-SIZES = dict(
-    smol=dict(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    ),
-    solar=dict(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    ),
-)
+SIZES = dict(smol=SMOLLM2_135M, solar=SOLAR)
 
 
 def tracker():

@@ -8,20 +8,17 @@ rate, peak memory.
     python benchmarks/train.py --shape smoke --rows 24 --pairs 12                      # seconds: that the script works
 
 The model has random weights, so nothing is fetched. Rows are random words with the lengths that
-`pipeline.cost_model.LENGTHS` records of the published sets, mixed as in the paper; a row
-longer than the profile's max_length is not drawn. Each side trains in a process of its own: TRL's trainers as a user
-calls them (`SFTTrainer` and `DPOTrainer`, everything left at its
-default: rows padded to the longest of a batch, layers computed again in the backward pass, the reference computed at
-every step) with the same base, NF4, adapter, learning rate, dtype,
+`pipeline.cost_model.LENGTHS` records of the published sets, mixed as in the paper; a row longer than the profile's
+max_length is not drawn. Each side trains in a process of its own: TRL's trainers as a user calls them (`SFTTrainer`
+and `DPOTrainer`, everything left at its default: rows padded to the longest of a batch, layers computed again in the
+backward pass, the reference computed at every step) with the same base, NF4, adapter, learning rate, dtype,
 max_length and rows a step; ours with the profile's settings and `--max_tokens_per_microbatch`. Times are those of the
-trainer's loop; DPO's reference pass is timed too and counted in the
-first ratio (a reference that several rows share is computed once, as DPO v2 and Cand. 1 share theirs: the second ratio
-leaves it out).
+trainer's loop; DPO's reference pass is timed too and counted in the first ratio (a reference that several rows share
+is computed once, as DPO v2 and Cand. 1 share theirs: the second ratio leaves it out).
 
 Peak memory is the process's resident memory at its highest during training, on a GPU what the allocator handed out.
-Useful tokens are those of the rows, without padding,
-a pair's prompt twice. The share of the matmul rate counts what has to be computed (a pair's prompt once, logits of
-answers only, nothing twice).
+Useful tokens are those of the rows, without padding, a pair's prompt twice. The share of the matmul rate counts what
+has to be computed (a pair's prompt once, logits of answers only, nothing twice).
 """
 
 import argparse
@@ -35,26 +32,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from shapes import LLAMA_1B, SMOLLM2_135M, SOLAR, llama
+
 for k, v in dict(
     OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', PYTHONWARNINGS='ignore'
 ).items():
     os.environ.setdefault(k, v)
 
-llama = lambda h, f, n, heads, kv, v, tied: dict(
-    hidden_size=h,
-    intermediate_size=f,
-    num_hidden_layers=n,
-    num_attention_heads=heads,
-    num_key_value_heads=kv,
-    vocab_size=v,
-    tie_word_embeddings=tied,
-)
-SHAPES = {
-    'smoke': llama(64, 128, 2, 4, 2, 4096, True),
-    '135m': llama(576, 1536, 30, 9, 3, 49152, True),
-    '1b': llama(2048, 8192, 16, 32, 8, 128256, True),
-    '10.7b': llama(4096, 14336, 48, 32, 8, 32000, False),
-}
+SHAPES = {'smoke': llama(64, 128, 2, 4, 2, 4096, True), '135m': SMOLLM2_135M, '1b': LLAMA_1B, '10.7b': SOLAR}
 MIX = dict(
     sft=dict(alpaca_gpt4=52, openorca=100, synth_math_instruct=50),
     dpo=dict(ultrafeedback_clean=60.8, synth_math_alignment=20.1),
@@ -190,65 +175,43 @@ def ours(kind, a, p, base, rows, start, out):
     return meter, ref_s
 
 
+def said_of(row, template):
+    "A row as TRL takes it: prompt and answers laid out by our template."
+    from solar_repro.models.loading import render
+
+    prompt = render(template, row['prompt'])[0]
+    return dict(prompt=prompt, **{k: render(template, '', v)[1] for k, v in row.items() if k != 'prompt'})
+
+
+def common_arguments(a, x, out, step):
+    "TRL's arguments of both kinds: 8 rows at once, the default of per_device_train_batch_size, or as many as a step."
+    each = min(8, step)
+    return dict(
+        output_dir=str(out), per_device_train_batch_size=each, gradient_accumulation_steps=max(1, step // each),
+        learning_rate=x.learning_rate, num_train_epochs=1, max_length=x.max_length, use_cpu=a.device == 'cpu',
+        bf16=x.compute_dtype == 'bfloat16', report_to='none', disable_tqdm=True, save_strategy='no', optim=x.optimizer,
+    )
+
+
 def trls(kind, a, p, base, rows, start, out, step):
     "TRL as a user calls it; a step has as many rows as one of ours."
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-    from solar_repro.models.loading import load_base, load_tokenizer, quiet, render
+    from solar_repro.models.loading import load_base, load_tokenizer, quiet
 
-    # 8: the default of per_device_train_batch_size
-    x, each = getattr(p, kind), min(8, step)
-    common = dict(
-        output_dir=str(out),
-        per_device_train_batch_size=each,
-        gradient_accumulation_steps=max(1, step // each),
-        learning_rate=x.learning_rate,
-        num_train_epochs=1,
-        max_length=x.max_length,
-        use_cpu=a.device == 'cpu',
-        bf16=x.compute_dtype == 'bfloat16',
-        report_to='none',
-        disable_tqdm=True,
-        save_strategy='no',
-        optim=x.optimizer,
-    )
+    x = getattr(p, kind)
+    common, data = common_arguments(a, x, out, step), Dataset.from_list([said_of(r, p.template) for r in rows])
     model, tok, meter = load_base(base, x.nf4, x.compute_dtype, a.device), load_tokenizer(base), Meter(a.device)
-    said = [
-        dict(
-            zip(
-                r,
-                (
-                    render(p.template, r['prompt'])[0],
-                    *(render(p.template, '', v)[1] for k, v in r.items() if k != 'prompt'),
-                ),
-            )
-        )
-        for r in rows
-    ]
+    how = dict(train_dataset=data, processing_class=tok)
     with quiet():
         if kind == 'sft':
-            lora = LoraConfig(
-                r=x.lora_r,
-                lora_alpha=x.lora_alpha,
-                lora_dropout=x.lora_dropout,
-                target_modules='all-linear',
-                task_type='CAUSAL_LM',
-            )
-            t = SFTTrainer(
-                model,
-                args=SFTConfig(**common),
-                train_dataset=Dataset.from_list(said),
-                processing_class=tok,
-                peft_config=lora,
-            )
+            lora = LoraConfig(r=x.lora_r, lora_alpha=x.lora_alpha, lora_dropout=x.lora_dropout,
+                              target_modules='all-linear', task_type='CAUSAL_LM')
+            t = SFTTrainer(model, args=SFTConfig(**common), peft_config=lora, **how)
         else:
-            t = DPOTrainer(
-                PeftModel.from_pretrained(model, start, is_trainable=True),
-                args=DPOConfig(**common, beta=x.beta),
-                train_dataset=Dataset.from_list(said),
-                processing_class=tok,
-            )
+            policy = PeftModel.from_pretrained(model, start, is_trainable=True)
+            t = DPOTrainer(policy, args=DPOConfig(**common, beta=x.beta), **how)
         t.train()
     return meter, 0.0
 

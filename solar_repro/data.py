@@ -235,7 +235,7 @@ def bench_files(
     hub:str, # id on the Hub
     config:str|None, # configuration there
     revision:str, # commit there
-    licence:str,
+    licence:str, # as its publisher states it
     folder:str, # in a folder of data
     fields:dict[str,type], # path of a column -> its type
     blank:tuple[str,...]=(), # columns that may be empty

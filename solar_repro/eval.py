@@ -222,7 +222,7 @@ def _record(task:str, t:ConfigurableTask, doc:dict, doc_id:int, requests:list)->
 
 # %% ../nbs/05_eval.ipynb #0e9ed1cd
 def by_item(
-    asked:Requests,
+    asked:Requests, # of `build_requests`
 )->dict[int,list[Instance]]: # test item -> its requests
     "Which requests ask which item."
     out = {}
@@ -329,7 +329,8 @@ def evaluate(
     return out, samples
 
 # %% ../nbs/05_eval.ipynb #5392a7e2
-def first_paragraph(text:str)->str: return text.split('\n\n')[0].strip()
+def first_paragraph(text:str)->str: # what stands before a blank line
+    return text.split('\n\n')[0].strip()
 
 def answer_requests(
     encoder:RequestEncoder, # of the model

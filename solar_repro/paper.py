@@ -171,6 +171,7 @@ def _bold_audit()->list[tuple]:
                           ', '.join(sorted(best))))
     return found
 
+# %% ../nbs/00_paper.ipynb #0a7b67fb
 def _printed_scores()->dict[tuple[str,str],float]: # (model, task) -> percent
     return {(r.model, t): x for r in ROWS for t, x in zip(TITLES, r.scores)}
 
@@ -282,6 +283,7 @@ class Claim:
     quote: str
     parts: tuple[tuple[str,str,str,str], ...] # (task, model, '>' '<' '≈' or '≥', other model)
 
+# %% ../nbs/00_paper.ipynb #140829ef
 CLAIMS = (
     Claim('OpenOrca leaves H6 as it is',
           'the resulting H6 score is 69.21, which is little change from 69.15 of SFT v1',

@@ -115,7 +115,7 @@ def comparisons(
     found = answers(samples)
     tests = [(f'{TITLES[t]}, {a} - {b}', pair(found, t, a, b)) for t, a, b in compared(n)]
     out = pd.DataFrame([dict(compares=what, difference=100*x.difference, se=100*x.se, p=x.p) for what, x in tests])
-    return out.assign(p_holm=holm(out['p']), resolvable=[resolvable(e) for e in out['se']])
+    return out.assign(p_holm=holm(out['p']), resolvable=[100*resolvable(x.se, x.df) for _, x in tests])
 
 def all_comparisons(
     samples:pd.DataFrame, # model, task, doc_id, score

@@ -89,6 +89,8 @@ def test_unchanged_is_believed_only_with_the_same_results(copy, monkeypatch, cap
     change(copy, 'models/training.py', 'weight_decay=settings.weight_decay', 'weight_decay=0.')
     other = {'Table 3': 'c'}
     with pytest.raises(SystemExit, match='results have changed: Table 3'): code_versions.main('unchanged')
+    other = {'SFT v3': None}                     # a stage that is no longer built
+    with pytest.raises(SystemExit, match='results have changed: SFT v3'): code_versions.main('unchanged')
     other = {'a stage more': 'd'}
     code_versions.main('unchanged')
     assert 'c0ffee, byte for byte' in capsys.readouterr().out

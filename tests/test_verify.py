@@ -21,9 +21,11 @@ from solar_repro import paper, tables
 from solar_repro.data import BENCHMARKS
 from solar_repro.eval import correct_2023, h6_se, mean_of_groups, mean_se
 from solar_repro.core import stats as ours
+from solar_repro.core.config import load_profile
 from solar_repro.reports.cli import main
-from solar_repro.reports.verify import export_results, judged, number, recounted, verify
+from solar_repro.reports.verify import export_results, judged, number, recounted, score_record, verify
 from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.results import evaluations_of, recorded
 from solar_repro.core.files import content_hash, file_hash
 from solar_repro.core.store import own_hash
 from solar_repro.publishing.figures import figure
@@ -633,7 +635,26 @@ def test_every_benchmark_names_its_choices(task):
     assert len(found) > 1 and all(isinstance(c, str) and c for c in found)
 
 
+def test_one_score_is_of_one_training(full, tmp_path):
+    "Of a profile with several seeds a single score, and the scores beside answers, are those of one of them."
+    two = load_profile('smoke').model_copy(update=dict(seeds=[0, 1]))
+    exp = Experiment(two, store=full)
+    assert exp.label.endswith('seeds 0, 1') and score_record(exp, 'base', 'arc')['label'].endswith('seed 0')
+    kept = json.loads(export_results(exp, tmp_path/'out', ['base'])[0].read_text())
+    assert kept['label'].endswith('seed 0') and 'h6' not in kept['results']
+
+
 # ---- what came with the package
+
+def test_page_of_answers_is_of_a_recorded_run():
+    "It once showed those of a run with another base."
+    kept = json.loads((Path(__file__).parents[1]/'nbs'/'recorded'/'answers.json').read_text(encoding='utf-8'))
+    found, tasks = evaluations_of(recorded('tiny', 0)[0]), {title: t for t, title in paper.TITLES.items()}
+    assert kept['label'].endswith('seed 0') and len(kept['items']) == 9
+    for x in kept['items']:
+        said = {m: found[m, tasks[x['task']]]['items']['score'][x['item']] for m in x['score']}
+        assert {m: round(s, 2) for m, s in said.items()} == x['score']
+
 
 def test_records_are_checked_answer_by_answer(full, tmp_path, monkeypatch):
     "A record that follows from its answers passes; a score, a choice and an item that were changed are named."

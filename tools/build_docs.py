@@ -79,8 +79,6 @@ def show_exports(nb, reference: str) -> None:
     cells, imports = [], None
     for c in nb.cells:
         body = parsed(c.source) if c.cell_type == 'code' else []
-        if "environ.get('IN_TEST')" in c.source and len(body) == 1:          # for nbdev_test only
-            continue
         if body and EXPORT.search(c.source):
             c.source = EXPORT.sub('', c.source, count=1)
             defined = [d for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef))]

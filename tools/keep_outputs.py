@@ -1,4 +1,4 @@
-"""Take the outputs of a run into nbs/: `keep_outputs.py [--profile tiny]` reads what `make tables` executed.
+"""Take the outputs of a run into nbs/: `keep_outputs.py [--profile tiny]` reads what `make notebooks` executed.
 
 What differs between two executions on one store, or between two machines, is left out or named alike: what was said on
 standard error (warnings, progress), paths of the project, names of temporary folders. Pictures keep 64 colours, which
@@ -70,8 +70,9 @@ def main() -> None:
     from solar_repro.pipeline.experiment import Experiment
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('--profile', default='tiny', help='the run whose executed notebooks are taken (default: tiny)')
+    ap.add_argument('--seed', type=int, help="in place of the profile's")
     args = ap.parse_args()
-    run, nbs = Experiment(args.profile).folder / 'notebooks', ROOT / 'nbs'
+    run, nbs = Experiment(args.profile, args.seed).folder / 'notebooks', ROOT / 'nbs'
     other = []
     for p in notebooks(nbs):
         nb, name = nbformat.read(p, 4), p.relative_to(nbs)
@@ -83,7 +84,7 @@ def main() -> None:
     if other:
         sys.exit(
             f'keep_outputs: {", ".join(other)}: not as executed for {args.profile}; expected every notebook as it ran.'
-            f' Run `make tables PROFILE={args.profile}` first.'
+            f' Run `make notebooks PROFILE={args.profile}`.'
         )
 
 

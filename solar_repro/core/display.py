@@ -66,10 +66,10 @@ _STYLE = '''<style>[data-explore] th button{all:unset;cursor:pointer;font-weight
 # %% ../../nbs/core/05_display.ipynb #0dfefefe
 _WIDE, _LONG = 60, 300 # characters, beyond which a text gets a wide column, or opens with a click
 
-def _cell(x, digits:int)->str:
+def _cell(x)->str:
     number = isinstance(x, (int, float)) and not isinstance(x, bool)
     if x is None or number and x != x: text = ''
-    else: text = f'{x:.{digits}f}' if isinstance(x, float) else str(x)
+    else: text = f'{x:.2f}' if isinstance(x, float) else str(x)
     if number and text: return f'<td data-v="{x!r}">{text}</td>'
     whole = html.escape(text)
     if len(text) <= _WIDE: return f'<td>{whole}</td>'
@@ -87,14 +87,13 @@ def _head(shown:pd.DataFrame)->str:
 
 def explore(
     table:pd.DataFrame, # any; its index is left out
-    digits:int=2, # of numbers that are not whole
     most:int=2000, # rows shown at most
 )->View:
     "A table that sorts by its headings and filters by words or comparisons (`gsm8k>20`), in any Jupyter."
     if not len(table.columns):
         raise ValueError('explore: the table has no columns; expected at least one. Did a selection leave nothing?')
     shown = table.head(most)
-    cells = [''.join(_cell(x, digits) for x in r) for r in shown.astype(object).itertuples(index=False)]
+    cells = [''.join(_cell(x) for x in r) for r in shown.astype(object).itertuples(index=False)]
     rows = '\n'.join(f'<tr>{r}</tr>' for r in cells)
     left = f'<p>The first {most} of {len(table)} rows.</p>' if len(table) > most else ''
     body = ('<div class="rows" tabindex="0" role="region" aria-label="Table"><table class="dataframe">'

@@ -102,11 +102,10 @@ def holm(
 # %% ../../nbs/core/06_stats.ipynb #4b32c73e
 def resolvable(
     se:float, # standard error of a difference
-    alpha:float=.05, # two-sided
-    power:float=.8, # probability of seeing it
+    df:float=math.inf, # its degrees of freedom
 )->float: # in the units of `se`
-    "The smallest true difference that a test would find with this power."
-    return float(stats.norm.isf(alpha/2) + stats.norm.isf(1 - power))*se
+    "The smallest true difference that a two-sided test at 5 % would find about four times in five."
+    return float(stats.t.isf(.05/2, df) + stats.t.isf(.2, df))*se
 
 # %% ../../nbs/core/06_stats.ipynb #7b862e24
 def item_and_training_noise(

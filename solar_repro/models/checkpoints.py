@@ -14,7 +14,7 @@ import mmap
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,14 +270,11 @@ def one_thread_each(
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
-def _silent(done:int, total:int)->None: pass
-
 # %% ../../nbs/models/04_checkpoints.ipynb #a6ee9fdc
 def compare(
     a:Path, # checkpoint
     b:Path, # another of the same architecture
     base:Path|None=None, # what both started from
-    on_progress:Callable[[int,int],None]=_silent, # called with tensors done and in all
 )->pd.DataFrame: # one row a tensor, as `tensor_row` makes it
     "How far two checkpoints are apart, tensor by tensor."
     models = [open_checkpoint(x) for x in (a, b, *([] if base is None else [base]))]
@@ -294,5 +291,4 @@ def compare(
             if i+2<len(names): ahead.append(start(names[i+2]))
             total = {k: math.fsum(p[k] for p in parts) for k in parts[0]}
             rows.append(tensor_row(n, models[0].entries[n].n, total))
-            on_progress(i+1, len(names))
     return pd.DataFrame(rows)

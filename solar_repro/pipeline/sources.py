@@ -59,6 +59,7 @@ def _tiny_file(name:str, write:Callable|None, n:int=POOL, seed:int=0)->tuple[dic
 
 def _texts(row:dict)->tuple: return tuple(row.values())
 
+# %% ../../nbs/pipeline/00_sources.ipynb #ae4a7bfe
 @dataclass(frozen=True)
 class TinyWorld:
     "Rows and items of the embedded world, which all fit."

@@ -16,7 +16,7 @@ from ..core.figures import COLORS, PAPER, style
 from ..core.stats import holm
 from ..paper import TITLES
 from .experiment import Experiment
-from ..tables import ALPHA, pair, with_h6
+from ..tables import ALPHA, answers, pair, with_h6
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #9438b15b
 METHODS = 'linear', 'slerp'
@@ -48,7 +48,7 @@ def measured(
     line:pd.DataFrame, # method, weight, model, of `between`
 )->pd.DataFrame: # method, weight, model, task, score; of averages difference (from the even one), se, p, p_best
     "The line in numbers, fractions: 'h6' and the six, each average beside the even one."
-    score, rows = with_h6(scores)['score'], []
+    score, found, rows = with_h6(scores)['score'], answers(samples), []
     even = line.query('method == "linear" and weight == .5')['model'].item()
     averages = line.loc[line['method'] == 'linear', 'model']
     for task in TITLES:
@@ -56,14 +56,15 @@ def measured(
         for x in line.to_dict('records'):
             rows.append(x | dict(task=task, score=score[x['model'], task]))
             if x['method'] != 'linear': continue
-            d = pair(samples, task, x['model'], even)
-            p_best = pair(samples, task, x['model'], best).p
+            d = pair(found, task, x['model'], even)
+            p_best = pair(found, task, x['model'], best).p
             rows[-1] |= dict(difference=d.difference, se=d.se, p=d.p, p_best=p_best)
     return pd.DataFrame(rows)
 
 def is_built(exp:Experiment, line:pd.DataFrame)->bool: # both of `between`
-    "Whether the whole line is scored."
-    return all(exp.find(f'eval/{m}/{t}') for m in line['model'].unique() for t in exp.tasks)
+    "Whether the whole line is scored, with every seed of the profile."
+    names = [f'eval/{m}/{t}' for m in line['model'].unique() for t in exp.tasks]
+    return all(e.find(n) for e in exp.repeated().values() or [exp] for n in names)
 
 def sweep(
     exp:Experiment,
@@ -79,7 +80,7 @@ def sweep(
 # %% ../../nbs/pipeline/17_sweep.ipynb #58aa5c74
 def best_weight(
     m:pd.DataFrame, # of `measured`
-    task:str='h6',
+    task:str='h6', # or one of the six benchmarks
 )->dict: # weight, score, difference from the even average, se, p (Holm); low, high: of the weights not told from it
     "The best average, and the interval of weights that no paired test tells from it."
     x = m[(m['method'] == 'linear') & (m['task'] == task)].reset_index(drop=True)

@@ -25,9 +25,10 @@ SHOWN = 'base', 'SFT v1', 'SFT v4', *ROWS
 def demo_of(
     exp:Experiment, # of any profile
 )->Experiment: # over the same store
-    "The experiment with the rows of the demo."
+    "The experiment with the rows of the demo, of one seed."
     raw = exp.profile.model_dump()
-    return Experiment(type(exp.profile).model_validate(raw | dict(rows=raw['rows'] | ROWS)), store=exp.store.folder)
+    raw |= dict(rows=raw['rows'] | ROWS, seeds=[])
+    return Experiment(type(exp.profile).model_validate(raw), store=exp.store.folder)
 
 # %% ../../nbs/reports/04_demo.ipynb #a9c11736
 def scores_of(

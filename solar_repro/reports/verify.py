@@ -26,7 +26,7 @@ from ..inference.lm import RequestEncoder
 from ..models.loading import load_tokenizer
 from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
-from ..pipeline.results import asked_hash, evaluations_of, read_items, records
+from ..pipeline.results import asked_hash, evaluations_of, read_items, read_scores, records
 from ..publishing.text import write_tables
 from ..tables import over_seeds
 
@@ -162,12 +162,6 @@ def _recount(exp:Experiment, model:str, task:str, docs:list[dict], hashes:dict[i
     a, b = _flat(recorded), _flat(score)
     return records, score, problems + [(where, k, str(a.get(k))[:24], str(b[k])[:24]) for k in b if a.get(k) != b[k]]
 
-def _rows(model:str, task:str, score:dict, protocol:str)->list[dict]: # as `Experiment.scores` has them
-    s = score | score['protocols'][protocol]
-    row = dict(model=model, task=task, **{k: s[k] for k in ('metric', 'score', 'se', 'n')})
-    if 'plain' not in s: return [row]
-    return [row, dict(model=model, task=f'{task}_plain', metric='mc2', score=s['plain'], se=s['plain_se'], n=s['n'])]
-
 # %% ../../nbs/reports/00_verify.ipynb #3a5cc7fe
 def _own_problems(exp:Experiment)->list[tuple[str,str,str,str]]:
     "Answers to held-out rows that are recorded otherwise."
@@ -185,7 +179,7 @@ def recounted(
     exp:Experiment, # evaluations that are not built are left out
 )->tuple[pd.DataFrame,pd.DataFrame,pd.DataFrame]: # as `Experiment.scores`, as `Experiment.samples`, problems
     "All scores from the answers, and what is recorded otherwise."
-    rows, samples, problems, by_task = [], [], [], defaultdict(list)
+    found, samples, problems, by_task = {}, [], [], defaultdict(list)
     for m, t in evaluated(exp): by_task[t].append(m)
     for t, models in by_task.items():
         docs, requests = exp.requests(t)
@@ -193,11 +187,11 @@ def recounted(
         for m in models:
             records, score, wrong = _recount(exp, m, t, docs, hashes)
             problems += wrong
-            rows += _rows(m, t, score, exp.profile.eval.protocol)
+            found[m, t] = dict(score=score)
             samples += [dict(doc_id=x['doc_id'], score=x['score'], model=m, task=t) for x in records]
     problems += _own_problems(exp)
     order = {m: k for k, m in enumerate(exp.models)}
-    scores = pd.DataFrame(rows, columns=['model', 'task', 'metric', 'score', 'se', 'n'])
+    scores = pd.DataFrame(read_scores(found, exp.profile.eval.protocol), columns=['model', 'task', 'metric', 'score', 'se', 'n'])
     scores = scores.sort_values('model', key=lambda c: c.map(order), kind='stable', ignore_index=True)
     samples = pd.DataFrame(samples, columns=['doc_id', 'score', 'model', 'task'])
     return scores, samples, pd.DataFrame(problems, columns=PROBLEM)
@@ -298,6 +292,10 @@ def verify(
     return said, pd.concat([problems, more], ignore_index=True)
 
 # %% ../../nbs/reports/00_verify.ipynb #1822a3dd
+def _alone(exp:Experiment)->Experiment:
+    "Of a profile with several seeds the one whose stages `exp` holds."
+    return exp.repeated().get(exp.profile.seed, exp)
+
 def score_record(
     exp:Experiment, # of the run
     model:str, # a row of the tables, or the base
@@ -313,7 +311,7 @@ def score_record(
     s = json.loads((exp.build(name).path/'score.json').read_text())
     s |= s['protocols'][protocol]
     score = {k: s[k] for k in ('metric', 'score', 'se', 'n')}
-    return dict(model=model, task=task, label=exp.label, protocol=protocol, **score,
+    return dict(model=model, task=task, label=_alone(exp).label, protocol=protocol, **score,
                 made_from={n: exp.show(n) for n in exp.needs([name])})
 
 def _in_short(stage, m:dict)->str: # of a stage and its manifest
@@ -370,7 +368,7 @@ def export_results(
     names:list[str]|None=None, # models; None: all
 )->list[Path]: # files written
     "Scores and answers in lm-eval's files."
-    out, files = Path(out), []
+    exp, out, files = _alone(exp), Path(out), []     # scores of the very answers beside them
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'export_results: {out} is a file or holds files; '
                          'expected a new or empty folder. Choose another.')
