@@ -448,6 +448,20 @@ def test_readme_command_runs(command, full, models, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.strip() or made
 
 
+def test_the_report_can_be_read_on_a_phone(models, chrome):
+    "Tables scroll inside the page, which says so, and the names of rows stay where they are."
+    chrome.look(390, 844)
+    chrome.open((models / 'runs' / 'smoke' / 'report.html').as_uri())
+    assert chrome.js('document.documentElement.scrollWidth') <= 390
+    pushed = "(b => [b.scrollLeft = 250, b.scrollLeft, b.querySelector('td').getBoundingClientRect().left])"
+    _, moved, left = chrome.js(f"{pushed}(document.querySelector('.wide'))")
+    assert moved > 100 and 0 <= left < 60
+    shown = "getComputedStyle(document.querySelector('.hint')).display"
+    assert chrome.js(shown) == 'block' and chrome.complaints() == []
+    chrome.look(1280, 900)
+    assert chrome.js(shown) == 'none'
+
+
 def test_a_run_with_nothing_to_do_writes_nothing(full, models, tmp_path, monkeypatch, capsys):
     "And what is damaged comes back."
     from solar_repro.reports.cli import main
@@ -521,6 +535,8 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(exp.scores(), one.scores())
     pd.testing.assert_frame_equal(exp.samples(), one.samples(), atol=1e-6)
     assert exp.made_on() == one.made_on() and 'torch' in exp.made_on()
+    from solar_repro.reports.published import recorded_beside
+    assert recorded_beside(one).label == exp.label and recorded_beside(exp) is None
     with pytest.raises(ValueError, match='with seed 7 came'): Experiment('smoke', seed=7, recorded=True)
     nbs = tmp_path / 'nbs'
     nbs.mkdir()

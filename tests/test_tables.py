@@ -14,7 +14,7 @@ import pytest
 
 from solar_repro import paper, tables
 from solar_repro.publishing.figures import claims_figure, figure
-from solar_repro.publishing.report import publish
+from solar_repro.publishing.report import publish, Run, summary
 from solar_repro.publishing.text import printed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -484,6 +484,29 @@ def test_report_is_one_self_contained_page(published):
     assert not re.search(r'https?://|@import|url\(', re.sub(r'base64,[^"]*', '', page))
     for c in paper.CLAIMS: assert c.name in page
     assert 'a &lt;label&gt; &amp; more' in page and '&lt;odd &amp; name&gt;' in page and '<label>' not in page
+
+
+def test_report_answers_first_and_folds_the_rest(published):
+    "It was one page of 17,000 pixels without summary or contents."
+    page = (published[0]/'report.html').read_text(encoding='utf-8')
+    top, rest = page.split('<nav>')
+    assert top.count('<li>') == 5 and 'claims' in top and 'highest H6' in top
+    links = re.findall(r'href="#(\w+)"', page)
+    assert links == [*(f'table{n}' for n in COUNTS), 'claims', 'more'] == re.findall(r'id="(\w+)"', page)
+    assert '<details open' not in page and rest.index('id="more"') < rest.index('<details class="more">')
+    for n in COUNTS:
+        part = page[page.index(f'id="table{n}"'):].split('<h2')[0]
+        assert part.count('<img') == 1 and 'highest H6' in part.split('<table')[0] and 'In the paper' in part
+
+
+def test_recorded_seeds_stand_beside_a_run_of_ones_own():
+    one, theirs = frame(), tables.over_seeds({s: frame(.4 + .01*s) for s in (0, 1, 2)})
+    items = pd.DataFrame([dict(model=m, task=t, doc_id=i, seed=s, score=i % 2) for m in MODELS for t in TASKS[1:]
+                          for i in range(4) for s in (0, 1, 2)])
+    *_, last = summary(one, 'mine', tables.claims(one), beside=Run('three seeds', theirs, items))
+    assert last.startswith('Beside three seeds: of the verdicts on the claims ') and 'agree' in last
+    alone = summary(one, 'mine', tables.claims(one))
+    assert len(alone) == 5 and 'one seed cannot tell' in alone[2] and 'three seeds' not in ' '.join(alone)
 
 
 def test_published_twice_is_the_same_bytes(tmp_path, published):

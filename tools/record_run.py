@@ -63,15 +63,10 @@ def replicated(profile: str) -> list[str]:
 
 def in_short(exp) -> str:
     "What becomes of the claims over all recorded seeds."
-    from solar_repro.tables import CONTRADICTED, SUPPORTED, UNDECIDED, claims
+    from solar_repro.publishing.text import counted
+    from solar_repro.tables import claims
     found = claims(exp.scores(), samples=exp.samples())
-    n = {v: (found['on_ours'] == v).sum() for v in (SUPPORTED, CONTRADICTED, UNDECIDED)}
-    named = {v: '; '.join(found.loc[found['on_ours'] == v, 'claim']) for v in (SUPPORTED, CONTRADICTED)}
-    return (
-        f'Over items and {len(exp.records)} trainings these runs support {n[SUPPORTED]} of the text\'s {len(found)}'
-        f' claims ({named[SUPPORTED]}), contradict {n[CONTRADICTED]} ({named[CONTRADICTED]}) and leave {n[UNDECIDED]}'
-        ' undecided, in this world.'
-    )
+    return f'Over items and {len(exp.records)} trainings these runs {counted(found, "on_ours", True)}, in this world.'
 
 
 def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_minutes: float | None = None) -> str:

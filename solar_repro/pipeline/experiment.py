@@ -359,11 +359,23 @@ def claims(self:Experiment)->pd.DataFrame: # of `tables.in_words`
     return tables.in_words(tables.claims(self.scores(MODELS), samples=self.samples(MODELS)))
 
 @patch
+def _made(self:Experiment)->list[dict]: # manifests
+    "Of the trainings and evaluations that are there."
+    return [a.manifest for n in self.graph if self.graph[n].kind in USES_BASE and (a := self.find(n))]
+
+@patch
 def made_on(self:Experiment)->str:
     "Processor and libraries of the trainings and evaluations that are there."
     if self.records: return results.in_a_line(self.records[self.profile.seed]['made_on'])
-    made = [a.manifest for n in self.graph if self.graph[n].kind in USES_BASE and (a := self.find(n))]
+    made = self._made()
     return results.in_a_line(results.made_on(made)) if made else 'nothing is built'
+
+@patch
+def days(self:Experiment)->str: # such as '2026-11-28', '2026-11-28 to 2026-11-29'
+    "When the trainings and evaluations that are there were begun, all seeds."
+    each = self.repeated().values() or [self]
+    began = [self.records[s]['started'] for s in self.records] or [m['started'] for e in each for m in e._made()]
+    return ' to '.join(dict.fromkeys(x[:10] for x in (min(began), max(began)))) if began else 'never'
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #36fbe957
 @patch

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from .. import paper
 from ..core.figures import OURS, PAPER, style
 from ..paper import models, TITLES
+from .text import counted
 from ..tables import (CONTRADICTED, finding, paper_scores, standing, SUPPORTED, table, UNDECIDED,
                                 verdicts_on_paper, with_h6)
 
@@ -106,9 +107,6 @@ def _verdict_column(ax, title:str, verdicts:Sequence[str], parts:Sequence[Sequen
     ax.spines[:].set_visible(False)
 
 # %% ../../nbs/publishing/01_figures.ipynb #b686b5e3
-def _counted(verdicts:pd.Series)->str:
-    return f'support {sum(verdicts == SUPPORTED)} and contradict {sum(verdicts == CONTRADICTED)}'
-
 def _second_noise(ax, c:pd.DataFrame)->None:
     "Beside each verdict on the paper's numbers: the spreads of others' measurements with which it is lost."
     under = verdicts_on_paper().set_index('claim')
@@ -129,8 +127,7 @@ def claims_figure(
     _second_noise(axes[0], c)
     _verdict_column(axes[1], f'on ours ({standing(c["seeds"].iloc[0])})', c['on_ours'], c['our_parts'])
     axes[0].set_yticks(range(len(c)), c['claim'])
-    title = (f"{len(c)} claims of the text: the paper's own numbers {_counted(c['on_paper'])}; "
-             f"ours {_counted(c['on_ours'])}\nOurs: {label}")
+    title = (f"The paper's own numbers {counted(c, 'on_paper')}; ours {counted(c, 'on_ours')}\nOurs: {label}")
     fig.suptitle(title, wrap=True, fontsize=10, ha='left', x=.01)
     keys = [plt.Line2D([], [], ls='', marker=MARKS[v], color=VERDICT_COLORS[v], mew=_edge(v), label=f'a comparison {v}')
             for v in MARKS]

@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'RENAMED', 'library', 'run', 'demo', 'status', 'table', '
            'merge']
 
 # %% ../../nbs/reports/02_commands.ipynb #57b989ff
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -55,27 +53,7 @@ def run(exp,
     if recorded: exp = _recorded(exp)
     if workers is not None: exp.build_with(workers)
     if not recorded: exp.run()
-    for f in _published(exp): print(f)
-
-# %% ../../nbs/reports/02_commands.ipynb #5c1d90a2
-def _follows_from(exp)->str: # sha256, hex
-    "What tables, figures and report are made from: results of all seeds, what is said beside them, the library."
-    code, files = Path(find_spec('solar_repro').origin).parent, library('core.files')
-    said = {p.relative_to(code).as_posix(): files.file_hash(p) for p in sorted(code.rglob('*.py'))}
-    results = [e.provenance().to_json() for e in exp.repeated().values() or [exp]]
-    return hashlib.sha256(json.dumps([results, exp.label, exp.custom, said]).encode()).hexdigest()
-
-def _published(exp)->list[Path]:
-    "Tables, figures and report; written unless they are there, whole, and made from the same."
-    files, record, source = library('core.files'), exp.folder/'published.json', _follows_from(exp)
-    hashes = lambda names: {n: files.file_hash(exp.folder/n) if (exp.folder/n).is_file() else '' for n in names}
-    have = json.loads(record.read_text()) if record.is_file() else dict(source='', files={})
-    if have['source'] == source and have['files'] == hashes(have['files']): return [exp.folder/n for n in have['files']]
-    about, publish = (exp.label, exp.provenance(), exp.custom), library('publishing.report').publish
-    made = publish(exp.scores(), exp.folder, *about, exp.samples(), exp.made_on())
-    names = [f.relative_to(exp.folder).as_posix() for f in made]
-    files.write_whole(record, json.dumps(dict(source=source, files=hashes(names)), indent=1))
-    return made
+    for f in library('reports.published').published(exp): print(f)
 
 # %% ../../nbs/reports/02_commands.ipynb #cc59ae6d
 def demo(exp)->None:
