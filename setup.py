@@ -33,7 +33,7 @@ setup(
     package_data={lib: ['profiles/*.toml', 'tasks/*.yaml', 'tiny/base/*', 'recorded/*/*/*.json.gz']},
     python_requires=f">={c['min_python']}",
     install_requires=shlex.split(c['requirements']),
-    extras_require={'dev': shlex.split(c['dev_requirements'])},
+    extras_require={'dev': shlex.split(c['dev_requirements']), 'ray': shlex.split(c['ray_requirements'])},
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else c['description'],
     long_description_content_type='text/markdown',
     classifiers=[f'Programming Language :: Python :: {v}' for v in ('3', *c['python_versions'].split())],

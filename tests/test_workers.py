@@ -5,50 +5,76 @@ import json
 import os
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from forked import Forked
 
-from solar_repro.core.config import load_profile
 from solar_repro.core.store import Store
+from solar_repro.pipeline import ray as by_ray
 from solar_repro.pipeline.experiment import Experiment
+from solar_repro.reports.cli import main
 
 WANTED = ['DPO v1', 'SFT v4', 'eval/DPO v1/arc', 'eval/SFT v4/arc']
 RUN = f'''
 import sys
-from solar_repro.core.config import load_profile
-from solar_repro.pipeline.experiment import Experiment
-p = load_profile('smoke')
-p = p.model_copy(update=dict(machine=p.machine.model_copy(update=dict(workers=2))))
-Experiment(p, store=sys.argv[1]).run({WANTED})
+from solar_repro.pipeline import experiment
+store, ray, worker = sys.argv[1:]
+if worker: experiment.WORKER = '-c', worker
+exp = experiment.Experiment('smoke', store=store)
+exp.build_with(2, ray or None)
+exp.run({WANTED})
 '''
+# a worker that stays, the first time, where SFT v3 takes its first step, and leaves its number beside the store
+HELD = '''
+import os, sys, time
+from pathlib import Path
+from solar_repro.pipeline.serve import make_builder
+from solar_repro.pipeline.workers import serve
 
-
-def two_workers():
-    p = load_profile('smoke')
-    return p.model_copy(update=dict(machine=p.machine.model_copy(update=dict(workers=2))))
+def make(hello):
+    build, mark = make_builder(hello), Path(hello['store'] + '.held')
+    def held(name, step):
+        def stays(done, total):
+            step(done, total)
+            if name != 'SFT v3' or mark.exists(): return
+            mark.with_suffix('.part').write_text(str(os.getpid()))
+            mark.with_suffix('.part').rename(mark)
+            time.sleep(10**6)
+        build(name, stays)
+    return held
+serve(make, int(sys.argv[1]))
+'''
+ray_only = pytest.mark.skipif(find_spec('ray') is None, reason="Ray is not installed: pip install 'solar_repro[ray]'")
+ENGINES = [pytest.param('', id='local'), pytest.param('local', id='ray', marks=ray_only)]
 
 
 def contents(store: Path) -> dict[str, str]:
     return {a.manifest['name']: a.content for a in Store(store).entries()}
 
 
-def driver(store: Path, progress: Path) -> Forked:
-    "A run in a process of its own, which says in a file how far it is."
-    return Forked(RUN, store, env=dict(SOLAR_PROGRESS=str(progress)))
+def driver(store: Path, ray: str = '', worker: str = '') -> Forked:
+    "A run in a process of its own."
+    return Forked(RUN, store, ray, worker, env=dict(SOLAR_PROGRESS=f'{store}.progress'))
 
 
-def workers_of(pid: int) -> list[int]:
-    "Processes that serve a driver."
-    found = []
+def held(store: Path, run: Forked) -> int:
+    "The worker that stays at a step, as soon as it does."
+    mark = Path(f'{store}.held')
+    wait_for(mark.exists, run)
+    return int(mark.read_text())
+
+
+def below(pid: int) -> set[int]:
+    "All processes that a process has started, and those that they have."
+    parents = {}
     for p in Path('/proc').iterdir():
-        if not p.name.isdigit(): continue
-        try:
-            serves = b'solar_repro.pipeline.serve' in (p/'cmdline').read_bytes()
-            if serves and int((p/'stat').read_text().rsplit(')', 1)[1].split()[1]) == pid: found.append(int(p.name))
-        except (FileNotFoundError, ProcessLookupError): continue
-    return found
+        try: parents[int(p.name)] = int((p/'stat').read_text().rsplit(')', 1)[1].split()[1])
+        except (ValueError, FileNotFoundError, ProcessLookupError): continue
+    found = {pid}
+    while more := {p for p, parent in parents.items() if parent in found} - found: found |= more
+    return found - {pid}
 
 
 def alive(pid: int) -> bool:
@@ -64,43 +90,50 @@ def wait_for(what, of: Forked | None = None):
     return got
 
 
-def steps_of(progress: Path, name: str):
-    "Reports of a stage that is under way."
-    lines = progress.read_text().splitlines() if progress.exists() else []
-    return [p for p in map(json.loads, lines) if p['name'] == name and p['total']]
-
-
-def test_two_workers_build_what_one_process_builds(full, tmp_path, capfd):
-    exp = Experiment(two_workers(), store=tmp_path)
+def test_two_workers_build_what_one_process_builds(full, tmp_path):
+    exp = Experiment('smoke', store=tmp_path)
+    exp.build_with(2)
     exp.run(WANTED)
     want = contents(full)
     got = contents(tmp_path)
     assert set(got) == set(exp.needs(WANTED)) and got == {n: want[n] for n in got}
 
 
-def test_a_killed_worker_costs_only_what_it_did_since_its_checkpoint(full, tmp_path):
-    run = driver(tmp_path/'store', tmp_path/'progress')
-    wait_for(lambda: steps_of(tmp_path/'progress', 'SFT v3'), run)
-    for pid in workers_of(run.pid): os.kill(pid, signal.SIGKILL)
+@pytest.mark.parametrize('ray', ENGINES)
+def test_a_killed_worker_costs_only_what_it_did_since_its_checkpoint(ray, full, tmp_path):
+    "And what is built is what one process builds, whoever builds it."
+    run = driver(tmp_path/'store', ray, HELD)
+    os.kill(held(tmp_path/'store', run), signal.SIGKILL)
     assert run.wait() == 0, run.err
-    want = contents(full)
-    assert all(want[n] == c for n, c in contents(tmp_path/'store').items())
+    want, got = contents(full), contents(tmp_path/'store')
+    assert set(got) == set(Experiment('smoke').needs(WANTED)) and got == {n: want[n] for n in got}
 
 
+@pytest.mark.parametrize('ray', ENGINES)
 @pytest.mark.parametrize('end', [signal.SIGKILL, signal.SIGINT])
-def test_a_driver_that_ends_leaves_no_worker(end, tmp_path):
-    run = driver(tmp_path/'store', tmp_path/'progress')
-    wait_for(lambda: steps_of(tmp_path/'progress', 'SFT v3'), run)
-    pids = workers_of(run.pid)
-    assert pids
+def test_a_driver_that_ends_leaves_no_worker(end, ray, tmp_path):
+    run = driver(tmp_path/'store', ray, HELD)
+    worker = held(tmp_path/'store', run)
+    pids = below(run.pid)
+    assert worker in pids
     run.send_signal(end)
     run.wait()
     wait_for(lambda: not any(map(alive, pids)))
     if end == signal.SIGINT: assert 'stages are finished and kept' in run.err
 
 
+def test_an_engine_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(by_ray, 'ray', None)
+    run = ['run', '--profile', 'smoke', '--store', str(tmp_path/'store')]
+    for words, said in ((['--engine', 'ray'], "Run: pip install 'solar_repro[ray]'"),
+                        (['--address', 'auto'], 'expected it with --engine ray only')):
+        assert main([*run, *words]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path/'store').exists()
+
+
 def test_a_second_driver_takes_other_stages(full, tmp_path):
-    runs = [driver(tmp_path/'store', tmp_path/f'progress{k}') for k in range(2)]
+    runs = [driver(tmp_path/'store') for _ in range(2)]
     assert [r.wait() for r in runs] == [0, 0], [r.err for r in runs]
     want = contents(full)
     assert {n: c for n, c in contents(tmp_path / 'store').items()} == {

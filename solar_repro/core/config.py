@@ -54,6 +54,7 @@ class Machine(Strict):
     device: Literal['cpu', 'cuda']
     threads: Positive # CPU threads of a stage; results depend on it
     workers: Positive | None = None # stages built side by side, which changes no result; None: as many as fit
+    ray: Text | None = None # build by Ray: 'local', or the address of a cluster; changes no result; None: without Ray
 
 class Base(Strict):
     "The base model."

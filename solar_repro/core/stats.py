@@ -14,9 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
+import scipy
 
 # %% ../../nbs/core/06_stats.ipynb #47094e7b
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ def _swapped(differences:bytes, n_resamples:int=9999)->float: # two-sided p
     x = np.frombuffer(differences)
     if not x.any(): return 1.
     total = lambda a, b, axis: np.sum(a - b, axis=axis)
-    test = stats.permutation_test((x, np.zeros_like(x)), total, permutation_type='samples', vectorized=True, batch=1000,
-                                  n_resamples=n_resamples, rng=np.random.default_rng(0))
+    test = scipy.stats.permutation_test((x, np.zeros_like(x)), total, permutation_type='samples', vectorized=True,
+                                        batch=1000, n_resamples=n_resamples, rng=np.random.default_rng(0))
     return float(test.pvalue)
 
 def paired(
@@ -68,6 +66,8 @@ def paired(
     d = a - b
     if _are_right_or_wrong(a, b):
         won, lost = int((d > 0).sum()), int((d < 0).sum())
+        # a second, as is scipy.stats: for comparing models, and not for asking what is built
+        from statsmodels.stats.contingency_tables import mcnemar
         p = float(mcnemar([[0, won], [lost, 0]], exact=True).pvalue)
     else: p = _swapped(d.tobytes())
     return Paired(float(d.mean()), difference_se(a, b), p)
@@ -97,6 +97,8 @@ def holm(
     p:Sequence[float], # of one family
 )->list[float]: # corrected, in the same order
     "Holm's correction for several tests (Scandinavian Journal of Statistics 6, 1979, 65-70)."
+    # a second, and only here are claims tested
+    from statsmodels.stats.multitest import multipletests
     return [float(x) for x in multipletests(list(p), method='holm')[1]] if len(p) else []
 
 # %% ../../nbs/core/06_stats.ipynb #4b32c73e
@@ -105,7 +107,7 @@ def resolvable(
     df:float=math.inf, # its degrees of freedom
 )->float: # in the units of `se`
     "The smallest true difference that a two-sided test at 5 % would find about four times in five."
-    return float(stats.t.isf(.05/2, df) + stats.t.isf(.2, df))*se
+    return float(scipy.stats.t.isf(.05/2, df) + scipy.stats.t.isf(.2, df))*se
 
 # %% ../../nbs/core/06_stats.ipynb #7b862e24
 def item_and_training_noise(
@@ -134,11 +136,11 @@ def over_trainings(
     variance = sum(v for v, _ in parts)
     df = variance**2/sum(v**2/k for v, k in parts)                 # doi:10.2307/3002019
     difference, se = float(each.mean()), math.sqrt(variance)
-    return Paired(difference, se, float(2*stats.t.sf(abs(difference)/se, df)), float(df))
+    return Paired(difference, se, float(2*scipy.stats.t.sf(abs(difference)/se, df)), float(df))
 
 def interval(
     df:float=math.inf, # degrees of freedom of the standard error
     alpha:float=.05, # two-sided
 )->float: # standard errors to either side
     "Half the width of a confidence interval."
-    return float(stats.t.isf(alpha/2, df))
+    return float(scipy.stats.t.isf(alpha/2, df))

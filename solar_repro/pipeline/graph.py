@@ -66,7 +66,7 @@ def in_words(
     return x['method'] + (f", t = {x['t']:g}" if 't' in x else '')
 
 # %% ../../nbs/pipeline/01_graph.ipynb #bf2bde83
-def machine_settings(p:Profile)->dict: return p.machine.model_dump(exclude={'workers'}) # which changes no result
+def machine_settings(p:Profile)->dict: return p.machine.model_dump(exclude={'workers', 'ray'}) # these change no result
 
 def _set(x)->dict: # of a section of the profile
     "What is set: a setting that is left out stands in no key."

@@ -41,6 +41,8 @@ def _recorded(exp): # an Experiment
 def run(exp,
     *,
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
+    engine:Literal['local', 'ray']='local', # processes of this machine, or workers that Ray places
+    address:str|None=None, # of a Ray cluster to join, such as auto (default: one is started here)
     recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs
 )->None:
     """Build every stage, with every seed of the profile; write tables, figures and the report.
@@ -48,10 +50,13 @@ def run(exp,
     solar-repro run
     solar-repro run --profile mine.toml --seed 1
     solar-repro run --workers 1
+    solar-repro run --engine ray
     solar-repro run --recorded
     """
     if recorded: exp = _recorded(exp)
-    if workers is not None: exp.build_with(workers)
+    if address and engine != 'ray':
+        raise ValueError(f'run: --address {address} with the engine {engine}; expected it with --engine ray only.')
+    exp.build_with(workers, (address or 'local') if engine == 'ray' else None)
     if not recorded: exp.run()
     for f in library('reports.published').published(exp): print(f)
 
