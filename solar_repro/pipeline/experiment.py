@@ -66,8 +66,7 @@ class Experiment:
         "Build so many stages side by side from now on; this changes no result."
         if workers is not None and workers < 1: raise ValueError(f'experiment: {workers} workers; expected 1 or more.')
         if ray: ray_engine()                       # an error now if it is not installed
-        given = {k: v for k, v in dict(workers=workers, ray=ray).items() if v}
-        machine = self.profile.machine.model_copy(update=given)
+        machine = self.profile.machine.model_copy(update={k: v for k, v in dict(workers=workers, ray=ray).items() if v})
         self.profile = self.profile.model_copy(update=dict(machine=machine))
 
     def _stage(self, name:str)->Stage:
@@ -188,7 +187,6 @@ def requests(self:Experiment,
 # %% ../../nbs/pipeline/14_experiment.ipynb #06521aab
 USES_BASE = 'sft', 'ref', 'dpo', 'eval', 'own', 'quantization' # kinds of stages that hold a model in memory
 LITTLE = 10. # relative cost up to which starting workers would take longer than they save
-
 WORKER = '-m', 'solar_repro.pipeline.serve' # words that start a worker process, after the name of Python
 
 @patch
@@ -209,9 +207,8 @@ def _engine(self:Experiment, missing:list[str], inputs:dict, costs:dict, on_even
     if sum(costs.values()) > LITTLE and machine.workers != 1:
         n = n_workers(machine, widest(inputs, costs), self._peak(missing), cards)
     if n == 1 and not apart: return InlineEngine(self.make, on_event)
-    def env(slot):
-        threads = dict(OMP_NUM_THREADS=str(machine.threads))
-        return threads | dict(CUDA_VISIBLE_DEVICES=cards[slot]) if cards else threads
+    threads = dict(OMP_NUM_THREADS=str(machine.threads))
+    env = lambda slot: threads | (dict(CUDA_VISIBLE_DEVICES=cards[slot]) if cards else {})
     return ProcessEngine([sys.executable, *WORKER], hello, n, env)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #7ef4b6bb
