@@ -17,6 +17,7 @@ from keep_outputs import small
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = '<!-- recorded by tools/record_run.py -->', '<!-- end of what is recorded -->'
+FOUND = '<!-- found by tools/record_run.py -->', '<!-- end of what was found -->'     # the sentences above the commands
 SHOWN = 4                                                   # the table whose picture stands on the front page
 
 
@@ -61,12 +62,19 @@ def replicated(profile: str) -> list[str]:
     return ['Do the verdicts replicate?', '\n'.join(lines)]
 
 
-def in_short(exp) -> str:
-    "What becomes of the claims over all recorded seeds."
+def in_short(profile: str) -> str:
+    "What becomes of the claims over all recorded seeds, which row is best, how large chance is."
+    from solar_repro.pipeline.experiment import Experiment
+    from solar_repro.publishing.report import summary
     from solar_repro.publishing.text import counted
     from solar_repro.tables import claims
-    found = claims(exp.scores(), samples=exp.samples())
-    return f'Over items and {len(exp.records)} trainings these runs {counted(found, "on_ours", True)}, in this world.'
+    exp = Experiment(profile, recorded=True)
+    scores, samples = exp.scores(), exp.samples()
+    found = claims(scores, samples=samples)
+    _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
+    claimed = counted(found, 'on_ours', True)
+    over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
+    return f'**What the tiny world says.** Over {over} its recorded runs {claimed}. {best} {chance}'
 
 
 def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_minutes: float | None = None) -> str:
@@ -97,19 +105,18 @@ def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_m
                 '<p><img src="recorded/claims.png" alt="Each claim of section 4.3 with its verdict on the paper\'s'
                 ' numbers and on ours"></p>'
             ),
-            in_short(exp),
             *replicated(profile),
             f'<details>\n<summary>Tables 3 to 7 in numbers</summary>\n\n{numbers}\n\n</details>',
         ]
     )
 
 
-def put(notebook: Path, text: str) -> None:
-    "Replace what stands between the marks."
+def put(notebook: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    "Replace what stands between two marks."
     nb = nbformat.read(notebook, 4)
-    cell, = [c for c in nb.cells if BEGIN in c.source]
+    cell, = [c for c in nb.cells if begin in c.source]
     cell.source = re.sub(
-        f'{re.escape(BEGIN)}.*?{re.escape(END)}', lambda _: f'{BEGIN}\n\n{text}\n\n{END}', cell.source, flags=re.S
+        f'{re.escape(begin)}.*?{re.escape(end)}', lambda _: f'{begin}\n\n{text}\n\n{end}', cell.source, flags=re.S
     )
     nbformat.write(nb, notebook)
 
@@ -129,6 +136,7 @@ def main() -> None:
     for seed in (args.seeds or '').replace(',', ' ').split():
         print(record(args.profile, int(seed), args.store, ROOT / 'solar_repro' / 'recorded', args.kind))
     put(args.nbs / 'index.ipynb', text_of(args.profile, args.nbs, args.tables_minutes, args.test_minutes))
+    put(args.nbs / 'index.ipynb', in_short(args.profile), *FOUND)
     if args.nbs.resolve() == ROOT / 'nbs':
         subprocess.run([str(Path(sys.executable).parent / 'nbdev_clean')], check=True, cwd=ROOT)
         subprocess.run([sys.executable, ROOT / 'tools' / 'build_readme.py'], check=True)
