@@ -6,6 +6,7 @@ import signal
 import socket
 
 import pytest
+from chrome import PROGRAM, Chrome
 from forked import forked
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -17,7 +18,8 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 
 # The longest files, so that no worker is left with one at the end. The first two do not start with a store, so that
 # one of them builds it (`full`) while the other goes on.
-LONG = ['checkpoints', 'pages', 'notebooks', 'training', 'run', 'workers', 'verify', 'plan', 'sources', 'inference']
+LONG = ['site', 'training', 'notebooks', 'pages', 'workers', 'run', 'campaign', 'plan', 'checkpoints', 'tiny', 'card',
+        'tables', 'package', 'verify', 'sources', 'eval', 'inference']
 
 
 def pytest_collection_modifyitems(items):
@@ -71,3 +73,13 @@ def full(tmp_path_factory):
             assert built.returncode == 0, built.stderr
             done.touch()
     return store
+
+
+@pytest.fixture(scope='session')
+def chrome():
+    if not PROGRAM:
+        pytest.skip('no chromium on this machine; on Debian: apt-get install chromium')
+    pytest.importorskip('websocket', reason='websocket-client speaks to chromium; JupyterLab brings it')
+    c = Chrome()
+    yield c
+    c.close()

@@ -387,6 +387,7 @@ def shown(nb: nbformat.NotebookNode) -> list[str]:
     return [re.sub(' at 0x[0-9a-f]+', '', o.data['text/plain']) for o in given]
 
 
+@pytest.mark.slow
 def test_one_notebook_alone_on_a_full_store(smoke, tmp_path):
     "From another folder, and with the tables that it printed when the run built them."
     full = smoke.papermill(tmp_path/'elsewhere', str(smoke.code/'nbs'/'04_merge.ipynb'), smoke.store)

@@ -1,6 +1,6 @@
 """Planned peaks of training SOLAR-10.7B against counted ones, on fake tensors: profiles of 80, 48 and 24 GiB.
 
-A few of the 48 layers show what a layer takes and what all else takes; all of them are slow.
+A few of the 48 layers show what a layer takes and what all else takes; all of them, and all cases, are slow.
 """
 import json
 import subprocess
@@ -18,6 +18,7 @@ SOLAR = SHAPES['upstage/SOLAR-10.7B-v1.0']
 CASES = [(p, *kind) for p in ('a100', 'a100-bf16', 'gpu-24gib', 'gpu-48gib') for kind in (('sft', 64), ('dpo', 128))]
 CASES += [('a100', 'dpo', 64)]
 SOME, ALL = 4, SOLAR.n_layers
+FEW = [CASES[0], CASES[5], CASES[-1]]       # an SFT, a DPO that computes layers again, a DPO after one adapter
 
 
 def counted(n_layers, cases):
@@ -47,11 +48,11 @@ def differences(n_layers, found):
 
 
 @pytest.fixture(scope='module')
-def some(): return counted(SOME, CASES)
+def some(): return counted(SOME, FEW)
 
 
 def test_planned_is_within_10_percent_of_counted(some):
-    assert len(some) == len(CASES) and differences(SOME, some) == []
+    assert len(some) == len(FEW) and differences(SOME, some) == []
 
 
 def test_no_product_is_in_float32_where_bfloat16_was_asked_for(some):
@@ -63,5 +64,5 @@ def test_no_product_is_in_float32_where_bfloat16_was_asked_for(some):
 def test_all_layers_fit_their_cards_as_planned():
     gib = dict([('a100', 80), ('a100-bf16', 80), ('gpu-24gib', 24), ('gpu-48gib', 48)])
     found = counted(ALL, CASES)
-    assert differences(ALL, found) == []
+    assert differences(ALL, found) == [] and differences(SOME, counted(SOME, CASES)) == []
     assert all(x['peak'] < .95*gib[c[0]]*2**30 for c, x in found.items())

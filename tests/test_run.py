@@ -68,7 +68,9 @@ def copy(full, tmp_path):
 
 # -- the same, bit for bit
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(full, tmp_path):
+    "All of it; the tests of kills and of two processes below build a part of it a second time."
     finish(start(tmp_path/'other'))
     one, two = artifacts(full), artifacts(tmp_path/'other')
     assert one == two and set(one) == set(Experiment('smoke', store=full).graph)
@@ -103,17 +105,27 @@ def test_another_seed_trains_other_adapters_on_the_same_base_and_benchmarks(full
 
 # -- kills and neighbours
 
+KILLED = '''
+import os, signal, sys, threading
+from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.progress import Progress
+store, moment, after, *names = sys.argv[1:]
+begin = Progress.start
+def start(self, name):
+    begin(self, name)
+    if name == moment: threading.Timer(float(after), os.kill, (os.getpid(), signal.SIGKILL)).start()
+Progress.start = start
+Experiment('smoke', store=store).run(names)
+'''
+
+
 def test_killed_again_and_again_it_ends_with_the_same_results(full, tmp_path):
-    store, draw, kills = tmp_path/'store', random.Random(0), 0
-    progress, whole = tmp_path/'progress', artifacts(full)
-    for moment in ('SFT v1', 'SFT v3', 'ref/SFT v3/ultrafeedback_clean', 'Cand. 1', 'eval/Merge v1/arc'):
-        p = start(store, *FEW, SOLAR_PROGRESS=str(progress))
-        while p.poll() is None and not (progress.exists() and f'"{moment}"' in progress.read_text()): time.sleep(.02)
-        time.sleep(draw.uniform(0, .25))
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
-        p.communicate()
+    "Each run kills itself up to a quarter of a second into a stage."
+    store, draw, whole = tmp_path/'store', random.Random(0), artifacts(full)
+    for moment in ('SFT v3', 'ref/SFT v3/ultrafeedback_clean', 'Cand. 1', 'eval/Merge v1/arc'):
+        p = Forked(KILLED, store, moment, draw.uniform(0, .25), *FEW)
+        assert p.wait() == -signal.SIGKILL, p.err
         assert all(whole[n] == a for n, a in artifacts(store).items())
-    assert kills >= 3
     err = finish(start(store, *FEW))
     assert 'damaged' not in err
     exp = Experiment('smoke', store=store)
@@ -121,10 +133,25 @@ def test_killed_again_and_again_it_ends_with_the_same_results(full, tmp_path):
     assert not list((store/'building').iterdir())
 
 
+# A training that waits at its first step until the interrupt has come.
+HELD = '''
+import signal
+from solar_repro.pipeline.progress import Progress
+say = Progress.on_progress
+def held(self, name, done, total):
+    self.shown = 0.
+    say(self, name, done, total)
+    if (name, done) == ('SFT v1', 1): signal.pause()
+Progress.on_progress = held
+'''
+
+
 def test_ctrl_c_says_what_is_kept(tmp_path):
-    p = start(tmp_path/'store', 'SFT v1', SOLAR_PROGRESS=str(tmp_path/'progress'))
     progress = tmp_path/'progress'
-    while not (progress.exists() and '"SFT v1"' in progress.read_text()): time.sleep(.02)
+    p = Forked(HELD + RUN, tmp_path/'store', 'SFT v1', env=dict(SOLAR_PROGRESS=str(progress)))
+    while not (progress.exists() and '"SFT v1", "done": 1' in progress.read_text()):
+        assert p.poll() is None, p.err
+        time.sleep(.02)
     p.send_signal(signal.SIGINT)
     err = p.communicate()[1]
     assert p.returncode != 0

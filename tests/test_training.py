@@ -124,7 +124,7 @@ def test_killed_and_resumed_is_bitwise_the_same(what, base, runs, ref, dpo_run, 
     same(whole, tmp_path/'out')
 
 
-@pytest.mark.parametrize('what', ['sft', 'dpo'])
+@pytest.mark.parametrize('what', ['sft', pytest.param('dpo', marks=pytest.mark.slow)])
 def test_killed_at_several_steps_with_checkpoints_by_the_clock(what, base, runs, models, ref, tmp_path):
     "In microbatches, saved at every step: two more kills, and the run goes on from where each struck."
     ref.to_pickle(tmp_path/'ref.pkl')
@@ -677,7 +677,7 @@ Experiment('smoke', store=sys.argv[1]).run(['DPO v1'])
 '''
 
 
-@pytest.mark.parametrize('stage', ['SFT v3', 'DPO v1'])
+@pytest.mark.parametrize('stage', [pytest.param('SFT v3', marks=pytest.mark.slow), 'DPO v1'])
 def test_a_run_goes_on_from_a_copy_of_its_store(stage, tmp_path, capfd, full, monkeypatch):
     "Killed in a training, its store moved: it resumes inside the stage and ends with the same bits."
     first = forked(MOVED, tmp_path/'old', stage)
