@@ -71,7 +71,7 @@ def below(pid: int) -> set[int]:
     parents = {}
     for p in Path('/proc').iterdir():
         try: parents[int(p.name)] = int((p/'stat').read_text().rsplit(')', 1)[1].split()[1])
-        except (ValueError, FileNotFoundError, ProcessLookupError): continue
+        except (ValueError, OSError): continue         # no process, or one that has just ended
     found = {pid}
     while more := {p for p, parent in parents.items() if parent in found} - found: found |= more
     return found - {pid}
