@@ -191,7 +191,8 @@ def recounted(
             samples += [dict(doc_id=x['doc_id'], score=x['score'], model=m, task=t) for x in records]
     problems += _own_problems(exp)
     order = {m: k for k, m in enumerate(exp.models)}
-    scores = pd.DataFrame(read_scores(found, exp.profile.eval.protocol), columns=['model', 'task', 'metric', 'score', 'se', 'n'])
+    columns = ['model', 'task', 'metric', 'score', 'se', 'n']
+    scores = pd.DataFrame(read_scores(found, exp.profile.eval.protocol), columns=columns)
     scores = scores.sort_values('model', key=lambda c: c.map(order), kind='stable', ignore_index=True)
     samples = pd.DataFrame(samples, columns=['doc_id', 'score', 'model', 'task'])
     return scores, samples, pd.DataFrame(problems, columns=PROBLEM)
