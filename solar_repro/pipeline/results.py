@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'made_on',
            'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records', 'recorded', 'evaluations_of',
-           'read_taught', 'taught', 'gained_and_forgotten', 'answer_in_words', 'find_flips', 'summary', 'over_records',
-           'replications']
+           'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten', 'answer_in_words', 'find_flips',
+           'summary', 'over_records', 'replications']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
 import gzip
@@ -93,7 +93,7 @@ def in_a_line(
             f"{n} thread{'s'*(n != 1)}; Python {v['python']}, {libraries}")
 
 # %% ../../nbs/pipeline/13_results.ipynb #f7012645
-RECORD = 1 # format of a record
+RECORD = 2 # format of a record
 
 def _kept(e:Path)->dict:
     "What a record holds of one evaluation."
@@ -177,31 +177,47 @@ def evaluations_of(
     return {(m, t): dict(x, **record['tasks'][t]) for m, of in record['results'].items() for t, x in of.items()}
 
 # %% ../../nbs/pipeline/13_results.ipynb #44cca94e
-def _right(folder:Path)->pd.Series: # 1. or 0. for each held-out row
-    if (folder/'items.parquet').is_file(): return pd.read_parquet(folder/'items.parquet')['score']
+def _right(folder:Path)->tuple[pd.Series,pd.Series|None]: # 1. or 0. for each held-out row; margins of pairs, nats
+    if (folder/'items.parquet').is_file(): return pd.read_parquet(folder/'items.parquet')['score'], None
     pairs = pd.read_csv(folder/'logps.csv')
-    return (pairs['chosen'] > pairs['rejected']).astype(float)
+    margin = pairs['chosen'] - pairs['rejected']
+    return (margin > 0).astype(float), margin
 
 def read_taught(
     trainings:list[tuple[str,str,str]], # training set, the model that a training starts from, the model that it makes
     folders:dict[tuple[str,str],Path], # (model, training set) -> folder of what it says of the held-out rows
-)->pd.DataFrame: # set, start, model, n, before, after, gain, se of the gain; fractions
-    "What models make of rows like those they are trained on, before and after."
+)->pd.DataFrame: # set, start, model, n, before, after, gain, se of the gain, rewarded; fractions
+    """What models make of rows like those they are trained on, before and after.
+
+    `rewarded` is the accuracy of DPO's implicit reward (Rafailov et al. 2023, section 4): of so many pairs the margin
+    between chosen and rejected grew. For the model that a training starts from it is one half, by definition.
+    """
     rows = []
     for name, start, model in trainings:
-        before, after = (_right(folders[m, name]) for m in (start, model))
+        (before, margin), (after, wider) = (_right(folders[m, name]) for m in (start, model))
         rows.append(dict(set=name, start=start, model=model, n=len(after), before=before.mean(), after=after.mean(),
-                         gain=(after - before).mean(), se=(after - before).sem()))
-    return pd.DataFrame(rows, columns=['set', 'start', 'model', 'n', 'before', 'after', 'gain', 'se'])
+                         gain=(after - before).mean(), se=(after - before).sem(),
+                         rewarded=float('nan') if margin is None else (wider > margin).mean()))
+    return pd.DataFrame(rows, columns=['set', 'start', 'model', 'n', 'before', 'after', 'gain', 'se', 'rewarded'])
 
 def taught(
     exp, # an `Experiment`
 )->pd.DataFrame: # of `read_taught`, for each of the paper's training sets; empty where no rows are held out
-    "What each training set teaches; built where missing."
+    "What each training set teaches; built where missing, read where the run is recorded."
+    if exp.records: return pd.DataFrame(exp.records[exp.profile.seed]['taught'])
     trainings = taught_by(exp.graph) if exp.profile.eval.n_own else []
     names = {(m, d): f'own/{m}/{d}' for d, *models in trainings for m in models}
     exp.run(list(names.values()))
     return read_taught(trainings, {k: exp.build(n).path for k, n in names.items()})
+
+def recorded_gains(
+    profile:str, # its name
+)->pd.DataFrame: # set -> model, seeds, least and most of gain, least of rewarded; fractions; empty where none is recorded
+    "What each training set taught in all recorded runs: the worst of them counts."
+    found = [t for runs in records(profile).values() for r in runs.values() for t in r['taught']]
+    if not found: return pd.DataFrame()
+    return pd.DataFrame(found).groupby(['set', 'model'], sort=False).agg(
+        seeds=('gain', 'size'), least=('gain', 'min'), most=('gain', 'max'), rewarded=('rewarded', 'min'))
 
 # %% ../../nbs/pipeline/13_results.ipynb #e80c6dfb
 def gained_and_forgotten(
