@@ -212,7 +212,7 @@ def taught(
 
 def recorded_gains(
     profile:str, # its name
-)->pd.DataFrame: # set -> model, seeds, least and most of gain, least of rewarded; fractions; empty where none is recorded
+)->pd.DataFrame: # set, model -> seeds, least and most gain, least rewarded; fractions; empty where none is recorded
     "What each training set taught in all recorded runs: the worst of them counts."
     found = [t for runs in records(profile).values() for r in runs.values() for t in r['taught']]
     if not found: return pd.DataFrame()
