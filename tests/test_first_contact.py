@@ -46,6 +46,12 @@ def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeyp
     assert 'SLERP' in out and report.label in ' '.join(out.split())
 
 
+def test_a_recorded_table_is_of_the_seed_that_was_asked_for(tmp_path, capsys):
+    assert main(['table', '5', '--recorded', '--seed', '1', '--store', str(tmp_path/'none')]) == 0
+    assert 'seed 1' in capsys.readouterr().out
+    assert main(['table', '5', '--recorded', '--seed', '99', '--store', str(tmp_path/'none')]) == 2
+
+
 def test_a_table_comes_in_the_formats_of_the_files(full, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ['table', '5', '--profile', 'smoke', '--store', str(full), '--format']

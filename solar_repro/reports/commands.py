@@ -34,16 +34,12 @@ def _as_records(frame)->list[dict]: # of a pandas DataFrame; what is missing is 
     return json.loads(frame.to_json(orient='records', double_precision=15))
 
 # %% ../../nbs/reports/02_commands.ipynb #764369ef
-def _recorded(exp): # an Experiment
-    "The recorded runs of an experiment's profile."
-    return library('pipeline.experiment').Experiment(exp.profile.name, store=exp.store.folder, recorded=True)
-
 def run(exp,
     *,
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
     engine:Literal['local', 'ray']='local', # processes of this machine, or workers that Ray places
     address:str|None=None, # of a Ray cluster to join, such as auto (default: one is started here)
-    recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs
+    recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs (`exp` is opened so)
 )->None:
     """Build every stage, with every seed of the profile; write tables, figures and the report.
 
@@ -53,11 +49,10 @@ def run(exp,
     solar-repro run --engine ray
     solar-repro run --recorded
     """
-    if recorded: exp = _recorded(exp)
     if address and engine != 'ray':
         raise ValueError(f'run: --address {address} with the engine {engine}; expected it with --engine ray only.')
     exp.build_with(workers, (address or 'local') if engine == 'ray' else None)
-    if not recorded: exp.run()
+    if not exp.records: exp.run()
     for f in library('reports.published').published(exp): print(f)
 
 # %% ../../nbs/reports/02_commands.ipynb #cc59ae6d
@@ -89,7 +84,7 @@ def status(exp,
 def table(exp,
     n:Literal[3, 4, 5, 6, 7], # number of the table
     *,
-    recorded:bool=False, # of the runs that came with the package, all seeds; nothing is built
+    recorded:bool=False, # of the runs that came with the package, all seeds or --seed; `exp` is opened so
     format_:Literal['text', 'md', 'csv', 'tex', 'html', 'json']='text', # text fits the terminal; json is for a program
 )->None:
     """Print a table as the report shows it: marks, ours ± its error, the paper's values, what is best and resolved.
@@ -98,7 +93,6 @@ def table(exp,
     solar-repro table 5
     solar-repro table 7 --profile smoke --format md
     """
-    if recorded: exp = _recorded(exp)
     t = exp.table(n)
     if format_ == 'json': return _print_json(dict(table=n, label=exp.label, rows=_as_records(t)))
     print(t.as_text(format_).rstrip())
