@@ -78,6 +78,7 @@ def encode(
 def quiet():
     "Run a block without progress bars and remarks of the libraries, and without what they report to the Hub."
     reports, hub.HF_HUB_DISABLE_TELEMETRY = hub.HF_HUB_DISABLE_TELEMETRY, True
+    counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     no_data_bars, four_bits = datasets.are_progress_bars_disabled(), logging.getLogger('bitsandbytes')
     level_of_four_bits = four_bits.level
@@ -91,6 +92,7 @@ def quiet():
             yield
     finally:
         hub.HF_HUB_DISABLE_TELEMETRY = reports
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         four_bits.setLevel(level_of_four_bits)
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
