@@ -373,6 +373,7 @@ def test_a_second_run_finds_everything(smoke):
     assert {p.name: p.read_bytes() for p in (smoke.out/'tables').iterdir()} == tables
 
 
+@pytest.mark.slow
 def test_deleted_tables_come_back(smoke):
     "Tables and report are results as much as the executed notebooks are."
     shutil.rmtree(smoke.out/'tables'); (smoke.out/'report.html').unlink()

@@ -487,6 +487,7 @@ print(sys.executable, sys.prefix)
 Experiment('smoke', store={store!r})"""
 
 
+@pytest.mark.slow
 def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
     "JupyterLab as `make lab` starts it, on a machine whose home folder has a python3 kernel that does not work."
     import socket

@@ -14,6 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.slow      # the site takes minutes to build: `make test-all`
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
 NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.parts))

@@ -110,7 +110,7 @@ def test_a_killed_worker_costs_only_what_it_did_since_its_checkpoint(ray, full, 
 
 
 @pytest.mark.parametrize('ray', ENGINES)
-@pytest.mark.parametrize('end', [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize('end', [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_driver_that_ends_leaves_no_worker(end, ray, tmp_path):
     run = driver(tmp_path/'store', ray, HELD)
     worker = held(tmp_path/'store', run)
@@ -132,6 +132,7 @@ def test_an_engine_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, caps
     assert not (tmp_path/'store').exists()
 
 
+@pytest.mark.slow
 def test_a_second_driver_takes_other_stages(full, tmp_path):
     runs = [driver(tmp_path/'store') for _ in range(2)]
     assert [r.wait() for r in runs] == [0, 0], [r.err for r in runs]
