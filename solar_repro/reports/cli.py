@@ -180,7 +180,8 @@ def _call(f:Callable, words:dict)->int: # exit status
     chosen = ('profile', 'seed', 'store') if {'exp', 'profile'} & set(needs) else () # a merge has a seed of its own
     yes, (profile, seed, store) = words.pop('yes', False), [words.pop(k, None) for k in chosen] or [None]*3
     if 'exp' in needs:
-        exp = words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store, words.get('recorded', False))
+        of_records = words.get('recorded', False)
+        exp = words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store, of_records)
         may = yes or f.__name__ not in _BUILD or store or 'SOLAR_STORE' in os.environ or _in_project()
         exp.before_build = lambda missing: _announce(missing, exp, may)
     if 'profile' in needs: words['profile'] = library('core.config').load_profile(profile, seed)
