@@ -111,8 +111,8 @@ from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.progress import Progress
 store, moment, after, *names = sys.argv[1:]
 begin = Progress.start
-def start(self, name):
-    begin(self, name)
+def start(self, name, *slot):
+    begin(self, name, *slot)
     if name == moment: threading.Timer(float(after), os.kill, (os.getpid(), signal.SIGKILL)).start()
 Progress.start = start
 Experiment('smoke', store=store).run(names)

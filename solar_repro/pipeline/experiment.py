@@ -172,7 +172,7 @@ def _check(self:Experiment, missing:list[str])->None:
     if not any(self.graph[n].kind in ('sft', 'dpo') for n in missing): return
     self.run([n for n in missing if self.graph[n].kind in ('base', 'data', 'bench')])     # data first
     heavy().check_before_training(self.profile, self.graph, self.find)
-    for t in self.tasks:
+    for t in dict.fromkeys(self.graph[n].settings['task'] for n in missing if self.graph[n].kind == 'eval'):
         if t in self._fit or self.find(f'eval/base/{t}'): continue
         heavy().check_requests(self._built['base'].path, t, self.requests(t)[1])
         self._fit.add(t)

@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
-try: import ray
-except ImportError: ray = None     # an extra: the other engines do without
-
 from ..core.config import Machine
 from .executor import Event
 from .workers import LIBRARIES, ProcessEngine
+
+# %% ../../nbs/pipeline/20_ray.ipynb #5b0c7d21
+try: import ray
+except ImportError: ray = None     # an extra: the other engines do without
 
 # %% ../../nbs/pipeline/20_ray.ipynb #ebe77ea7
 def check_installed()->None:
