@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 from forked import forked
 
 from solar_repro.core.store import Store
@@ -58,6 +59,7 @@ def without_one_of_each_kind(full, store):
     return sorted(a.manifest['name'] for a in lacks.values())
 
 
+@pytest.mark.slow
 def test_no_other_machine_is_looked_for(full, tmp_path):
     lacks = without_one_of_each_kind(full, tmp_path/'store')
     done = forked(GUARD + COMMANDS, env=dict(PYTHONPATH=str(ROOT)), cwd=tmp_path)

@@ -470,7 +470,7 @@ def test_a_cell_shows_progress_and_can_be_interrupted_without_harm(full, tmp_pat
         cell('import peft, torch, transformers, trl, solar_repro.sft')
         lines, error = cell(IN_KERNEL.format(store=str(tmp_path / 'store')), stop_at='SFT v1, step 1 of')
         assert error == 'KeyboardInterrupt' and lines[-1] == '', lines
-        assert any('stage 1 of' in x and 'base' in x for x in lines), lines
+        assert any('stage 1 of' in x for x in lines), lines
         lines, error = cell("Progress.on_progress = say; exp.run(['SFT v1'])")
         assert error is None and 'SFT v1' in ''.join(lines) and lines[-1] == ''
     finally:
