@@ -148,8 +148,7 @@ def make(self:Experiment,
 )->Artifact:
     "Build a stage in this process."
     s = self.graph[name]
-    absent = [i for i in s.inputs.values() if self.find(i) is None]
-    if absent:
+    if absent := [i for i in s.inputs.values() if self.find(i) is None]:
         raise FileNotFoundError(f'experiment: {name} needs {absent}, which are not built. Run again to build them.')
     inputs = {r: self._built[i] for r, i in s.inputs.items()}
     self._built[name] = self.builder.build(s, self.key(s), inputs, on_progress, wait)
@@ -172,7 +171,8 @@ def _check(self:Experiment, missing:list[str])->None:
     if not any(self.graph[n].kind in ('sft', 'dpo') for n in missing): return
     self.run([n for n in missing if self.graph[n].kind in ('base', 'data', 'bench')])     # data first
     heavy().check_before_training(self.profile, self.graph, self.find)
-    for t in dict.fromkeys(self.graph[n].settings['task'] for n in missing if self.graph[n].kind == 'eval'):
+    ours = self.graph['base'].settings['source'] in ('tiny', 'random')     # asked only what is asked for
+    for t in (t for t in self.tasks if not ours or any(n.endswith(f'/{t}') for n in missing)):
         if t in self._fit or self.find(f'eval/base/{t}'): continue
         heavy().check_requests(self._built['base'].path, t, self.requests(t)[1])
         self._fit.add(t)
