@@ -14,6 +14,18 @@ fork = multiprocessing.get_context('forkserver')
 fork.set_forkserver_preload(['trl.trainer.sft_trainer', 'trl.trainer.dpo_trainer', 'matplotlib.pyplot',
                              'solar_repro.dpo', 'solar_repro.pipeline.builder', 'solar_repro.reports.notebooks'])
 
+# Before other code: the training of SFT v1 shows its first step, and then holds until an interrupt has come.
+HELD = '''
+import signal
+from solar_repro.pipeline.progress import Progress
+say = Progress.on_progress
+def held(self, name, done, total):
+    self.shown = 0.
+    say(self, name, done, total)
+    if (name, done) == ('SFT v1', 1): signal.pause()
+Progress.on_progress = held
+'''
+
 
 def _run(code: str, args: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:
     "In the new process: be what `python -c` is."

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from forked import forked
+from forked import forked, HELD
 
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import build_graph
@@ -428,17 +428,8 @@ def test_costs_are_told_from_what_is_built(full):
     )
 
 
-# The first step of the training is shown, and then holds until the interrupt has come.
-IN_KERNEL = '''
-import signal
+IN_KERNEL = HELD + '''
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.pipeline.progress import Progress
-say = Progress.on_progress
-def held(self, name, done, total):
-    self.shown = 0.
-    say(self, name, done, total)
-    if (name, done) == ('SFT v1', 1): signal.pause()
-Progress.on_progress = held
 exp = Experiment('smoke', store={store!r})
 exp.run(['SFT v1'])
 '''

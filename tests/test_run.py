@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pandas as pd
 import pytest
-from forked import Forked
+from forked import Forked, HELD
 
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import CODE_VERSIONS, MODELS
@@ -131,19 +131,6 @@ def test_killed_again_and_again_it_ends_with_the_same_results(full, tmp_path):
     exp = Experiment('smoke', store=store)
     assert artifacts(store) == {n: whole[n] for n in exp.needs(FEW)}
     assert not list((store/'building').iterdir())
-
-
-# A training that waits at its first step until the interrupt has come.
-HELD = '''
-import signal
-from solar_repro.pipeline.progress import Progress
-say = Progress.on_progress
-def held(self, name, done, total):
-    self.shown = 0.
-    say(self, name, done, total)
-    if (name, done) == ('SFT v1', 1): signal.pause()
-Progress.on_progress = held
-'''
 
 
 def test_ctrl_c_says_what_is_kept(tmp_path):
