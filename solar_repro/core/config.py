@@ -45,13 +45,14 @@ def _plain(name:str)->str:
 
 Name = Annotated[str, AfterValidator(_plain)]
 
+# %% ../../nbs/core/00_config.ipynb #909efe64
 class Strict(BaseModel):
     "Frozen; no unknown keys; no conversion between types (a whole number may stand for a float)."
     model_config = ConfigDict(frozen=True, strict=True, extra='forbid', allow_inf_nan=False)
 
 class Machine(Strict):
     "What the run computes on."
-    device: Literal['cpu', 'cuda']
+    device: Literal['cpu', 'cuda'] # cuda: one card
     threads: Positive # CPU threads of a stage; results depend on it
     workers: Positive | None = None # stages built side by side, which changes no result; None: as many as fit
     ray: Text | None = None # build by Ray: 'local', or the address of a cluster; changes no result; None: without Ray
@@ -62,6 +63,7 @@ class Base(Strict):
     revision: str | None = None # of a base on the Hub: a commit
     offline: str | None = None # the source where data come from a folder, so that no Hub is asked
 
+# %% ../../nbs/core/00_config.ipynb #019b7816
 class Template(Strict):
     "How a prompt and its answer become text; end-of-text follows the answer."
     prompt: str # holds {prompt} once
@@ -94,11 +96,11 @@ class Numerics(Strict):
 class Training(Numerics):
     "What SFT and DPO have in common."
     learning_rate: Rate # peak
-    lr_scheduler: Literal['linear', 'cosine', 'constant']
+    lr_scheduler: Literal['linear', 'cosine', 'constant'] # after the warm-up
     warmup_ratio: Share # of the steps
-    epochs: Positive
-    weight_decay: Share
-    max_grad_norm: Annotated[float, Field(gt=0)]
+    epochs: Positive # times that every row is seen
+    weight_decay: Share # AdamW's
+    max_grad_norm: Annotated[float, Field(gt=0)] # a longer gradient is scaled down to it
     save_steps: Positive # steps between checkpoints
     microbatches: Positive = 1 # a step, each of batch_size / microbatches rows
     activation_checkpointing: bool = False # activations are computed again in the backward pass, not kept
@@ -115,27 +117,27 @@ class Training(Numerics):
 
 class Sft(Training):
     "Supervised fine-tuning with LoRA."
-    lora_r: Positive
-    lora_alpha: Positive
-    lora_dropout: Share
+    lora_r: Positive # rank
+    lora_alpha: Positive # the change is scaled by lora_alpha / lora_r
+    lora_dropout: Share # of the adapter's inputs
 
 # %% ../../nbs/core/00_config.ipynb #75550008
 class DpoRow(Strict):
     "What one row of Tables 4 to 6 sets for itself."
-    learning_rate: Rate | None = None
-    beta: Annotated[float, Field(gt=0)] | None = None
-    epochs: Positive | None = None
+    learning_rate: Rate | None = None # this and the others: None: as in [dpo]
+    beta: Annotated[float, Field(gt=0)] | None = None # of DPO's loss
+    epochs: Positive | None = None # of each training
 
 DPO_ROWS = 'DPO v1', 'DPO v2', 'DPO v3', 'Cand. 1', 'Cand. 2'
 
 class DpoStep(Training):
     "One training on preference pairs."
-    beta: Annotated[float, Field(gt=0)]
+    beta: Annotated[float, Field(gt=0)] # of DPO's loss; the larger, the closer to the reference
 
 class Dpo(DpoStep):
     "Direct preference optimisation."
     mode: Literal['stepwise', 'joint'] # sDPO, one step a preference set; or all sets at once
-    rows: dict[Literal[DPO_ROWS], DpoRow] = {}
+    rows: dict[Literal[DPO_ROWS], DpoRow] = {} # what single rows set for themselves
 
     def of(self,
         row:str, # one of `DPO_ROWS`
@@ -269,8 +271,6 @@ def _absolute(
 
 # %% ../../nbs/core/00_config.ipynb #66729873
 _SHIPPED = Path(find_spec('solar_repro').origin).parent/'profiles'
-_RENAMED = dict(pass_tokens='max_tokens_per_microbatch', passes='microbatches', handover='merge_onto',
-                full='original', dequantised='dequantized') # keys and values of earlier versions
 
 def profiles()->list[str]: # names
     "The shipped profiles."
@@ -296,6 +296,10 @@ def nearest(
     known = {n.lower(): n for n in reversed(list(names))}
     near = difflib.get_close_matches(name.lower(), known, 1, .6)
     return known[near[0]] if near else None
+
+# %% ../../nbs/core/00_config.ipynb #5d138bf3
+_RENAMED = dict(pass_tokens='max_tokens_per_microbatch', passes='microbatches', handover='merge_onto',
+                full='original', dequantised='dequantized') # keys and values of earlier versions
 
 def _renamed(x)->str: return _RENAMED.get(x, '') if isinstance(x, str) else ''
 

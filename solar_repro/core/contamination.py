@@ -126,18 +126,18 @@ def overlaps(
 
 def searchable(
     items:dict[str,list[str]], # benchmark -> texts of its items
-    ns:Sequence[int]=NS, # lengths of runs
-)->pd.DataFrame: # benchmark by n: items that have a run that long; and all
+)->pd.DataFrame: # benchmark by n of `NS`: items that have a run that long; and all
     "How many items can be found at all."
     longest = {t: [max(len(words(f)) for f in x.split(BREAK)) for x in xs] for t, xs in items.items()}
-    counts = {t: {n: sum(k >= n for k in ks) for n in ns} | {'all': len(ks)} for t, ks in longest.items()}
+    counts = {t: {n: sum(k >= n for k in ks) for n in NS} | {'all': len(ks)} for t, ks in longest.items()}
     return pd.DataFrame(counts).T
 
 # %% ../../nbs/core/04_contamination.ipynb #236105a4
 def overlap_counts(
     found:pd.DataFrame, # of `overlaps`
     n:int, # length of runs
-    sets:Sequence[str], tasks:Sequence[str], # rows and columns wanted
+    sets:Sequence[str], # training sets, the rows wanted
+    tasks:Sequence[str], # benchmarks, the columns wanted
 )->pd.DataFrame: # training set by benchmark: items that occur
     "How many items of each benchmark occur in each training set."
     f = found[found['n'] == n]

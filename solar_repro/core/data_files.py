@@ -28,9 +28,9 @@ class File:
     name: str                       # ours: of a benchmark TASK/train or TASK/test
     hub: str                        # id on the Hugging Face Hub
     configs: tuple[str|None, ...]   # configurations there, put one behind the other
-    split: str
+    split: str                      # there, such as train
     revision: str                   # commit on the Hub
-    licence: str
+    licence: str                    # of the published set, such as MIT
     folder: str                     # in a folder of data
     stems: tuple[str, ...]          # file names there without ending, the best first
     fields: dict[str, type]         # path of a column -> its type
@@ -48,10 +48,10 @@ class File:
 class Lengths:
     "Tokens of the rows of a training set: prompt and answer, or a pair with its prompt twice."
     n: int                       # rows counted; of a weighted sample its effective size
-    mean: float
-    sd: float
+    mean: float                  # tokens of a row
+    sd: float                    # of the rows
     quantiles: tuple[int, ...]   # 0, 5, ... 100 % of prompt and (longer) answer, which must fit into a row
-    source: str
+    source: str                  # how they were counted
     other: tuple[float, ...] = () # other estimates of the mean
     prompt: float = 0.           # mean of the prompt of a pair, which stands before both answers
 
@@ -60,7 +60,9 @@ class Lengths:
         e = 2*self.sd/self.n**.5
         return min(self.mean - e, *self.other, self.mean), self.mean, max(self.mean + e, *self.other, self.mean)
 
-    def share_over(self, max_length:int)->float: # in [0, 1]
+    def share_over(self,
+        max_length:int, # tokens
+    )->float: # in [0, 1]
         "Share of rows that are longer."
         shares = np.linspace(0, 1, len(self.quantiles))
         return 1 - float(np.interp(max_length, self.quantiles, shares, right=1))
@@ -70,7 +72,7 @@ class ItemSizes:
     "A benchmark's items in tokens."
     n: int              # items of the full test set
     example: float      # a worked example
-    question: float
+    question: float     # the question itself
     answers: float      # all answers that are scored
     generated: float    # tokens of a generated answer
     groups: int = 0     # sets of items that share their examples; 0: every item has its own
@@ -81,7 +83,7 @@ ENDINGS = '.parquet', '.jsonl'
 
 def present(
     folder:Path, # of data
-    file:File,
+    file:File, # of the set
 )->Path|None: # None: not there
     "The file of a folder that holds a set's rows."
     paths = (Path(folder)/file.folder/f'{stem}{ending}' for stem in file.stems for ending in ENDINGS)
@@ -89,7 +91,7 @@ def present(
 
 def located(
     folder:Path, # of data
-    file:File,
+    file:File, # of the set
 )->Path:
     "The file of a folder that holds a set's rows; an error where there is none."
     if not Path(folder).is_dir():
@@ -112,6 +114,7 @@ def field(
         else: raise KeyError(key)
     return row
 
+# %% ../../nbs/core/03_data_files.ipynb #d4a7ba1a
 EMPTY = 'has nothing in field'
 
 def _is_text(x:str)->bool:
@@ -142,6 +145,7 @@ def problem(
             return f'has half a character in field {path!r} ({ascii(x)[:60]}); expected text', 'Remove the row.'
     if wrong := check and check(row): return wrong, 'Correct the row, or remove it.'
 
+# %% ../../nbs/core/03_data_files.ipynb #bf880b45
 def check_rows(
     name:str, # of the data set, for the message
     rows:list[dict], # of the set
@@ -175,6 +179,7 @@ def _json_lines(path:Path, max_broken:int|None)->Iterator[tuple[int,dict]]: # No
         print(f'{path.parent.name}/{path.name}: left out the broken lines {broken}, as max_broken of the profile '
               'allows', file=sys.stderr)
 
+# %% ../../nbs/core/03_data_files.ipynb #71b2957b
 def _parquet(path:Path, columns:list[str])->Iterator[tuple[int,dict]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
@@ -191,6 +196,7 @@ def _parquet_rows(path:Path, file:pyarrow.parquet.ParquetFile, columns:list[str]
     for batch in file.iter_batches(columns=columns):
         for row in batch.to_pylist(): i += 1; yield i, row
 
+# %% ../../nbs/core/03_data_files.ipynb #8ef6439a
 def read_file(
     path:Path, # .jsonl or .parquet
     fields:dict[str,type], # path -> type
@@ -250,14 +256,14 @@ def read_rows(
 
 # %% ../../nbs/core/03_data_files.ipynb #f367dd5b
 def commit(
-    file:File,
+    file:File, # of the set
     revisions:dict[str,str]={}, # of the profile, by the file's name; in place of ours
 )->str: # of the Hub's repository
     "The commit at which a file is read."
     return revisions.get(file.name, file.revision)
 
 def requests(
-    file:File,
+    file:File, # of the set
     revisions:dict[str,str]={}, # of the profile
     hub:Path|None=None, # a folder in the Hub's layout in its place: OWNER/NAME/...
 )->list[dict]: # arguments of `datasets.load_dataset`
@@ -268,7 +274,7 @@ def requests(
 
 # %% ../../nbs/core/03_data_files.ipynb #512abecb
 def hub_rows(
-    file:File,
+    file:File, # of the set
     revisions:dict[str,str]={}, # of the profile
     hub:Path|None=None, # a folder in the Hub's layout in its place
 )->Iterator[dict|None]: # rows, with the columns that we read; None: a row with an empty field
@@ -302,7 +308,7 @@ def _digest(path:str, size:int, changed:int)->str: return file_hash(Path(path))
 
 # %% ../../nbs/core/03_data_files.ipynb #a68bf9a2
 def fetch_file(
-    file:File,
+    file:File, # of the set
     to:Path, # folder of data
     revisions:dict[str,str]={}, # of the profile
     hub:Path|None=None, # a folder in the Hub's layout in its place
@@ -327,7 +333,7 @@ def _is_there(to:Path, have:dict|None, revision:str)->bool: # have: what was rec
 
 def fetch(
     to:Path, # folder to fill
-    files:Iterable[File],
+    files:Iterable[File], # to be there in the end
     revisions:dict[str,str]={}, # of the profile
     hub:Path|None=None, # a folder in the Hub's layout in its place
     say:Callable[[str],None]=lambda line: print(line, file=sys.stderr), # told of progress, a line at a time

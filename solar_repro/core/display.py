@@ -65,6 +65,7 @@ _STYLE = '''<style>[data-explore] th button{all:unset;cursor:pointer;font-weight
 
 # %% ../../nbs/core/05_display.ipynb #0dfefefe
 _WIDE, _LONG = 60, 300 # characters, beyond which a text gets a wide column, or opens with a click
+_MOST = 2000 # rows shown
 
 def _cell(x)->str:
     number = isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -87,15 +88,14 @@ def _head(shown:pd.DataFrame)->str:
 
 def explore(
     table:pd.DataFrame, # any; its index is left out
-    most:int=2000, # rows shown at most
 )->View:
     "A table that sorts by its headings and filters by words or comparisons (`gsm8k>20`), in any Jupyter."
     if not len(table.columns):
         raise ValueError('explore: the table has no columns; expected at least one. Did a selection leave nothing?')
-    shown = table.head(most)
+    shown = table.head(_MOST)
     cells = [''.join(_cell(x) for x in r) for r in shown.astype(object).itertuples(index=False)]
     rows = '\n'.join(f'<tr>{r}</tr>' for r in cells)
-    left = f'<p>The first {most} of {len(table)} rows.</p>' if len(table) > most else ''
+    left = f'<p>The first {_MOST} of {len(table)} rows.</p>' if len(table) > _MOST else ''
     body = ('<div class="rows" tabindex="0" role="region" aria-label="Table"><table class="dataframe">'
             f'<thead><tr>{_head(shown)}</tr></thead><tbody>{rows}</tbody></table></div>{left}')
     key = hashlib.sha256(body.encode()).hexdigest()[:12]

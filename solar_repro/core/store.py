@@ -34,12 +34,13 @@ LIBRARIES = ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes', 'accelerate
 @dataclass(frozen=True)
 class Artifact:
     "What a stage built."
-    kind: str
-    key: str
+    kind: str       # of the stage
+    key: str        # of `Store.key`
     path: Path      # folder of the files
     content: str    # hash of the files
     manifest: dict  # what made it: settings, inputs, versions, times
 
+# %% ../../nbs/core/02_store.ipynb #42a467ac
 def _version(library:str)->str:
     try: return version(library)
     except PackageNotFoundError: return 'absent'
@@ -59,6 +60,7 @@ def _host()->dict:
     return dict(cpus=os.cpu_count(), machine=platform.machine(), system=platform.system(), processor=_processor(),
                 **how, **told)
 
+# %% ../../nbs/core/02_store.ipynb #c71d9566
 def own_hash(
     m:dict, # JSON
 )->str: # sha256, hex
@@ -77,6 +79,7 @@ def _manifest(facts:dict, files:dict, inputs:dict[str,Artifact], began:float)->d
                 host=_host(),
                 started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(began)), seconds=round(time.time() - began, 2)))
 
+# %% ../../nbs/core/02_store.ipynb #3309ad32
 def _read(file:Path, unsealed:set[str])->dict: # unsealed: the fields that it had before it held a hash of itself
     "A JSON object as it was written; empty if the file holds anything else."
     try: found = json.loads(file.read_text(encoding='utf-8'))
