@@ -110,6 +110,7 @@ class Mix:
     cosine:float|None=None          # of two models' tensors
     fell_back:bool=False            # so nearly parallel that SLERP is linear
 
+# %% ../../nbs/merging/02_arithmetic.ipynb #3ad8f7eb
 def _changes(parts:Sequence[Tensor], base:Tensor, mix:Mix, lo:int)->Iterator[Tensor]:
     for i,(x,w,k) in enumerate(zip(parts, mix.weights, mix.keep)):
         u = x.double()-base
@@ -133,6 +134,7 @@ def fill_changes(
         round_into(out[at:at+PIECE], base, torch.empty_like(base))
     return math.isfinite(total)
 
+# %% ../../nbs/merging/02_arithmetic.ipynb #b257936b
 def fill(
     out:Tensor, # flat, written
     parts:Sequence[Tensor], # of every source, flat, of its length
@@ -161,6 +163,7 @@ def numbers_for(
     return Numbers(each(r.weight, 'a weight'), each(r.density, 'a density') or (1.,)*len(r.weight),
                    _number(r.t, 't', name, place) if r.t else .5, _number(r.lam, 'lambda', name, place), r.normalize)
 
+# %% ../../nbs/merging/02_arithmetic.ipynb #a9472599
 def mix_of(
     m:Method, # how
     x:Numbers, # the parameters at the tensor
@@ -181,6 +184,7 @@ def mix_of(
     keys = tuple(f'{seed} {name} {i}' for i in range(len(keep))) if at_random else ()
     return Mix(x.weight, m.combine, keep, keys, x.normalize, at_random and rescale, x.lam)
 
+# %% ../../nbs/merging/02_arithmetic.ipynb #219b982b
 def mix_for(
     r:MergeConfig, # what is merged and how
     name:str, # of the tensor

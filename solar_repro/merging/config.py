@@ -18,8 +18,8 @@ from .methods import Method, METHODS
 # %% ../../nbs/merging/01_config.ipynb #fe3348cf
 Setting = tuple[tuple[str|None,tuple[float,...]],...]   # rules: part of a name or None, gradient over the layers
 
-def _refusal(what:str, value, expected:str, advice:str='Correct it in the configuration.')->ValueError:
-    return ValueError(f'merge: {what} is {value!r}; expected {expected}. {advice}')
+def _refusal(what:str, value, expected:str)->ValueError:
+    return ValueError(f'merge: {what} is {value!r}; expected {expected}. Correct it in the configuration.')
 
 def _numbers(value, what:str)->tuple[float,...]:
     values = value if isinstance(value, (list, tuple)) else [value]
@@ -42,6 +42,7 @@ def setting(
     part = lambda v: None if v.get('filter') in (None, '*') else str(v['filter'])
     return tuple((part(v), _numbers(v['value'], what)) for v in value)
 
+# %% ../../nbs/merging/01_config.ipynb #98c47c7b
 def value_at(
     s:Setting, # the parameter
     name:str, # of the tensor
@@ -87,6 +88,7 @@ class MergeConfig:
     def sources(self)->tuple[str,...]: # what is read, the base first where there is one
         return ((self.base,) if self.rule.on_base else ())+self.models
 
+# %% ../../nbs/merging/01_config.ipynb #53e60b88
 def _wrong_inputs(r:MergeConfig, m:Method)->str|None:
     n, (least, most) = len(r.models), m.n_models
     if m.on_base and (not r.base or n<least):
@@ -98,6 +100,7 @@ def _wrong_inputs(r:MergeConfig, m:Method)->str|None:
         return (f"{r.method} with base {r.base} and lambda {r.lam}; expected neither, since it adds up no changes. "
                 "Leave them out.")
 
+# %% ../../nbs/merging/01_config.ipynb #5013e1d8
 def _wrong_parameters(r:MergeConfig, m:Method)->str|None:
     n = len(r.models)
     if len(r.weight)!=(n if m.takes('weight') else 0):
@@ -159,6 +162,7 @@ def _list(value, where:str)->list[dict]:
         raise _refusal(where, value, 'a list of entries with keys, such as - model: FOLDER')
     return value
 
+# %% ../../nbs/merging/01_config.ipynb #c70cbc38
 def _one_slice(said:dict, file:str)->tuple[list[dict],dict,int]: # sources, parameters, layers
     slices = _list(said['slices'], f'{file}, slices')
     first = _dict(slices[0] if slices else {}, f'{file}, slices', ('sources', 'parameters'))
@@ -172,6 +176,7 @@ def _one_slice(said:dict, file:str)->tuple[list[dict],dict,int]: # sources, para
                          "layers of every model. Stacking is mergekit's passthrough; it is not offered here.")
     return sources, first.get('parameters'), ranges[0][1]
 
+# %% ../../nbs/merging/01_config.ipynb #688b030f
 def _inputs(said:dict, file:str)->tuple[list[dict],dict,int|None]: # models, parameters of the slice, layers
     "The models of a configuration, written as models or as one slice over all layers."
     if ('models' in said)==('slices' in said):
@@ -223,6 +228,7 @@ def _constants(shared:dict, m:Method)->dict:
         if type(v) is not type(default): raise _refusal(k, v, 'a whole number' if k=='seed' else 'true or false')
     return found
 
+# %% ../../nbs/merging/01_config.ipynb #84b1afba
 def _read(text:str|bytes, file:str)->dict:
     "The YAML of a configuration, with known keys only."
     try: said = yaml.safe_load(text)
@@ -238,6 +244,7 @@ def _check_own(near:Sequence[dict], file:str)->None:
     if odd:
         raise ValueError(f"merge: {file} has {odd[0]} with one model; expected it in parameters. Move it there.")
 
+# %% ../../nbs/merging/01_config.ipynb #d72027c0
 def from_yaml(
     text:str|bytes, # a mergekit configuration
     file:str='the configuration', # its name, for errors
@@ -268,7 +275,7 @@ def _plain(s:Setting): # a setting as YAML has it
     return [dict(value=one(g)) if part is None else dict(filter=part, value=one(g)) for part,g in s]
 
 def to_yaml(
-    r:MergeConfig,
+    r:MergeConfig, # what to write
 )->str:
     "Write a configuration as mergekit's YAML."
     base = r.models[0] if r.rule.takes('t') else r.base

@@ -22,15 +22,18 @@ import numpy as np
 import torch
 import transformers   # its tokenizers are loaded where two are of different forms
 import yaml
+from fastcore.basics import patch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ..core.files import file_hash
+from ..core.store import read_sealed, sealed
 from .arithmetic import fill, gram, Mix, mix_for, numbers_for, Pad, SLICE, smallest_kept
 from .config import MergeConfig, to_yaml
 from .methods import SLERP_THRESHOLD
-from .shards import (
-    check_space, check_target, fingerprint, lay_out, MODEL, private_folder, publish, Shard, Writer)
+from solar_repro.merging.shards import (
+    check_space, check_target, fingerprint, lay_out, MODEL, private_folder, publish, Shard, SHARD_BYTES,
+    Writer)
 from solar_repro.models.checkpoints import (
     check_same_architecture, check_same_shape, Checkpoint, DTYPES, Entry, layer_of, mapped, one_thread_each,
     open_checkpoint, REAL)
@@ -56,6 +59,7 @@ def vocabulary(
     elif (folder/'vocab.json').is_file(): found = read('vocab.json')
     return found | (read('added_tokens.json') if found and (folder/'added_tokens.json').is_file() else {})
 
+# %% ../../nbs/merging/04_engine.ipynb #1aa2c7a1
 def _sentencepiece(folder:Path)->dict[str,int]: # of the file as a whole; empty: there is none
     file = folder/'tokenizer.model'
     return {f'tokenizer.model {file_hash(file)[:12]}': 0} if file.is_file() else {}
@@ -71,6 +75,7 @@ def _comparable(*folders:Path)->list[dict[str,int]]:
     found = [[form(f) for f in folders] for form in (vocabulary, _sentencepiece)]
     return next((v for v in found if all(v)), None) or [_loaded(f) for f in folders]
 
+# %% ../../nbs/merging/04_engine.ipynb #2e00bd5e
 def _differences(first:Path, one:dict[str,int], other:Path, two:dict[str,int])->list[str]:
     some = lambda words: ', '.join(words[:5])+f' ({len(words)} in all)'
     lone = ((first, sorted(one.keys()-two.keys())), (other, sorted(two.keys()-one.keys())))
@@ -156,7 +161,9 @@ class Job:
         pool:ThreadPoolExecutor, # that looks
     ): self.r, self.models, self.pool, self.asked, self.places = r, models, pool, {}, places(models[0].entries)
 
-    def look(self, name:str)->None:
+    def look(self,
+        name:str, # of a tensor
+    )->None:
         "Ask for what the method must know of a tensor."
         e, at = self.models[0].entries[name], [m.entries[name] for m in self.models]
         if e.dtype not in REAL: return
@@ -169,25 +176,39 @@ class Job:
             densities = numbers_for(self.r, name, self.places[name]).density
             self.asked[name] = [self.pool.submit(least, x, d) for x,d in zip(at[1:], densities)]
 
-    def mix(self, name:str)->Mix:
-        "What is done with a tensor, as soon as the answers are in."
-        seen = [f.result() for f in self.asked[name]]
-        if self.r.rule.sums: seen = [math.fsum(s) for s in zip(*seen)]
-        return mix_for(self.r, name, self.places[name], seen)
+# %% ../../nbs/merging/04_engine.ipynb #e6b0c64c
+@patch
+def mix(self:Job,
+    name:str, # of a tensor that was looked at
+)->Mix:
+    "What is done with a tensor, as soon as the answers are in."
+    seen = [f.result() for f in self.asked[name]]
+    if self.r.rule.sums: seen = [math.fsum(s) for s in zip(*seen)]
+    return mix_for(self.r, name, self.places[name], seen)
 
-    def remembered(self, s:Shard)->dict[str,dict]: # tensor -> cosine, fell_back
-        "What a record keeps of the tensors of a finished file."
-        mixes = {t.name: self.mix(t.name) for t in s.tensors if t.name in self.asked}
-        return {n: dict(cosine=m.cosine, fell_back=m.fell_back) for n,m in mixes.items() if m.cosine is not None}
+@patch
+def remembered(self:Job,
+    s:Shard, # a finished file
+)->dict[str,dict]: # tensor -> cosine, fell_back
+    "What a record keeps of the tensors of a finished file."
+    mixes = {t.name: self.mix(t.name) for t in s.tensors if t.name in self.asked}
+    return {n: dict(cosine=m.cosine, fell_back=m.fell_back) for n,m in mixes.items() if m.cosine is not None}
 
-    def fill(self, e:Entry, lo:int, hi:int, out:Tensor, pad:Pad)->None:
-        "Write elements lo to hi of a merged tensor."
-        at = [m.entries[e.name] for m in self.models]
-        parts = [mapped(x, lo, hi) for x in at]
-        if at[0].dtype not in REAL: return _copy(self.models, e, parts, out)
-        there = [p.to(pad.rows.device) for p in parts]   # the same tensors on a CPU
-        finite = fill(out, there, self.mix(e.name), lo, pad)
-        if not finite or (e.dtype=='F16' and not out.isfinite().all()): raise _culprit(self.models, e, parts, lo)
+@patch
+def fill_in(self:Job,
+    e:Entry, # the tensor, where it will stand
+    lo:int, # first element
+    hi:int, # one past the last
+    out:Tensor, # flat, (hi - lo,), written
+    pad:Pad, # to compute in
+)->None:
+    "Write elements lo to hi of a merged tensor."
+    at = [m.entries[e.name] for m in self.models]
+    parts = [mapped(x, lo, hi) for x in at]
+    if at[0].dtype not in REAL: return _copy(self.models, e, parts, out)
+    there = [p.to(pad.rows.device) for p in parts]   # the same tensors on a CPU
+    finite = fill(out, there, self.mix(e.name), lo, pad)
+    if not finite or (e.dtype=='F16' and not out.isfinite().all()): raise _culprit(self.models, e, parts, lo)
 
 # %% ../../nbs/merging/04_engine.ipynb #45c10f2f
 def copy_companions(
@@ -203,8 +224,9 @@ def copy_companions(
         else: left_out.append(f.name)
     return left_out
 
+# %% ../../nbs/merging/04_engine.ipynb #81de22e0
 def versions(
-    *packages:str,
+    *packages:str, # names
 )->str:
     "With which packages something was made."
     return ', '.join(f'{p} {version(p)}' for p in packages)
@@ -226,6 +248,7 @@ def model_card(
         '## Made with\n', versions('solar_repro', 'torch', 'safetensors', 'transformers', 'numpy'), '',
         *(f'- {n}' for n in notes)])+'\n'
 
+# %% ../../nbs/merging/04_engine.ipynb #60c80cad
 def write_beside(
     out:Path, # folder of the weight files
     first:Checkpoint, # whose files are taken
@@ -266,24 +289,6 @@ def are_adapters(
     return all(found)
 
 # %% ../../nbs/merging/04_engine.ipynb #01901cbe
-def _sealed(record:dict)->str: return json.dumps(dict(record=record, sha256=_hash(record)))
-
-def _hash(value)->str: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-def _opened(file:Path)->dict|None: # None: there is none, or it is damaged
-    try:
-        said = json.loads(file.read_text())
-        return said['record'] if said['sha256']==_hash(said['record']) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError): return None
-
-def _counter(total:int, on_progress:Callable[[int,int],None]|None)->Callable[[int],None]: # called with what is new
-    done = 0
-    def count(n):
-        nonlocal done
-        done += n
-        if on_progress: on_progress(done, total)
-    return count
-
 class Weights:
     "The weight files of a merge, written or taken over from an earlier run."
     def __init__(self,
@@ -299,7 +304,7 @@ class Weights:
         return dict(layout=hashlib.sha256(s.header).hexdigest(), inputs=inputs)
 
     def _found(self, s:Shard)->dict|None: # record of a file that need not be written
-        record, file = _opened(self.private/f'{s.name}.json'), self.private/MODEL/s.name
+        record, file = read_sealed(self.private/f'{s.name}.json'), self.private/MODEL/s.name
         if not record or not file.is_file() or file.stat().st_size!=s.size: return None
         return record if record['origin']==self._origin(s) and record['fingerprint']==fingerprint(file) else None
 
@@ -312,32 +317,43 @@ class Weights:
 
     def _record(self, s:Shard, mark:str, cosines:dict)->None:
         record = dict(origin=self._origin(s), fingerprint=mark, cosines=cosines)
-        (self.private/f'{s.name}.json').write_text(_sealed(record))
+        (self.private/f'{s.name}.json').write_text(json.dumps(sealed(record)))
 
-    def write(self,
-        writer:Writer, # that writes
-        on_progress:Callable[[int,int],None]|None=None, # called with bytes written and in all
-    )->dict[str,dict]: # what is to be remembered of each tensor
-        kept, under_way, cosines, records = self._kept(), [], {}, []
-        check_space(self.private, sum(s.size for s in self.shards if s.name not in kept))
-        count = _counter(sum(s.size for s in self.shards), on_progress)
-        def complete(s, fd, chunks):
-            mark = writer.finish(s, fd, chunks, count)
-            found = self.job.remembered(s)
-            cosines.update(found)
-            records.append(recorder.submit(self._record, s, mark, found))
-        with ThreadPoolExecutor(1) as recorder:
-            for s in self.shards:
-                if s.name in kept:
-                    cosines |= kept[s.name]['cosines']
-                    count(s.size)
-                    continue
-                for t in s.tensors: self.job.look(t.name)
-                under_way.append(writer.start(s, self.job.fill))
-                if len(under_way)>1: complete(*under_way.pop(0))
-            for u in under_way: complete(*u)
-        for f in records: f.result()
-        return cosines
+# %% ../../nbs/merging/04_engine.ipynb #10628460
+def _counter(total:int, on_progress:Callable[[int,int],None]|None)->Callable[[int],None]: # called with what is new
+    done = 0
+    def count(n):
+        nonlocal done
+        done += n
+        if on_progress: on_progress(done, total)
+    return count
+
+@patch
+def write(self:Weights,
+    writer:Writer, # that writes
+    on_progress:Callable[[int,int],None]|None=None, # called with bytes written and in all
+)->dict[str,dict]: # what is to be remembered of each tensor
+    "Write what is missing, file by file."
+    kept, under_way, cosines, records = self._kept(), [], {}, []
+    check_space(self.private, sum(s.size for s in self.shards if s.name not in kept))
+    count = _counter(sum(s.size for s in self.shards), on_progress)
+    def complete(s, fd, chunks):
+        mark = writer.finish(s, fd, chunks, count)
+        found = self.job.remembered(s)
+        cosines.update(found)
+        records.append(recorder.submit(self._record, s, mark, found))
+    with ThreadPoolExecutor(1) as recorder:
+        for s in self.shards:
+            if s.name in kept:
+                cosines |= kept[s.name]['cosines']
+                count(s.size)
+                continue
+            for t in s.tensors: self.job.look(t.name)
+            under_way.append(writer.start(s, self.job.fill_in))
+            if len(under_way)>1: complete(*under_way.pop(0))
+        for u in under_way: complete(*u)
+    for f in records: f.result()
+    return cosines
 
 # %% ../../nbs/merging/04_engine.ipynb #f60306b5
 def _layout(first:Checkpoint, dtype:str|None)->list[tuple]: # name, safetensors' dtype, shape
@@ -350,6 +366,7 @@ def _as_they_are(models:Sequence[Checkpoint])->list: # of every weight file: pat
     stats = {str(f.resolve()): f.stat() for m in models for f in m.files}
     return [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path,s in stats.items()]
 
+# %% ../../nbs/merging/04_engine.ipynb #67c01731
 def _complete(folder:Path, r:MergeConfig, first:Checkpoint, shards:Sequence[Shard], hashes:dict, cosines:dict)->None:
     "Write everything but the weights."
     notes = []
@@ -363,6 +380,7 @@ def _complete(folder:Path, r:MergeConfig, first:Checkpoint, shards:Sequence[Shar
     (folder/'mergekit_config.yml').write_text(to_yaml(r))
     (folder/'README.md').write_text(model_card(r, hashes, notes))
 
+# %% ../../nbs/merging/04_engine.ipynb #1e119ff6
 def _check_options(shard_bytes:int, threads:int|None, device:str)->None:
     if shard_bytes<=0:
         raise ValueError(f"merge: weight files of {shard_bytes} bytes; expected more than 0. Correct --shard-size.")
@@ -373,10 +391,11 @@ def _check_options(shard_bytes:int, threads:int|None, device:str)->None:
         raise ValueError(f"merge: device {device!r} cannot be used ({str(e).splitlines()[0]}); expected cpu or cuda. "
                          "Correct --device.") from None
 
+# %% ../../nbs/merging/04_engine.ipynb #af047636
 def merge(
     r:MergeConfig, # what to merge and how
     out:Path, # folder to make
-    shard_bytes:int=2_000_000_000, # bound of a weight file
+    shard_bytes:int=SHARD_BYTES, # bound of a weight file
     threads:int|None=None, # None: one a processor and two to wait for the disk, 16 at most
     device:str='cpu', # where to compute
     on_progress:Callable[[int,int],None]|None=None, # called with bytes written and in all

@@ -19,7 +19,8 @@ from .arithmetic import mix_for
 from .config import MergeConfig, to_yaml
 from .engine import locate, model_card, versions, write_beside
 from .methods import METHODS
-from .shards import check_space, check_target, lay_out, MODEL, private_folder, publish, Shard
+from .shards import (
+    check_space, check_target, lay_out, MODEL, private_folder, publish, Shard, SHARD_BYTES)
 from ..models.adapters import (
     add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter, read_adapter_config)
 from ..models.checkpoints import mapped, open_checkpoint
@@ -34,6 +35,7 @@ def _check_method(r:MergeConfig)->None:
         raise ValueError("merge: a dtype, filter or gradient for adapters; expected one number for each adapter, and "
                          "float32. Merge them into their base first.")
 
+# %% ../../nbs/merging/05_export.ipynb #c2bc032c
 def _base_of(folders:Sequence[Path])->str|None:
     "The base that adapters name."
     named = [read_adapter_config(f).get('base_model_name_or_path') for f in folders]
@@ -47,10 +49,11 @@ def _name_of_base(name:str)->str: # a folder of the hub's cache by what it holds
     cached = re.search(r'models--([^/]+)--([^/]+)/snapshots/', name)
     return f'{cached[1]}/{cached[2]}' if cached else name.rstrip('/')
 
-def _may_be_one(a:str, b:str)->bool: # two ids of the hub are two bases; a folder may hold a copy of its namesake
+def _may_be_one(a:str, b:str)->bool:
     is_id = lambda n: n.count('/')==1 and n[0] not in './~' and not Path(n).is_dir()
     return a==b or not (is_id(a) and is_id(b)) and Path(a).name==Path(b).name
 
+# %% ../../nbs/merging/05_export.ipynb #e0c2c31b
 def _check_same_weights(folders:Sequence[Path])->None:
     shapes = [{n: (B.shape[0], A.shape[1]) for n,(A,B) in read_adapter(f).factors.items()} for f in folders]
     first = shapes[0]
@@ -62,6 +65,7 @@ def _check_same_weights(folders:Sequence[Path])->None:
                              "expected adapters of the same weights. Merge adapters of one base, with the same target "
                              "modules.")
 
+# %% ../../nbs/merging/05_export.ipynb #6312a131
 def merge_adapters(
     r:MergeConfig, # whose models are adapters
     out:Path, # folder to make
@@ -95,10 +99,10 @@ def _write_tensors(shard:Shard, folder:Path, value:Callable[[str],Tensor])->None
         for e in shard.tensors:
             if e.n: f.write(memoryview(value(e.name).reshape(-1).contiguous().view(torch.uint8).numpy()))
 
-def _write_checkpoint(folder:Path, model:AdaptedModel, shard_bytes:int)->None:
+def _write_checkpoint(folder:Path, model:AdaptedModel)->None:
     base, change = open_checkpoint(model.base), deltas(model.adapters)
     check_fits(change, {n: e.shape for n,e in base.entries.items()}, model.base)
-    shards = lay_out([(n, e.dtype, e.shape) for n,e in base.entries.items()], shard_bytes, folder)
+    shards = lay_out([(n, e.dtype, e.shape) for n,e in base.entries.items()], SHARD_BYTES, folder)
     check_space(folder, sum(s.size for s in shards))
     def value(name):
         e = base.entries[name]
@@ -106,6 +110,7 @@ def _write_checkpoint(folder:Path, model:AdaptedModel, shard_bytes:int)->None:
     for s in shards: _write_tensors(s, folder, value)
     write_beside(folder, base, shards)
 
+# %% ../../nbs/merging/05_export.ipynb #6b79cfa1
 def _card(name:str, model:AdaptedModel, kind:str, about:str)->str:
     file = 'adapter_model.safetensors'
     adapters = [f'| {w:g} | `{file_hash(Path(f)/file)}` |' for f,w in model.adapters] or ['| none | |']
@@ -118,13 +123,13 @@ def _card(name:str, model:AdaptedModel, kind:str, about:str)->str:
         '## Adapters\n', '| weight | sha256 |\n|---|---|', *adapters, '',
         '## Made with\n', versions('solar_repro', 'torch', 'safetensors', 'transformers', 'peft')])+'\n'
 
+# %% ../../nbs/merging/05_export.ipynb #3b54770b
 def export(
     model:AdaptedModel, # a model of the run
     out:Path, # folder to make
     name:str='model', # for the card
     adapter:bool=False, # as one LoRA adapter instead of full weights
     about:str='', # what the card says of it
-    shard_bytes:int=2_000_000_000, # bound of a weight file
 )->Path: # the folder
     "Write a model of the paper for transformers, or for PEFT."
     out, base = Path(out), Path(model.base).resolve()
@@ -137,6 +142,6 @@ def export(
         for left in (private/MODEL).iterdir(): left.unlink()   # of an export that was killed
         if adapter: _write_adapter(private/MODEL, model, str(base), _card(name, model, 'adapter', about))
         else:
-            _write_checkpoint(private/MODEL, model, shard_bytes)
+            _write_checkpoint(private/MODEL, model)
             (private/MODEL/'README.md').write_text(_card(name, model, 'full weights', about))
         return publish(private, out)

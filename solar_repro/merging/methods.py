@@ -23,7 +23,7 @@ class Numbers:
     lam:float=1.                 # factor on the change from the base
     normalize:bool=False         # divide by the sum of the weights
     sums:tuple[float,float,float]=(1., 1., 0.)   # a.a, b.b and a.b of two models' tensors
-    threshold:float=SLERP_THRESHOLD
+    threshold:float=SLERP_THRESHOLD   # |cosine| above it: SLERP is linear
 
 @dataclass(frozen=True)
 class Method:
@@ -39,7 +39,9 @@ class Method:
     of_adapters:bool=False             # adapters of one base give an adapter, since the same sum holds for them
     in_rows:bool=False                 # a profile can ask for it with two weights (t is the second)
 
-    def takes(self, parameter:str)->bool: return parameter in self.parameters
+    def takes(self,
+        parameter:str, # name in mergekit's YAML
+    )->bool: return parameter in self.parameters
 
 # %% ../../nbs/merging/00_methods.ipynb #258a7fb8
 def _total(x:Numbers)->float:
@@ -50,7 +52,7 @@ def _total(x:Numbers)->float:
     return total
 
 def linear(
-    x:Numbers,
+    x:Numbers, # weights, and whether they are normalized
 )->tuple[float,...]: # weight of every model
     "Weighted mean."
     total = _total(x)
@@ -61,7 +63,7 @@ def linear(
     return x.weight
 
 def task_arithmetic(
-    x:Numbers,
+    x:Numbers, # weights, lambda, and whether they are normalized
 )->tuple[float,...]: # weight of the base and of every model
     "The base plus weighted changes (arXiv:2212.04089)."
     total = _total(x)
