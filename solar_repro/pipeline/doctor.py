@@ -42,6 +42,7 @@ def _is_free(lock:Path)->bool:
         with locked(lock): return True
     except OSError: return False
 
+# %% ../../nbs/pipeline/16_doctor.ipynb #f875c3bb
 def left_over(
     exp:Experiment, # whose stages may go on from what their builds have left
     folder:Path=Path('.'), # where merges and exports were written

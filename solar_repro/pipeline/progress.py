@@ -28,14 +28,15 @@ RELATIVE_COST = dict(base=.1, data=.2, bench=.1, contamination=.1, sft=20., ref=
 TELLING = .5   # cost from which the time of a stage tells the pace; below it libraries and files take most of it
 EVIDENCE = .02 # share of a run after which its pace is known well enough to tell how long the rest takes
 
-_BAR = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}'
-_LINE = '  {desc}: {percentage:3.0f}%|{bar}|'
-
 def relative_costs(
-    stages:Iterable[Stage],
+    stages:Iterable[Stage], # of a graph
 )->dict[str,float]: # stage -> relative cost
     "What stages cost beside each other."
     return {s.name: RELATIVE_COST[s.kind] for s in stages}
+
+# %% ../../nbs/pipeline/12_progress.ipynb #9f9caec6
+_BAR = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}'
+_LINE = '  {desc}: {percentage:3.0f}%|{bar}|'
 
 @dataclass
 class _Work:
@@ -66,44 +67,63 @@ class Progress:
             many = range(n_slots) if n_slots > 1 else ()
             self.lines = [tqdm(total=1., bar_format=_LINE, leave=False, desc='waits', position=k + 1) for k in many]
 
-    def start(self, name:str, slot:int=0):
-        "A stage begins."
-        k = self.n - len(self.left_over) + len(self.running) + 1
-        self.running[name] = _Work(slot, k, time.time() if slot in self.started else None)
-        self.started.add(slot)
-        self._report(name, 0, 0)
+# %% ../../nbs/pipeline/12_progress.ipynb #05d3fcc8
+@patch
+def start(self:Progress,
+    name:str, # of a stage of the plan
+    slot:int=0, # in which it is built, from 0
+):
+    "A stage begins."
+    k = self.n - len(self.left_over) + len(self.running) + 1
+    self.running[name] = _Work(slot, k, time.time() if slot in self.started else None)
+    self.started.add(slot)
+    self._report(name, 0, 0)
 
-    def on_progress(self, name:str, done:int, total:int):
-        "`done` of `total` steps of a stage."
-        w = self.running[name]
-        w.share = done/total if total else 0.
-        if w.since is None: w.since, w.before = time.time(), w.share
-        if done in (0, total) or time.time() - self.shown >= .2: self._report(name, done, total)
+@patch
+def on_progress(self:Progress,
+    name:str, # of a stage in work
+    done:int, # steps
+    total:int, # steps in all
+):
+    "A stage is so far."
+    w = self.running[name]
+    w.share = done/total if total else 0.
+    if w.since is None: w.since, w.before = time.time(), w.share
+    if done in (0, total) or time.time() - self.shown >= .2: self._report(name, done, total)
 
-    def end(self, name:str, built:bool=True):
-        "A stage is built, or given up for now: what was said of the time left no longer holds then."
-        w = self.running.pop(name)
-        if built:
-            w.share = 1.
-            cost, seconds = self._told(name, w)
-            self.weight, self.seconds = self.weight + cost, self.seconds + seconds
-            del self.left_over[name]
-        else: self.last = None
-        if self.lines: self._show(self.lines[w.slot], 'waits', 0.)
+# %% ../../nbs/pipeline/12_progress.ipynb #dcf5f80e
+@patch
+def end(self:Progress,
+    name:str, # of a stage in work
+    built:bool=True, # False: it is given up for now
+):
+    "A stage is no longer in work; if it is not built, what was said of the time left no longer holds."
+    w = self.running.pop(name)
+    if built:
+        w.share = 1.
+        cost, seconds = self._told(name, w)
+        self.weight, self.seconds = self.weight + cost, self.seconds + seconds
+        del self.left_over[name]
+    else: self.last = None
+    if self.lines: self._show(self.lines[w.slot], 'waits', 0.)
 
-    def follow(self, e:Event):
-        "Show what an engine says of a stage."
-        if e.kind == 'start': self.start(e.name, e.slot)
-        elif e.kind == 'step': self.on_progress(e.name, e.done, e.total)
-        else:
-            if e.kind == 'died': self.started.discard(e.slot)
-            self.end(e.name, e.kind == 'done')
+@patch
+def follow(self:Progress,
+    e:Event, # of an engine
+):
+    "Show what an engine says of a stage."
+    if e.kind == 'start': self.start(e.name, e.slot)
+    elif e.kind == 'step': self.on_progress(e.name, e.done, e.total)
+    else:
+        if e.kind == 'died': self.started.discard(e.slot)
+        self.end(e.name, e.kind == 'done')
 
-    def close(self):
-        "Nothing follows: the bars go."
-        for bar in [*self.lines[::-1], *([] if self.bar is None else [self.bar])]:
-            bar.total = bar.n                  # a notebook's bar stays, in red, where it is not full
-            bar.close()
+@patch
+def close(self:Progress):
+    "Nothing follows: the bars go."
+    for bar in [*self.lines[::-1], *([] if self.bar is None else [self.bar])]:
+        bar.total = bar.n                  # a notebook's bar stays, in red, where it is not full
+        bar.close()
 
 # %% ../../nbs/pipeline/12_progress.ipynb #4ec02056
 @patch
@@ -162,9 +182,13 @@ def _show(self:Progress, bar:tqdm, said:str, n:float)->None:
 # %% ../../nbs/pipeline/12_progress.ipynb #cd47d31c
 def say_interrupted(
     e:KeyboardInterrupt, # that is passed on
-    said:str, # what is kept
+    running:Iterable[str], # stages in work
+    n_built:int, # stages that are finished
+    n:int, # stages in all
 )->None:
     "Say what an interrupt leaves."
+    where = f' in {", ".join(running)}' if running else ''
+    said = f'interrupted{where}; {n_built} of {n} stages are finished and kept. Run again to go on.'
     e._render_traceback_ = lambda: [said]
     if 'ipykernel' not in sys.modules: print(f'\n{said}', file=sys.stderr)
 
@@ -189,7 +213,9 @@ def show_progress(
     others = [f'{n} {share:.0%}' for n, share in p['beside'].items()]
     return ', '.join(filter(None, [stage_line(p), others and f"beside {' and '.join(others)}", time_left(p)]))
 
-def duration(s:float)->str:
+def duration(
+    s:float, # seconds
+)->str:
     "Seconds as a person says them."
     return f'{s:.0f} s' if s < 90 else f'{s/60:.0f} min' if s < 5400 else f'{s/3600:.1f} h'
 

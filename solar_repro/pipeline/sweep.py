@@ -22,7 +22,7 @@ from ..tables import ALPHA, answers, pair, with_h6
 METHODS = 'linear', 'slerp'
 
 def between(
-    exp:Experiment,
+    exp:Experiment, # over whose store
     a:str, # a model, whose share the weight is
     b:str, # another
     points:int=11, # weights from 0 to 1, the even one among them: odd
@@ -37,9 +37,7 @@ def between(
             for x in line}
     profile = exp.profile.model_copy(update=dict(rows=exp.profile.rows | rows))
     ends = [dict(method=m, weight=w, model=x) for m in METHODS for w, x in ((0., b), (1., a))]
-    swept = Experiment(profile, store=exp.store.folder)
-    swept.before_build = exp.before_build
-    return swept, pd.DataFrame(line + ends).sort_values(['method', 'weight'])
+    return exp.beside(profile), pd.DataFrame(line + ends).sort_values(['method', 'weight'])
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #5b6ae6f5
 def measured(
@@ -67,7 +65,7 @@ def is_built(exp:Experiment, line:pd.DataFrame)->bool: # both of `between`
     return all(e.find(n) for e in exp.repeated().values() or [exp] for n in names)
 
 def sweep(
-    exp:Experiment,
+    exp:Experiment, # over whose store
     a:str, # a model, whose share the weight is
     b:str, # another
     points:int=11, # weights from 0 to 1

@@ -29,7 +29,7 @@ from .executor import Event
 
 # %% ../../nbs/pipeline/11_workers.ipynb #ce9dbae5
 def pack_error(
-    e:Exception,
+    e:Exception, # of any kind
 )->str: # text of one line
     "An error as text."
     try:
@@ -38,7 +38,11 @@ def pack_error(
     except Exception: packed = pickle.dumps(RuntimeError(f'{type(e).__name__}: {e}'))
     return base64.b64encode(packed).decode()
 
-def unpack_error(text:str)->Exception: return pickle.loads(base64.b64decode(text))
+def unpack_error(
+    text:str, # of `pack_error`
+)->Exception:
+    "An error from its text."
+    return pickle.loads(base64.b64decode(text))
 
 # %% ../../nbs/pipeline/11_workers.ipynb #f5b37628
 @dataclass
@@ -85,6 +89,7 @@ def _listen(engine:ProcessEngine, slot:int, w:_Process, said:IO)->None:
         error = RuntimeError(f'the worker that built {w.name} {how}. {w.last_words()}'.strip())
         engine._events.put(Event(slot, w.name, 'died', error=error))
 
+# %% ../../nbs/pipeline/11_workers.ipynb #88da7cc5
 def _spawn(engine:ProcessEngine, slot:int)->_Process:
     "Start the worker of a slot."
     ours, its = os.pipe()
@@ -105,9 +110,12 @@ def _tell(w:_Process, what:dict)->None:
         w.popen.stdin.flush()
     except BrokenPipeError: pass
 
-# %% ../../nbs/pipeline/11_workers.ipynb #88da7cc5
+# %% ../../nbs/pipeline/11_workers.ipynb #b07e3394
 @patch
-def start(self:ProcessEngine, slot:int, name:str)->None:
+def start(self:ProcessEngine,
+    slot:int, # a free one, from 0
+    name:str, # of a stage
+)->None:
     "Name a stage to the worker of a slot."
     with self._lock:
         w = self._workers.get(slot)
@@ -116,7 +124,9 @@ def start(self:ProcessEngine, slot:int, name:str)->None:
     _tell(w, dict(name=name))
 
 @patch
-def events(self:ProcessEngine, wait_s:float)->list[Event]:
+def events(self:ProcessEngine,
+    wait_s:float, # seconds to wait for one, at most
+)->list[Event]:
     "What the workers said since the last call."
     out = []
     try:
@@ -168,6 +178,7 @@ class _Heard:
             if '\r' not in x: self.say(x)
         return self.stream.write(text)
 
+# %% ../../nbs/pipeline/11_workers.ipynb #35bde3fd
 def serve(
     make:Callable[[dict],Callable], # makes of `hello` what builds a stage: build(name, step)
     channel:int, # descriptor on which events are said
@@ -188,6 +199,7 @@ def serve(
         except Exception as e: say(name, 'failed', error=pack_error(e))
         else: say(name, 'done')
 
+# %% ../../nbs/pipeline/11_workers.ipynb #96582dd7
 def _read(told:queue.Queue)->None:
     for line in sys.stdin: told.put(json.loads(line))
     os._exit(0)                                # whoever started this worker is gone

@@ -123,6 +123,7 @@ src="data:image/png;base64,{{ claims_image }}"></div>
 {% endfor %}</body></html>
 """
 
+# %% ../../nbs/publishing/02_report.ipynb #9367647e
 def _embed(png:Path)->str: return base64.b64encode(png.read_bytes()).decode()
 
 def _escaped(c:pd.DataFrame)->list[dict]:
@@ -190,6 +191,7 @@ def summary(
     same = replication({label: verdicts, beside.label: claims(beside.scores, samples=beside.samples)})
     return [*lines, f'Beside {beside.label}: of the verdicts on the claims {alike(same)}. {_order(scores)}']
 
+# %% ../../nbs/publishing/02_report.ipynb #a2de3a2a
 def publish(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     out:Path, # the run's folder

@@ -40,6 +40,7 @@ def _numbers(text:str)->list[float]: # 0.4,0.6
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text!r}; expected numbers with commas, such as 0.4,0.6') from None
 
+# %% ../../nbs/reports/03_cli.ipynb #4a46a923
 def _without_none(kind):
     "`X` of `X|None`."
     return next(a for a in get_args(kind) if a is not NoneType) if NoneType in get_args(kind) else kind
@@ -152,6 +153,14 @@ def _can_be_mended(e:Exception)->bool:
     ours = last.f_globals.get('__name__', '').split('.')[0] in ('solar_repro', '__main__')
     return isinstance(e, OSError) or isinstance(e, (ValueError, ImportError)) and ours
 
+def _said(e:Exception)->str:
+    "What an error says, in words: not by its number in the system, and with what it cost (`raise_failed`)."
+    text = str(e)
+    if isinstance(e, OSError) and e.strerror:
+        text = e.strerror + (f': {e.filename}. Correct the path, or make it readable' if e.filename else '')
+    return '\n'.join([text, *getattr(e, '__notes__', ())])
+
+# %% ../../nbs/reports/03_cli.ipynb #599bb739
 def _in_project()->bool: return (library('core.config').root()/'settings.ini').is_file()
 
 def _announce(
@@ -167,13 +176,7 @@ def _announce(
                          'no clone. Say --yes, or name the store of another folder with --store.')
     print(f'solar-repro: {what}; building them', file=sys.stderr)
 
-def _said(e:Exception)->str:
-    "What an error says, in words: not by its number in the system, and with what it cost (`raise_failed`)."
-    text = str(e)
-    if isinstance(e, OSError) and e.strerror:
-        text = e.strerror + (f': {e.filename}. Correct the path, or make it readable' if e.filename else '')
-    return '\n'.join([text, *getattr(e, '__notes__', ())])
-
+# %% ../../nbs/reports/03_cli.ipynb #8f1dc7bb
 def _call(f:Callable, words:dict)->int: # exit status
     "Call a command with its profile or experiment."
     needs = inspect.signature(f).parameters

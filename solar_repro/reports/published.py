@@ -16,27 +16,26 @@ from .. import __version__
 from ..core.config import root
 from ..core.files import file_hash, write_whole
 from ..pipeline.experiment import Experiment
-from ..pipeline.results import records
+from ..pipeline.results import manifests, records
 from ..pipeline.sweep import between, finding, is_built, measured
 from ..publishing.report import publish, Run
 
 # %% ../../nbs/reports/05_published.ipynb #116cc822
 def recorded_beside(
-    exp:Experiment,
+    exp:Experiment, # of any profile
 )->Run|None: # none for a recorded run, or where none came with the package
     "The recorded runs of an experiment's profile, all seeds."
     if exp.records or not records(exp.profile.name): return None
-    came = Experiment(exp.profile.name, store=exp.store.folder, recorded=True)
+    came = exp.beside(exp.profile.name, recorded=True)
     return Run(came.label, came.scores(), came.samples())
 
 def _line(exp:Experiment): # the experiment with the whole line between the candidates, and the line; None unless built
     if exp.records: return None
     swept, line = between(exp, 'Cand. 1', 'Cand. 2')
-    each = swept.repeated().values() or [swept]
-    return (swept, line) if all(is_built(e, line) for e in each) else None
+    return (swept, line) if is_built(swept, line) else None
 
 def line_found(
-    exp:Experiment,
+    exp:Experiment, # of any profile
 )->str: # empty where the line is not scored, with every seed
     "What the line between the candidates says; nothing is built."
     if not (found := _line(exp)): return ''
@@ -44,6 +43,9 @@ def line_found(
     names = list(line['model'].unique())
     return finding(measured(swept.scores(names), swept.samples(names), line), 'Cand. 1', exp.label)
 
+
+
+# %% ../../nbs/reports/05_published.ipynb #2d91f666
 def commit()->str: # such as '187ed46-dirty'; empty outside a clone
     "The commit of the project."
     if not (root()/'settings.ini').is_file(): return ''
@@ -51,12 +53,18 @@ def commit()->str: # such as '187ed46-dirty'; empty outside a clone
     try: return subprocess.run(said, capture_output=True, text=True).stdout.strip()
     except OSError: return ''
 
+def _days(exp:Experiment)->str: # such as '2026-11-28', '2026-11-28 to 2026-11-29'
+    "When the trainings and evaluations that are there were begun, all seeds."
+    began = [r['started'] for r in exp.records.values()]
+    if not began: began = [m['started'] for e in exp.repeated().values() or [exp] for m in manifests(e)]
+    return ' to '.join(dict.fromkeys(x[:10] for x in (min(began), max(began)))) if began else 'never'
+
 def made_by(
-    exp:Experiment,
+    exp:Experiment, # of any profile
 )->str:
     "Processor, libraries, seeds, days and code of a run, in a line."
     code = f'solar_repro {__version__}' + (f', commit {commit()}' if commit() else '')
-    return f'{exp.label}; {exp.made_on()}; trained and scored {exp.days()}; written by {code}'
+    return f'{exp.label}; {exp.made_on()}; trained and scored {_days(exp)}; written by {code}'
 
 # %% ../../nbs/reports/05_published.ipynb #6d5c19aa
 def _follows_from(exp:Experiment)->str: # sha256, hex

@@ -39,7 +39,7 @@ def _read_manifest(path:Path)->dict:
     return m if {'kind', 'key', 'name', 'files', 'inputs', 'content', 'settings', 'code_version'} <= m.keys() else {}
 
 def _problems_of(
-    store:Store,
+    store:Store, # that holds it
     path:Path, # of an artifact
     m:dict, # its manifest
     content:dict[tuple[str,str],str], # kind, key -> content; of all artifacts
@@ -57,8 +57,9 @@ def _problems_of(
     wrong_key = [('key', m['key'], key)] if (m['key'], path.name) != (key, key[:32]) else []
     return wrong_key + [(what, a, b) for what, a, b in pairs if a != b]
 
+# %% ../../nbs/reports/00_verify.ipynb #f7a0ba04
 def store_problems(
-    store:Store,
+    store:Store, # all of it is read
 )->pd.DataFrame: # where (kind/key and stage), what, recorded, found; one row a file
     "Every file of the store that is not what its manifest records, and every manifest that does not follow."
     aside = 'building', 'damaged', 'locks'
@@ -113,7 +114,7 @@ def judged(
 
 # %% ../../nbs/reports/00_verify.ipynb #11e9173f
 def evaluated(
-    exp:Experiment,
+    exp:Experiment, # whose store is looked into
 )->list[tuple[str,str]]: # model, task
     "The evaluations that are built."
     s = exp.status()
@@ -248,6 +249,7 @@ def _line_problems(name:str, made:list[str], want:list[str])->list[tuple[str,str
 def _lines(folder:Path)->dict[str,list[str]]: # file -> lines
     return {p.name: p.read_text(encoding='utf-8').splitlines() for p in sorted(folder.glob('*.*'))}
 
+# %% ../../nbs/reports/00_verify.ipynb #e0ef72bc
 def table_problems(
     exp:Experiment, # of the run
     folder:Path, # with the run's tables
@@ -268,6 +270,7 @@ def table_problems(
     out += [x for n in sorted(made.keys() & want.keys()) for x in _line_problems(n, made[n], want[n])]
     return len(made), pd.DataFrame(out, columns=PROBLEM)
 
+# %% ../../nbs/reports/00_verify.ipynb #fa85877e
 def _together(counted:dict[int,tuple])->tuple[pd.DataFrame,pd.DataFrame]: # scores, samples
     "What was counted of each seed, as the tables take it."
     if len(counted) == 1: return next(iter(counted.values()))[:2]
@@ -315,6 +318,7 @@ def score_record(
     return dict(model=model, task=task, label=_alone(exp).label, protocol=protocol, **score,
                 made_from={n: exp.show(n) for n in exp.needs([name])})
 
+# %% ../../nbs/reports/00_verify.ipynb #fc53d0f0
 def _in_short(stage, m:dict)->str: # of a stage and its manifest
     deciding = ', '.join(f'{k} {v}' for k, v in stage.settings.items() if not isinstance(v, dict))
     made = f"{stage.kind} {m['key'][:12]}, content {m['content'][:12]}, {m['seconds']:.1f} s"
