@@ -17,7 +17,7 @@ from ..models.adapters import AdaptedModel
 
 # %% ../../nbs/pipeline/02_artifacts.ipynb #7347c10d
 def reference(
-    a:Artifact,
+    a:Artifact, # of any kind
 )->dict: # plain JSON
     "An artifact by kind, key and content."
     return dict(kind=a.kind, key=a.key, content=a.content)

@@ -28,8 +28,13 @@ class Event:
 class Engine(Protocol):
     "Builds stages that are named to it."
     n_slots: int
-    def start(self, slot:int, name:str)->None: "Begin to build a stage in a free slot."
-    def events(self, wait_s:float)->list[Event]: "What happened since the last call; waits so long at most."
+    def start(self,
+        slot:int, # a free one, from 0
+        name:str, # of a stage
+    )->None: "Begin to build a stage."
+    def events(self,
+        wait_s:float, # seconds to wait for one, at most
+    )->list[Event]: "What happened since the last call."
     def stop(self)->None: "End all work at once; what is finished is in the store."
 
 # %% ../../nbs/pipeline/10_executor.ipynb #b84c471a
@@ -145,7 +150,7 @@ def _cause(name:str, inputs:Mapping[str,Collection[str]], failed:Collection[str]
 
 # %% ../../nbs/pipeline/10_executor.ipynb #cb1b0c59
 def raise_failed(
-    o:Outcome,
+    o:Outcome, # of `execute`
     rows:Mapping[str,str], # stage that gives a row of a table its scores -> the row
     go_on:str, # command that builds what is left
 )->None:

@@ -15,12 +15,13 @@ import pandas as pd
 
 from ..core.config import Numerics, Profile, Template
 from ..core.data_files import read_rows
+from ..core.store import Artifact
 from ..dpo import load_policy
 from ..eval import evaluate
 from ..models.adapters import AdaptedModel
 from ..models.divergence import dequantized, kl_summary, log_probs, probe_of
 from ..paper import H6_TASKS
-from .artifacts import adapted_model
+from .artifacts import adapted_model, BuildContext
 from .graph import bos_settings, machine_settings, must_be_in, task_settings, build_graph, Stage
 from .progress import Progress
 
@@ -67,7 +68,7 @@ def _items(adapted:AdaptedModel, model, way:str, t:str, s:dict, inputs, scratch:
     return score, pd.DataFrame(items)
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #31bcc39b
-def build_quantization(out, settings, inputs, context):
+def build_quantization(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "divergence.csv: KL from the trained model on the probe; scores.csv; items.parquet: score of every item; each way."
     adapted, said, items, scores = adapted_model(inputs['model'], context.store), [], [], []
     n, sets = settings['n_probe'], [a.path/'rows.jsonl' for a in inputs.values() if a.kind == 'data']

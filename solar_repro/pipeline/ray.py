@@ -32,7 +32,7 @@ def check_installed()->None:
         raise ImportError("engine ray: Ray is not installed; expected ray 2.60. Run: pip install 'solar_repro[ray]'")
 
 # %% ../../nbs/pipeline/20_ray.ipynb #c3604779
-ATTEMPTS = 5 # to start a cluster: Ray gives its parts 15 s, too few to read their files first, or beside other work
+ATTEMPTS = 3 # to start a cluster: Ray gives its parts 15 s, too few to read their files first, or beside other work
 _QUIET = dict(logging_level='ERROR', log_to_driver=False)
 
 def _start_cluster(n_cpus:int|None)->None:

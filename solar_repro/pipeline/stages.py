@@ -26,7 +26,8 @@ from ..merging.methods import METHODS, numbers_of
 from ..models.adapters import AdaptedModel, average
 from ..models.base_models import check_fit, row_filter, write_base
 from ..models.divergence import dequantized
-from .artifacts import adapted_model, base_and_terms, merged_onto, write_adapted_model
+from .artifacts import (
+    adapted_model, base_and_terms, BuildContext, merged_onto, write_adapted_model)
 from .quantization import build_quantization
 from .sources import stage_source
 from ..sft import train_sft
@@ -34,7 +35,7 @@ from ..tiny.base import random_base
 from ..tiny.world import shipped_base
 
 # %% ../../nbs/pipeline/04_stages.ipynb #c4647159
-def build_base(out, settings, inputs, context):
+def build_base(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "A checkpoint: the shipped base, a toy with random weights, an external one, or a base as NF4 gives it back."
     if settings['source'] == 'random': random_base(out)
     elif settings['source'] == 'dequantized':
@@ -45,7 +46,7 @@ def build_base(out, settings, inputs, context):
     else: write_base(settings, context.file, out)
 
 # %% ../../nbs/pipeline/04_stages.ipynb #644fba27
-def build_data(out, settings, inputs, context):
+def build_data(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "rows.jsonl: prompts with answers, or pairs; of published rows draw.json: their ids and what was passed over."
     fits = None
     if 'base' in inputs:
@@ -57,14 +58,14 @@ def build_data(out, settings, inputs, context):
     if got.ids is not None: (out/'draw.json').write_text(json.dumps(got.record, indent=1))
 
 # %% ../../nbs/pipeline/04_stages.ipynb #e5c9f9ac
-def build_bench(out, settings, inputs, context):
+def build_bench(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "train.jsonl and test.jsonl in the Hub's columns; of published items ids.json."
     bench, ids = stage_source(settings, context.file).items(settings['task'], settings['n'])
     for part, rows in bench.items(): write_rows(rows, out/f'{part}.jsonl')
     if ids is not None: (out/'ids.json').write_text(json.dumps(ids))
 
 # %% ../../nbs/pipeline/04_stages.ipynb #e68e54a2
-def build_contamination(out, settings, inputs, context):
+def build_contamination(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "overlaps.parquet: test items that share words in a row with training rows."
     def texts(a): yield from map(row_text, read_rows(a.path/'rows.jsonl'))     # one set in memory at a time
     sets = {n.removeprefix('data/'): texts(a) for n, a in inputs.items() if n.startswith('data/')}
@@ -73,7 +74,7 @@ def build_contamination(out, settings, inputs, context):
     overlaps(sets, items).to_parquet(out/'overlaps.parquet', index=False)
 
 # %% ../../nbs/pipeline/04_stages.ipynb #c0304a45
-def build_sft(out, settings, inputs, context):
+def build_sft(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "An adapter on the base."
     rows = [r for role, a in inputs.items() if role != 'base' for r in read_rows(a.path/'rows.jsonl')]
     base, template = inputs['base'].path, Template.model_validate(settings['template'])
@@ -83,7 +84,7 @@ def build_sft(out, settings, inputs, context):
     write_adapted_model(out, inputs['base'], [[None, 1.]])
 
 # %% ../../nbs/pipeline/04_stages.ipynb #49410ba2
-def build_ref(out, settings, inputs, context):
+def build_ref(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "logps.csv: log-probabilities of both answers of every pair under the start model."
     start, rows = adapted_model(inputs['start'], context.store), read_rows(inputs['data'].path/'rows.jsonl')
     numerics, template = Numerics.model_validate(settings['numerics']), Template.model_validate(settings['template'])
@@ -91,7 +92,7 @@ def build_ref(out, settings, inputs, context):
     logps.to_csv(out/'logps.csv', index=False, float_format='%.9g')
 
 # %% ../../nbs/pipeline/04_stages.ipynb #8e45cb28
-def build_dpo(out, settings, inputs, context):
+def build_dpo(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "An adapter that starts as the start model's."
     sets = [d for d in inputs if f'ref_{d}' in inputs]
     rows = [r for d in sets for r in read_rows(inputs[d].path/'rows.jsonl')]
@@ -108,7 +109,7 @@ def _by_reference(a:Artifact)->AdaptedModel: # whose folders are references as t
     def text(ref): return json.dumps(ref, sort_keys=True)
     return AdaptedModel(text(base), tuple((text(ref), w) for ref, w in terms))
 
-def build_merge(out, settings, inputs, context):
+def build_merge(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "A sum of adapters where the method gives one, else a checkpoint with its tensors' angles."
     method, x, models = METHODS[settings['method']], numbers_of(settings), [inputs['a'], inputs['b']]
     if method.of_adapters:
@@ -121,7 +122,7 @@ def build_merge(out, settings, inputs, context):
     write_adapted_model(out, None, [])
 
 # %% ../../nbs/pipeline/04_stages.ipynb #bfaec03b
-def build_eval(out, settings, inputs, context):
+def build_eval(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "score.json and items.parquet, one row an item."
     adapted = merged_onto(adapted_model(inputs['model'], context.store), inputs.get('merge_onto'))
     score, items = evaluate(adapted, settings['task'], inputs['bench'].path, settings['num_fewshot'],
@@ -131,7 +132,7 @@ def build_eval(out, settings, inputs, context):
     pd.DataFrame(items).to_parquet(out/'items.parquet', index=False)
 
 # %% ../../nbs/pipeline/04_stages.ipynb #5cb436bd
-def build_own(out, settings, inputs, context):
+def build_own(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "items.parquet, one row a held-out row: what the model answers, and whether that is the row's own answer."
     adapted = merged_onto(adapted_model(inputs['model'], context.store), inputs.get('merge_onto'))
     rows, template = read_rows(inputs['data'].path/'rows.jsonl'), Template.model_validate(settings['template'])
