@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_check.py --minutes 8 [--wheels FOLDER] [--out benchmarks/results/gpu_check.json]
 
-Steps in this order, each for as long as time is left; the JSON is written after every one of them:
+Steps in this order, each in a process of its own and for as long as time is left; the JSON is written after every
+part of them. What fails, dies or is cut off is written down with what it had found, and the next goes on:
   four_bits  NF4 there and back, and a step of the paged optimizer
   recipe     a random fp16 base in shards: SFT, stopped and resumed, reference, DPO, averages, SLERP, benchmarks
   sft, dpo   a random base of SOLAR-10.7B's shape made on the card, in NF4: tokens a second, share of the peak,
@@ -10,19 +11,22 @@ Steps in this order, each for as long as time is left; the JSON is written after
              grouped otherwise
   scoring    benchmarks/h6.py on HellaSwag, MMLU, GSM8K in bfloat16
   merging    merges on the card and on the CPU: the same bits?
-On a machine without a card everything runs at toy size. Missing packages are installed from --wheels, without an
-index.
+On a machine without a card everything runs at toy size. --wheels is a folder of wheels: those that the machine lacks,
+or has in another version, are installed without an index. `--strip 130` first leaves only that CUDA version's library
+in the wheel of bitsandbytes there, so that all of them can be carried.
 """
 import argparse
-import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,16 +34,34 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-NEEDED = dict(transformers='transformers', peft='peft', trl='trl', bitsandbytes='bitsandbytes', lm_eval='lm-eval',
-              fastcore='fastcore', execnb='execnb')
+
+
+def stripped(wheels: Path, cuda: str):
+    "Leave, of the libraries of bitsandbytes, that of the CPU and of one CUDA version."
+    import zipfile
+    for wheel in wheels.glob('bitsandbytes-*.whl'):
+        less = wheel.with_suffix('.less')
+        with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(less, 'w', zipfile.ZIP_DEFLATED) as new:
+            gone = {n for n in old.namelist() if 'libbitsandbytes_' in n and not n.endswith(('_cpu.so', f'{cuda}.so'))}
+            for n in old.namelist():
+                text = old.read(n)
+                if n.endswith('/RECORD'):
+                    text = b''.join(l for l in text.splitlines(True) if l.split(b',')[0].decode() not in gone)
+                if n not in gone: new.writestr(old.getinfo(n), text)
+        less.replace(wheel)
 
 
 def install(wheels: Path) -> list[str]:
-    "Install what is missing from a folder of wheels."
-    missing = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
-    command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--find-links', str(wheels), *missing]
+    "Install the wheels of a folder that are not there in this very version."
+    from importlib.metadata import PackageNotFoundError, version
+    def lacks(wheel):
+        name, v = wheel.name.split('-')[:2]
+        try: return version(name) != v
+        except PackageNotFoundError: return True
+    missing = [w for w in sorted(wheels.glob('*.whl')) if lacks(w)]
+    command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', *map(str, missing)]
     if missing: subprocess.run(command, check=True)
-    return missing
+    return [w.name for w in missing]
 
 
 def bits_of(folder: Path) -> dict:
@@ -52,19 +74,20 @@ def synchronize(device: str):
     if device == 'cuda': torch.cuda.synchronize()
 
 
-def four_bits(device: str, folder: Path) -> dict:
+def four_bits(device: str, folder: Path) -> Iterator[dict]:
     "NF4 there and back; AdamW whose state may leave the card."
     import bitsandbytes as bnb
     import torch
     x = torch.randn(1024, 1024, device=device)
     packed, state = bnb.functional.quantize_4bit(x, quant_type='nf4', compress_statistics=True)
     far = (bnb.functional.dequantize_4bit(packed, state) - x).norm()/x.norm()
+    yield dict(nf4_error=far.item())
     w = torch.nn.Parameter(torch.ones(64, 64, device=device))
     optimizer = bnb.optim.PagedAdamW32bit([w], lr=.1)
     w.grad = torch.ones_like(w)
     optimizer.step()
     synchronize(device)
-    return dict(nf4_error=far.item(), after_a_step=w.detach().mean().item())
+    yield dict(after_a_step=w.detach().mean().item())
 
 
 PROFILE = """
@@ -140,18 +163,21 @@ def resumed(exp, out: Path, device: str) -> dict:
     return dict(checkpoints=found, same_bits=all(torch.equal(a[k], b[k]) for k in b))
 
 
-def recipe(device: str, folder: Path) -> dict:
+def recipe(device: str, folder: Path) -> Iterator[dict]:
     "The recipe on a toy, from the base to SLERP and its six scores."
     from solar_repro.paper import H6_TASKS
     from solar_repro.pipeline.experiment import Experiment
     (folder/'check.toml').write_text(PROFILE.format(device=device))
     fp16_base(folder/'base')
     exp = Experiment(folder/'check.toml', store=folder/'store')
-    kill = resumed(exp, folder, device)
-    exp.run(['Merge v1', 'Merge v4', *(f'eval/Merge v4/{t}' for t in H6_TASKS)])
-    scores = {t: json.loads((exp.find(f'eval/Merge v4/{t}').path/'score.json').read_text())['score'] for t in H6_TASKS}
-    losses = {n: exp.log(n)['loss'].round(4).tolist() for n in ('SFT v3', 'Cand. 1')}
-    return dict(resume=kill, scores=scores, losses=losses)
+    yield dict(resume=resumed(exp, folder, device))
+    exp.run(['Merge v1', 'Merge v4'])
+    yield dict(losses={n: exp.log(n)['loss'].round(4).tolist() for n in ('SFT v3', 'Cand. 1')})
+    scores = {}
+    for t in H6_TASKS:
+        exp.run([f'eval/Merge v4/{t}'])
+        scores[t] = json.loads((exp.find(f'eval/Merge v4/{t}').path/'score.json').read_text())['score']
+        yield dict(scores=scores)
 
 
 def quantized(layer, device: str):
@@ -243,27 +269,27 @@ def flops_of(model, n_row: int, rank: int) -> float:
     return train_flops(shape, n_row, rank, False)
 
 
-def sft(device: str, folder: Path) -> dict:
+def sft(device: str, folder: Path) -> Iterator[dict]:
     "A microbatch of packed rows as `a100` has it."
     import torch
     from accelerate.utils import send_to_device
     from solar_repro import sft as ours
     n, rank = (2048, 64) if device == 'cuda' else (256, 8)
-    model, out = random_model(device, rank, .05), {}
+    model = random_model(device, rank, .05)
     ids, part = torch.randint(10, 30000, (n,)).tolist(), n//4
     batch = ours.sft_microbatch([dict(input_ids=ids, labels=ids, seq_lengths=[part]*4)])
     batch = send_to_device(batch, device)
     trainer, step = trainer_of(ours.PackedTrainer, device), dict(microbatches=[batch], n=batch['n'])
     work = lambda: trainer.training_step(model, step)
-    out['autocast'] = timed(work, n, device, flops_of(model, part, rank), peak_flops(device))
-    out['profile_ms'] = profiled(work)
+    flops, peak = flops_of(model, n, rank), peak_flops(device)
+    yield dict(autocast=timed(work, n, device, flops, peak))
+    yield dict(profile_ms=profiled(work))
     trainer.accelerator.autocast = lambda *a, **k: nullcontext()
-    try: out['no_autocast'] = timed(work, n, device, flops_of(model, part, rank), peak_flops(device), 2)
-    except RuntimeError as e: out['no_autocast'] = f'{type(e).__name__}: {str(e)[:200]}'
-    return out
+    try: yield dict(no_autocast=timed(work, n, device, flops, peak, 2))
+    except RuntimeError as e: yield dict(no_autocast=f'{type(e).__name__}: {str(e)[:200]}')
 
 
-def dpo(device: str, folder: Path) -> dict:
+def dpo(device: str, folder: Path) -> Iterator[dict]:
     "A microbatch of pairs as `a100` has it; log-probabilities of pairs alone and together."
     import torch
     from accelerate.utils import send_to_device
@@ -276,25 +302,25 @@ def dpo(device: str, folder: Path) -> dict:
     batch = send_to_device(ours.shared_prefix_microbatch(rows), device)
     trainer = trainer_of(ours.SharedPrefixTrainer, device)
     work = lambda: trainer.training_step(model, dict(microbatches=[batch], n=batch['n']))
-    out = timed(work, batch['inputs']['input_ids'].numel(), device, flops_of(model, n//4, rank), peak_flops(device))
+    yield timed(work, batch['inputs']['input_ids'].numel(), device, flops_of(model, n//4, rank), peak_flops(device))
     model.eval()
     with torch.no_grad():
         together = ours.pair_logps(model, batch, 'bfloat16')
         alone = torch.cat([ours.pair_logps(model, ours.shared_prefix_microbatch([r]), 'bfloat16') for r in rows])
-    return dict(out, noise_nats=(together - alone).abs().max().item())
+    yield dict(noise_nats=(together - alone).abs().max().item())
 
 
-def scoring(device: str, folder: Path) -> dict:
+def scoring(device: str, folder: Path) -> Iterator[dict]:
     "Our scoring against lm-eval's own on the card."
     toy = ['--shape', 'smoke', '--items', '2', '--mmlu_items', '2']
     shape = ['--shape', 'solar-10.7b', '--dtype', 'bfloat16'] if device == 'cuda' else toy
     command = [sys.executable, HERE/'h6.py', '--tasks', 'hellaswag', 'mmlu', 'gsm8k', '--device', device, *shape]
     said = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if said.returncode: raise RuntimeError(said.stderr[-1500:])
-    return dict(said=said.stdout.splitlines()[-12:])
+    yield dict(said=said.stdout.splitlines()[-12:])
 
 
-def merging(device: str, folder: Path) -> dict:
+def merging(device: str, folder: Path) -> Iterator[dict]:
     "Which merges have the same bits on the card as on the CPU."
     import torch
     from solar_repro.merging.config import merge_config
@@ -310,47 +336,73 @@ def merging(device: str, folder: Path) -> dict:
             if not to.exists(): merge(merge_config(method, [a, b], **x), to, device=d, threads=2)
         one, two = (bits_of(folder/f'{method}-{d}') for d in (device, 'cpu'))
         same[method] = all(torch.equal(one[k], two[k]) for k in two)
-    return same
+        yield same
 
 
-STEPS = four_bits, recipe, sft, dpo, scoring, merging
+STEPS = {s.__name__: s for s in (four_bits, recipe, sft, dpo, scoring, merging)}
 
 
-def run(step, device: str, folder: Path) -> dict:
-    "A step's findings, or its error: later steps run all the same."
+def run(name: str, device: str, out: Path):
+    "A step in this process: what it has found so far is in a file, whatever happens next."
+    found = dict(ok=None)
+    def write(**more):
+        found.update(more)
+        out.write_text(json.dumps(found))
+    with tempfile.TemporaryDirectory() as d:
+        try:
+            for part in STEPS[name](device, Path(d)): write(**part)
+            write(ok=True)
+        except Exception as e:
+            write(ok=False, error=f'{type(e).__name__}: {e}'[:800], at=traceback.format_exc(limit=-3))
+
+
+def apart(name: str, device: str, seconds: float) -> dict:
+    "A step in a process of its own, cut off when its time is over."
     start = time.time()
-    try: found = dict(ok=True, **step(device, folder))
-    except Exception as e:
-        found = dict(ok=False, error=f'{type(e).__name__}: {e}'[:800], at=traceback.format_exc(limit=-3))
-    import gc
-    import torch
-    gc.collect()
-    if device == 'cuda': torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as d:
+        out, errors = Path(d)/'found.json', Path(d)/'stderr'
+        with errors.open('w') as e:
+            p = subprocess.Popen([sys.executable, __file__, '--step', name, device, str(out)], stdout=e, stderr=e,
+                                 start_new_session=True)
+        try: ended = f'the process ended with {p.wait(seconds)}'
+        except subprocess.TimeoutExpired:
+            ended = 'no time left'
+            os.killpg(p.pid, signal.SIGKILL)
+            p.wait()
+        found = json.loads(out.read_text()) if out.exists() else dict(ok=None)
+        if found['ok'] is None: found.update(ok=False, error=ended, said=errors.read_text()[-800:])
     return dict(found, seconds=round(time.time() - start, 1))
 
 
+def card() -> tuple[str, dict]: # device; what this machine is
+    import torch
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    name = torch.cuda.get_device_name() if device == 'cuda' else 'none: toy size on a CPU'
+    return device, dict(card=name, torch=torch.__version__, python=platform.python_version())
+
+
 def main():
-    import tempfile
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument('--minutes', type=float, default=8.)
     a.add_argument('--wheels', type=Path)
+    a.add_argument('--strip', metavar='CUDA')
     a.add_argument('--out', type=Path, default=HERE/'results'/'gpu_check.json')
-    a.add_argument('--steps', nargs='+', choices=[s.__name__ for s in STEPS], default=[s.__name__ for s in STEPS])
+    a.add_argument('--steps', nargs='+', choices=list(STEPS), default=list(STEPS))
+    a.add_argument('--step', nargs=3, help=argparse.SUPPRESS)
     a = a.parse_args()
+    if a.step: return run(*a.step[:2], Path(a.step[2]))
+    if a.strip: return stripped(a.wheels, a.strip)
     end = time.time() + 60*a.minutes
     installed = install(a.wheels) if a.wheels else []
-    import torch
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    name = torch.cuda.get_device_name() if device == 'cuda' else 'CPU, toy size'
-    out = dict(card=name, torch=torch.__version__, python=platform.python_version(), installed=installed, steps={})
-    for step in STEPS:
-        if step.__name__ not in a.steps: continue
-        if time.time() > end: out['steps'][step.__name__] = dict(ok=None, error='no time left')
-        else:
-            with tempfile.TemporaryDirectory() as d: out['steps'][step.__name__] = run(step, device, Path(d))
-        a.out.parent.mkdir(parents=True, exist_ok=True)
+    device, about = card()
+    out = about | dict(minutes=a.minutes, installed=installed, steps={})
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in STEPS:
+        if name not in a.steps: continue
+        left = end - time.time()
+        out['steps'][name] = apart(name, device, left) if left > 0 else dict(ok=None, error='no time left')
         a.out.write_text(json.dumps(out, indent=1) + '\n')
-        print(step.__name__, json.dumps(out['steps'][step.__name__])[:300], flush=True)
+        print(name, json.dumps(out['steps'][name])[:300], flush=True)
     sys.exit(any(x['ok'] is False for x in out['steps'].values()))
 
 

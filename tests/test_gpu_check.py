@@ -1,7 +1,10 @@
-"""The check of a card runs whole at toy size where there is none, and writes what it found after every step."""
+"""The check of a card runs whole at toy size where there is none, and writes what it found after every part."""
+import importlib.util
 import json
 import subprocess
 import sys
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,69 @@ def test_a_step_that_has_no_time_left_is_named(tmp_path):
     assert said.returncode == 0, said.stderr[-2000:]
     assert list(out['steps']) == STEPS
     assert all(x == dict(ok=None, error='no time left') for x in out['steps'].values())
+
+
+@pytest.fixture
+def script():
+    "The script as a module."
+    spec = importlib.util.spec_from_file_location('gpu_check', CHECK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DIES = """
+import json, os, sys, time
+open(sys.argv[4], 'w').write(json.dumps(dict(ok=None, nf4_error=.1)))
+if sys.argv[2] == 'hangs': time.sleep(600)
+print('device-side assert', file=sys.stderr, flush=True)
+os._exit(3)
+"""
+
+
+CASES = [('dies', 300, 'the process ended with 3'), ('hangs', 10, 'no time left')]
+
+
+@pytest.mark.parametrize('how, seconds, error', CASES)
+def test_a_step_that_dies_or_takes_too_long_keeps_what_it_found(script, monkeypatch, tmp_path, how, seconds, error):
+    (tmp_path/'step.py').write_text(DIES)
+    monkeypatch.setattr(script, '__file__', str(tmp_path/'step.py'))
+    found = script.apart(how, 'cpu', seconds)
+    assert (found['ok'], found['nf4_error'], found['error']) == (False, .1, error)
+    assert 'device-side assert' in found['said'] or how == 'hangs'
+
+
+def test_a_step_that_fails_says_where(script, monkeypatch, tmp_path):
+    def fails(device, folder):
+        yield dict(first=1)
+        raise RuntimeError(f'no kernel for {device}')
+    monkeypatch.setattr(script, 'STEPS', dict(fails=fails))
+    script.run('fails', 'card', tmp_path/'found.json')
+    found = json.loads((tmp_path/'found.json').read_text())
+    assert (found['first'], found['ok'], found['error']) == (1, False, 'RuntimeError: no kernel for card')
+    assert 'test_gpu_check' in found['at']
+
+
+def test_only_what_is_not_there_is_installed(script, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(script.subprocess, 'run', lambda command, check: asked.append(command))
+    here = f'pandas-{version("pandas")}-cp311-cp311-any.whl'
+    wheels = [here, 'pandas-0.1-cp311-cp311-any.whl', 'nowhere-1-py3-none-any.whl']
+    for name in wheels: (tmp_path/name).touch()
+    assert script.install(tmp_path) == sorted(wheels[1:]) and len(asked) == 1
+    assert {'--no-index', '--no-deps'} < set(asked[0]) and wheels[0] not in ' '.join(asked[0])
+
+
+def test_a_wheel_keeps_one_cuda_library(script, tmp_path):
+    names = [f'bitsandbytes/libbitsandbytes_{k}.so' for k in ('cpu', 'cuda118', 'cuda130', 'rocm70')]
+    wheel = tmp_path/'bitsandbytes-1-py3-none-any.whl'
+    with zipfile.ZipFile(wheel, 'w') as z:
+        for n in ('bitsandbytes/__init__.py', *names): z.writestr(n, 'x'*9)
+        z.writestr('bitsandbytes-1.dist-info/RECORD', ''.join(f'{n},sha256=x,9\n' for n in names))
+    script.stripped(tmp_path, '130')
+    with zipfile.ZipFile(wheel) as z: left, record = z.namelist(), z.read('bitsandbytes-1.dist-info/RECORD').decode()
+    assert left == ['bitsandbytes/__init__.py', names[0], names[2], 'bitsandbytes-1.dist-info/RECORD']
+    assert record.split() == [f'{n},sha256=x,9' for n in (names[0], names[2])] and list(tmp_path.iterdir()) == [wheel]
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def _rows_at_hand(p:Profile, stage:Stage, held:Artifact|None)->list[dict]|None:
 # %% ../../nbs/pipeline/05_cost_model.ipynb #7036ace1
 def forward_flops(
     s:Shape, # of the model
-    context:float, # tokens of a row
+    context:float, # tokens of a row; twice as many under a mask
     lora_r:int=0, # rank of an adapter beside the weights
     scored:float=1., # share of tokens whose next token is predicted
 )->float: # operations a token
@@ -172,7 +172,7 @@ def forward_flops(
 
 def train_flops(
     s:Shape, # of the model
-    context:float, # tokens of a row
+    context:float, # tokens of a row; twice as many under a mask
     lora_r:int, # of the adapter that is trained
     again:bool, # layers are computed again in the backward pass
 )->float: # operations a token

@@ -15,18 +15,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from ..core.config import Profile
 from ..core.store import Artifact
-from ..models.loading import load_base, quiet    # before peft, whose remarks it silences
-from peft import get_peft_model, LoraConfig
+from ..models.loading import load_base, load_tokenizer, quiet    # before peft, whose remarks it silences
+from peft import get_peft_model, LoraConfig, PeftModel
 import bitsandbytes.functional as bnb
+from ..models.training import restore, trainable
 from .cost_model import fetched, GIB, Shape, train_flops
 from .graph import Stage
 from .hardware import Card, Hardware
 from .plan import blockers, make_plan
+from ..sft import packed_trainer
+from ..tiny.world import shipped_base
 
 # %% ../../nbs/pipeline/08_machine.ipynb #fc61b132
 def _nf4_problem(device:str)->str:
@@ -51,48 +55,71 @@ def detect(
     bf16 = torch.cuda.get_device_capability() >= (8, 0)
     return Hardware(name, True, memory, bf16, _nf4_problem('cuda'), disk, ram, os.cpu_count())
 
+# %% ../../nbs/pipeline/08_machine.ipynb #f8343bf1
+def _few_layers(
+    p:Profile, # the numerical setting of its [sft]
+    s:Shape, # of its base
+)->tuple[PeftModel,int]: # and how many layers it has
+    "A model of the base's width, quantized and with an adapter as the profile says."
+    one, x = replace(s, n_layers=1), p.sft
+    n_layers = min(s.n_layers, max(2, 500_000_000//one.linear))
+    config = LlamaConfig(hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=n_layers,
+                         num_attention_heads=s.n_heads, num_key_value_heads=s.kv*s.n_heads//s.hidden,
+                         vocab_size=s.vocab, tie_word_embeddings=s.tied)
+    lora = LoraConfig(r=x.lora_r, target_modules='all-linear', lora_dropout=x.lora_dropout, task_type='CAUSAL_LM')
+    with TemporaryDirectory() as d:
+        LlamaForCausalLM(config).to(getattr(torch, x.compute_dtype)).save_pretrained(d)
+        return get_peft_model(load_base(Path(d), x.nf4, x.compute_dtype, p.machine.device), lora), n_layers
+
+# %% ../../nbs/pipeline/08_machine.ipynb #a5f1128e
+class _Clock(TrainerCallback):
+    "When each step ended; three at least, and then no more than there is time for."
+    def __init__(self, budget_s:float): self.ends, self.budget_s = [], budget_s
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        if len(self.ends) > 2 and self.ends[-1] - self.ends[0] > self.budget_s: control.should_training_stop = True
+
+def _step_times(
+    p:Profile, # the numerical setting of its [sft]
+    model:PeftModel, # of `_few_layers`
+    budget_s:float, # stop after so long
+    scratch:Path, # nothing is saved there
+)->tuple[list[float],int]: # seconds of every step but the first, shortest first; tokens of a step
+    "Train for a dozen steps."
+    x, most = p.sft, p.sft.max_tokens_per_microbatch
+    few = max(1, most//x.max_length) if most else x.batch_size//x.microbatches
+    n_rows = x.batch_size if p.machine.device == 'cuda' else few
+    x = x.model_copy(update=dict(batch_size=n_rows, microbatches=1, epochs=1))
+    ids = torch.randint(model.config.vocab_size, (4*12*n_rows, x.max_length//4)).tolist()
+    saved, clock = trainable(model), _Clock(budget_s)
+    trainer = packed_trainer(model, Dataset.from_dict(dict(input_ids=ids, labels=ids)),
+                             load_tokenizer(shipped_base()), x, scratch, p.seed, p.machine.device)
+    restore(trainer.model, saved)
+    trainer.args.save_strategy = 'no'
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock)
+    trainer.train()
+    return sorted(b - a for a, b in zip(clock.ends, clock.ends[1:])), n_rows*(x.max_length//4)*4
+
 # %% ../../nbs/pipeline/08_machine.ipynb #55598535
-def _two_layers(p:Profile, s:Shape):
-    "Two layers of a model of the base's shape, quantized and with an adapter as the profile says."
-    torch.set_num_threads(p.machine.threads)
-    config = LlamaConfig(hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=2,
-                         num_attention_heads=s.n_heads, num_key_value_heads=s.kv*s.n_heads//s.hidden, vocab_size=64,
-                         tie_word_embeddings=True)
-    with TemporaryDirectory() as d, quiet():
-        LlamaForCausalLM(config).to(getattr(torch, p.sft.compute_dtype)).save_pretrained(d)
-        base = load_base(Path(d), p.sft.nf4, p.sft.compute_dtype, p.machine.device)
-    lora = LoraConfig(r=p.sft.lora_r, target_modules='all-linear', lora_dropout=p.sft.lora_dropout)
-    with quiet(): model = get_peft_model(base, lora)
-    for w in model.parameters():
-        if w.requires_grad: w.data = w.data.float()
-    return model.model.model.train()
-
-def _step_s(model, ids:torch.Tensor, p:Profile)->float:
-    "Seconds of one pass forward and backward."
-    start, device = time.perf_counter(), p.machine.device
-    dtype = p.sft.compute_dtype
-    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
-        out = model(input_ids=ids).last_hidden_state
-    out.float().mean().backward()
-    if device == 'cuda': torch.cuda.synchronize()
-    return time.perf_counter() - start
-
 def calibrate(
     p:Profile, # the numerical setting of its [sft]
     s:Shape, # of its base
-    n_tok:int=256, # tokens of a microbatch
     budget_s:float=60., # stop after so long
 )->Card:
-    "Measure training on the present machine: two layers of this width, as the profile trains them."
-    model, began, times = _two_layers(p, s), time.perf_counter(), []
-    ids = torch.zeros(1, n_tok, dtype=torch.long, device=p.machine.device)
-    while len(times) < 2 or len(times) < 12 and time.perf_counter() - began < budget_s:
-        times.append(_step_s(model, ids, p))
-    flops, times = train_flops(replace(s, n_layers=2, vocab=0), n_tok, p.sft.lora_r, False)*n_tok, sorted(times[1:])
+    "Measure training on the present machine: the profile's own steps on a few layers of this width."
+    torch.set_num_threads(p.machine.threads)
+    with TemporaryDirectory() as d, quiet():
+        model, n_layers = _few_layers(p, s)
+        times, n_tok = _step_times(p, model, budget_s, Path(d)/'scratch')
+    again = p.sft.activation_checkpointing
+    flops = train_flops(replace(s, n_layers=n_layers), 2*p.sft.max_length, p.sft.lora_r, again)*n_tok
     best, mid, worst = (flops/t/1e12 for t in (times[0], times[len(times)//2], times[-1]))
     found = detect(Path.cwd())
     return Card(found.name, mid, found.gib, float('inf'), found.bf16, (best/mid, 1., .8*worst/mid),
-                f'measured: {len(times)} steps of two layers, {n_tok} tokens')
+                f'measured: {len(times)} steps of {n_layers} layers, {n_tok} tokens each')
 
 # %% ../../nbs/pipeline/08_machine.ipynb #838b7038
 def _hub_missing(p:Profile)->bool:
