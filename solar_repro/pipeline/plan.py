@@ -144,7 +144,8 @@ DOWNLOADS = dict(alpaca_gpt4=48.4e6, openorca=1.01e9, synth_math_instruct=396e6,
 
 def _base_cost(of:Setting, stage:Stage)->Cost:
     n, net = of.base_bytes, fetched(of.profile)
-    return Cost(other_s=_fetching(n) if net else _reading(n), disk=n*(1 + net), download=n*net) # the Hub's cache has one too
+    # what is fetched lies in the Hub's cache, too
+    return Cost(other_s=_fetching(n) if net else _reading(n), disk=n*(1 + net), download=n*net)
 
 def _file_cost(of:Setting, stage:Stage)->Cost:
     "A training set or a benchmark: fetched, if it is on the Hub, and kept."
@@ -177,7 +178,7 @@ def _notebook_costs(of:Setting)->dict[str,Cost]:
     n, out = of.base_bytes, {}
     if of.profile.sft.nf4: # the base that NF4 gives back is written and read, and goes when all is scored
         out['02_sft: as trained, read back'] = _together([*scored('SFT v3')*2, Cost(other_s=_reading(4*n), disk=n)])
-    out['04_merge: weights, outputs'] = Cost(other_s=_reading(12*n), memory=n + GIB)
+    out['04_merge: weights, outputs'] = Cost(other_s=_reading(12*n), memory=2*n + GIB) # two models in memory
     own = [_train_cost(of, of.graph['SFT v4']), *scored('SFT v4'), *scored('Merge v1')]
     return out | {OWN: _together(own)}
 
