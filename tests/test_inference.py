@@ -2,6 +2,7 @@
 next model leave behind."""
 
 import argparse
+import hashlib
 import json
 import runpy
 from itertools import pairwise
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import save
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -21,7 +23,7 @@ from solar_repro.inference import forward as forward_module, generation as gener
 from solar_repro.models import resident as resident_module
 from solar_repro.inference.lm import RequestEncoder, AnswerCache, SharedPrefixLM, encode_pairs, stopper
 from solar_repro.inference.prefix_tree import Limits, Request, batches, divide, grow, halved
-from solar_repro.models.resident import Resident, weights_digest
+from solar_repro.models.resident import Resident
 from solar_repro.inference.forward import limits_of
 from solar_repro.models.adapters import AdaptedModel, materialize, save_adapter
 from solar_repro.models.loading import load_tokenizer, quiet
@@ -33,6 +35,11 @@ from solar_repro.tiny.base import random_base
 
 SHOTS = dict(arc=3, hellaswag=1, mmlu=3, truthfulqa=1, winogrande=2, gsm8k=2)
 CLOSE = 1e-4  # nats: float32 sums in another order
+
+
+def weights_digest(model):
+    "Of all weights: two models are the same if theirs is."
+    return hashlib.sha256(save({n: w.clone() for n, w in model.state_dict().items()})).hexdigest()
 
 
 @pytest.fixture(scope='module')

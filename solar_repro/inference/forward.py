@@ -26,8 +26,8 @@ from .prefix_tree import Limits, Row
 
 # %% ../../nbs/inference/01_forward.ipynb #6b8397dd
 def free_bytes(
-    device:torch.device,
-)->int:
+    device:torch.device, # a card, or the CPU
+)->int: # bytes
     "Memory that can still be taken."
     if device.type == 'cuda':
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -37,7 +37,7 @@ def free_bytes(
         return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//2
 
 def kv_shape(
-    model:PreTrainedModel,
+    model:PreTrainedModel, # for its configuration
 )->tuple[int,int,int]: # layers, heads, dim
     "Keys of one token; values are as many."
     c = model.config.get_text_config()
@@ -66,7 +66,7 @@ def limits_of(
 
 # %% ../../nbs/inference/01_forward.ipynb #c5847ccc
 def n_shared(
-    model:PreTrainedModel,
+    model:PreTrainedModel, # for its configuration
 )->int: # heads; 1: each has keys of its own, or attention is not `scaled_dot_product_attention`
     "How many heads read the same keys."
     c = model.config.get_text_config()
@@ -88,6 +88,7 @@ def grouped_attention(
     out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(b, heads, n, -1).transpose(1, 2).contiguous(), None
 
+# %% ../../nbs/inference/01_forward.ipynb #a2911e28
 def forward(
     model:PreTrainedModel, # in evaluation mode
     ids:Tensor, # (batch, seq)
@@ -158,13 +159,18 @@ class StemLayer(DynamicLayer):
         super().__init__()
         self.keys, self.values, self.of, self.is_initialized = stem.keys, stem.values, of, True
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self,
+        key_states, # of the rows, (rows, heads, seq, dim)
+        value_states, # as large
+        *args, # these and what follows: of other kinds of cache
+        **kwargs,
+    ): # keys and values, (rows, heads, stem + seq, dim)
         "Stem and row side by side; nothing is kept."
         return torch.cat([self.keys[self.of], key_states], -2), torch.cat([self.values[self.of], value_states], -2)
 
 def padded(
-    rows:Sequence[Sequence[int]],
-    device:torch.device,
+    rows:Sequence[Sequence[int]], # integers, one row at least
+    device:torch.device, # where to put them
 )->Tensor: # (rows, longest)
     "Rows of integers, filled up with zeros at the right."
     n = max(map(len, rows))

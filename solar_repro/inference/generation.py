@@ -26,7 +26,9 @@ class PromptLookup:
         self.tokens, self.after, self.trust = [], {}, 0     # trust: tokens of the next draft worth a try
         self.extend(tokens)
 
-    def extend(self, new:Sequence[int])->None:
+    def extend(self,
+        new:Sequence[int], # tokens read since
+    )->None:
         "Remember what followed pairs and triples."
         for t in new:
             for n in (2, 3):
@@ -39,7 +41,10 @@ class PromptLookup:
         if at is None: return []
         return [self.tokens[at + j % (len(self.tokens) - at)] for j in range(N_DRAFT)]
 
-    def learn(self, draft:Sequence[int], new:Sequence[int])->None:
+    def learn(self,
+        draft:Sequence[int], # tokens predicted
+        new:Sequence[int], # tokens that did come
+    )->None:
         "See how far a draft was right; even one that was not tried tells."
         right = n_common(draft, new)
         self.trust = min(N_DRAFT, 2*right) if right > self.trust or right == len(new) else right
@@ -65,7 +70,12 @@ class BufferLayer(DynamicLayer):
         self.keys, self.values, self.at, self.end, self.is_initialized = keys, values, at, end, True
         self.rows = torch.arange(len(keys), device=keys.device)[:, None]
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self,
+        key_states, # of the new tokens, (batch, heads, seq, dim)
+        value_states, # as large
+        *args, # these and what follows: of other kinds of cache
+        **kwargs,
+    ): # keys and values up to `end`, (batch, heads, end, dim)
         "Write in place; everything so far."
         self.keys[self.rows, :, self.at] = key_states.transpose(1, 2)
         self.values[self.rows, :, self.at] = value_states.transpose(1, 2)
@@ -131,7 +141,9 @@ class Decoding:
     lookups: list[PromptLookup]  # of each row
     n_new: list[int]      # tokens generated in each row
 
-    def keep(self, rows:Sequence[int])->None:
+    def keep(self,
+        rows:Sequence[int], # places of those that stay
+    )->None:
         "Let the other rows leave."
         at = torch.tensor(rows, device=self.real.device)
         self.layers = [(k[at], v[at]) for k, v in self.layers]

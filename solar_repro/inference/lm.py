@@ -32,7 +32,7 @@ from ..models.loading import token_ids, token_pairs
 @dataclass(unsafe_hash=True)
 class RequestEncoder:
     "Encodes texts as lm-eval does; equal for tokenizers that are equal."
-    tokenizer: PreTrainedTokenizerBase = field(compare=False)
+    tokenizer: PreTrainedTokenizerBase = field(compare=False) # of the model
     add_bos: bool|None = None # None: as the tokenizer does by itself
     digest: str = field(init=False) # of the tokenizer
     ids: list = field(init=False, compare=False, repr=False) # each id once for all prompts
@@ -97,8 +97,10 @@ class AnswerCache:
             for answers in good.values(): self.known |= answers
             if len(good) < len(lines): write_whole(file, b''.join(good))
 
-    def add(self, answers:list)->None:
-        "(request, answer) pairs of a finished batch."
+    def add(self,
+        answers:list, # (request, answer)
+    )->None:
+        "Keep the answers of a finished batch."
         self.known |= dict(answers)
         self.waiting += answers
         if self.file and time.time() - self.written > self.every_s:
@@ -164,6 +166,7 @@ def check_model(
         raise ValueError(f'inference: attention slides over {slides} tokens; expected all {window} of the context. '
                          f'Set max_length to {slides}.')
 
+# %% ../../nbs/inference/03_lm.ipynb #079ed3a8
 class SharedPrefixLM(TemplateLM):
     "lm-eval's `LM`, computing shared prefixes once and only the logits that are scored."
     def __init__(self,
@@ -197,7 +200,9 @@ class SharedPrefixLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm=False): return _texts(self, [r.args for r in requests])
 
-    def longest(self, requests):
+    def longest(self,
+        requests, # of lm-eval, all of one type
+    ):
         "Tokens of the longest request, with all that may be generated."
         return _longest(self, requests[0].request_type, [r.args for r in requests])
 
@@ -232,7 +237,10 @@ def _score(lm:SharedPrefixLM, requests:tuple[Request,...], cache:AnswerCache)->l
     return [cache.known[i] for i in range(len(requests))]
 
 # %% ../../nbs/inference/03_lm.ipynb #e6ae343b
-def check_greedy(model:PreTrainedModel, kwargs:dict)->None:
+def check_greedy(
+    model:PreTrainedModel, # that generates
+    kwargs:dict, # of lm-eval's requests
+)->None:
     "Raise unless these settings mean plain greedy decoding."
     odd = {k: v for k, v in kwargs.items() if k not in ('until', 'max_gen_toks', 'do_sample', 'temperature')}
     if kwargs.get('do_sample'): odd['do_sample'] = True
@@ -248,6 +256,7 @@ def _end_ids(lm:SharedPrefixLM)->set[int]:
     also = lm.model.generation_config.eos_token_id
     return {lm.eot_token_id, *(also if isinstance(also, list) else [] if also is None else [also])}
 
+# %% ../../nbs/inference/03_lm.ipynb #964d0074
 def _generate(lm:SharedPrefixLM, contexts:tuple[str,...], kwargs:dict)->list[str]:
     "Texts of all contexts, in their order, cut at their stop strings."
     kwargs = normalize_gen_kwargs(kwargs, 256)

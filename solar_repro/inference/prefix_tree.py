@@ -37,12 +37,15 @@ def as_request(
 @dataclass(frozen=True)
 class Row:
     "A prefix tree of tokens, walked depth first."
-    tokens: tuple[int,...]
+    tokens: tuple[int,...]  # of each node
     depths: tuple[int,...]  # of each node; 0 at the first
     ends: tuple[int,...]    # of each node: where its subtree ends
     spots: tuple[tuple[int,tuple[int,...]],...] # (request, nodes whose logits score it)
 
-def n_common(a:Sequence[int], b:Sequence[int])->int: # length
+def n_common(
+    a:Sequence[int], # tokens
+    b:Sequence[int], # tokens
+)->int: # how many
     "Length of the common beginning."
     lo, hi = 0, min(len(a), len(b))
     while lo < hi:
@@ -94,11 +97,11 @@ def divide(
 @dataclass(frozen=True)
 class Group:
     "Rows that begin alike."
-    stem: tuple[int,...]
-    rows: tuple[Row,...]
+    stem: tuple[int,...]  # tokens that all begin with; may be none
+    rows: tuple[Row,...]  # what follows it
 
 def grow(
-    requests:Sequence[Request],
+    requests:Sequence[Request], # in any order
 )->list[Group]:
     "The forest of all requests."
     items = {}
@@ -121,12 +124,18 @@ class Limits:
     n_full: int = 512 # tokens after which shorter rows get a pass of their own instead of padding
     n_idle: int = 32  # tokens that a pass computes in the time of reading the weights
 
-    def uneven(self, longest:int, n:int, n_rows:int)->bool:
-        "Whether a row of `n` tokens better stays out of a pass of `n_rows` rows, the longest as given."
+    def uneven(self,
+        longest:int, # tokens of the longest row of a pass
+        n:int, # tokens of one more
+        n_rows:int, # rows of the pass without it
+    )->bool:
+        "Whether a row better stays out of a pass."
         return 5*n < 4*longest and n_rows*longest >= self.n_full
 
 # %% ../../nbs/inference/00_prefix_tree.ipynb #a34ac8ae
-def halved(x:Limits)->Limits:
+def halved(
+    x:Limits, # that were too wide
+)->Limits:
     "Half as much memory."
     if x.n_tok < 128:
         raise MemoryError(f'inference: memory does not hold {x.n_tok} tokens at a time; expected it to. '
@@ -137,7 +146,7 @@ def halved(x:Limits)->Limits:
 @dataclass(frozen=True)
 class Batch:
     "Stems computed side by side, and chunks of rows that use them."
-    stems: tuple[tuple[int,...],...]
+    stems: tuple[tuple[int,...],...] # token ids
     chunks: tuple[tuple[tuple[int,Row],...],...] # of each forward pass: (stem, row)
 
 def _full(pairs:list[tuple[int,Row]], n_stem:int, x:Limits)->bool:
@@ -158,8 +167,8 @@ def _as_batch(groups:list[Group], x:Limits)->Batch:
     return Batch(tuple(g.stem for g in groups), tuple(map(tuple, chunks)))
 
 def batches(
-    groups:Sequence[Group],
-    x:Limits,
+    groups:Sequence[Group], # of `grow`
+    x:Limits, # what a pass may hold
 )->list[Batch]: # longest stems first, so that a lack of memory shows at once
     "Pack groups into batches."
     out, now = [], []

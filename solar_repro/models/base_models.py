@@ -75,7 +75,9 @@ def write_base(
         for p in checkpoint_files(at).all: shutil.copyfile(p, out/p.name)
 
 # %% ../../nbs/models/05_base_models.ipynb #71ce8a80
-def check_config(folder:Path)->None:
+def check_config(
+    folder:Path, # of an external base
+)->None:
     "Raise unless the folder holds a causal language model that `transformers` knows."
     file = Path(folder)/'config.json'
     if not file.is_file():
@@ -106,6 +108,7 @@ def _check_finite(folder:Path)->None:
                     raise ValueError(f'base {folder}: {n_bad} of {w.numel()} weights of {n} are not finite; '
                                      'expected numbers. The file is damaged, or the model was: get it again.')
 
+# %% ../../nbs/models/05_base_models.ipynb #12182012
 def _check_whole(folder:Path)->None:
     how = dict(device_map={'': 'meta'}, output_loading_info=True)
     try:
@@ -119,6 +122,7 @@ def _check_whole(folder:Path)->None:
                          'would be random. Save the model again, with its head.')
     _check_adaptable(folder, model)
 
+# %% ../../nbs/models/05_base_models.ipynb #b0f1adae
 def _check_adaptable(folder:Path, model)->None: # model: without its weights
     entries, head = open_checkpoint(folder).entries, model.get_output_embeddings()
     of_gpt2 = [n for n, m in model.named_modules() if isinstance(m, Conv1D)]
@@ -132,7 +136,10 @@ def _check_adaptable(folder:Path, model)->None: # model: without its weights
                          'adapters are added to; expected the names of transformers. Load it with transformers and '
                          'save it again with save_pretrained.')
 
-def check_base(folder:Path)->None:
+# %% ../../nbs/models/05_base_models.ipynb #c6a593cf
+def check_base(
+    folder:Path, # of an external base
+)->None:
     "Raise unless it is a whole causal language model with finite weights and a tokenizer that can end a text."
     check_config(folder)
     load_tokenizer(folder)

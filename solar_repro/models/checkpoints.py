@@ -37,10 +37,10 @@ REAL = 'BF16', 'F16', 'F32', 'F64'   # what can be merged; all else is copied
 @dataclass(frozen=True)
 class Entry:
     "Where a tensor lies."
-    name:str
+    name:str              # in the file
     dtype:str             # safetensors' name, such as BF16
-    shape:tuple[int,...]
-    file:Path
+    shape:tuple[int,...]  # numbers along each axis
+    file:Path             # weight file
     start:int             # first byte in the file
     stop:int              # one past the last
 
@@ -90,7 +90,7 @@ _CONVERT = ("Convert it once: python -c \"from transformers import AutoModelForC
 @dataclass(frozen=True)
 class Checkpoint:
     "A folder of weights."
-    folder:Path
+    folder:Path              # as save_pretrained writes it
     config:dict              # config.json
     entries:dict[str,Entry]  # by name, sorted
 
@@ -210,8 +210,7 @@ FUNCTION = (   # what of a config changes the function
     'num_key_value_heads', 'head_dim', 'hidden_act', 'rms_norm_eps', 'rope_theta', 'rope_scaling', 'rope_parameters',
     'tie_word_embeddings')
 
-def _some(found:list[str], n:int=4)->str:
-    return ', '.join(found[:n])+(f' and {len(found)-n} more' if len(found)>n else '')
+def _some(found:list[str])->str: return ', '.join(found[:4])+(f' and {len(found)-4} more' if len(found)>4 else '')
 
 def _as_read(m:Checkpoint)->dict: # keys of FUNCTION, with the defaults of what the file leaves out
     "What transformers makes of a configuration, whichever of its versions wrote it."
@@ -236,6 +235,7 @@ def check_same_architecture(
             raise ValueError(f"merge: {a.folder} and {b.folder} differ in {_some(odd)}; expected one architecture. "
                              "Merge fine-tunes of one base.")
 
+# %% ../../nbs/models/04_checkpoints.ipynb #27ac16a0
 def check_same_shape(
     models:Sequence[Checkpoint], # the first is what the others are held against
 )->None:

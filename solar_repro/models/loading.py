@@ -30,7 +30,7 @@ def render(
 
 # %% ../../nbs/models/01_loading.ipynb #a14302ee
 def token_ids(
-    tokenizer:PreTrainedTokenizerBase,
+    tokenizer:PreTrainedTokenizerBase, # of the model
     texts:Sequence[str], # each is a prompt, or a prompt with its answer
     special:bool=True, # put before a text what the tokenizer puts there, such as BOS, unless it begins with BOS
 )->list[list[int]]: # of each text, without the EOS that a tokenizer appends

@@ -151,7 +151,10 @@ class MicrobatchMixin:
     "For a TRL trainer: the microbatches of a step one after another, as if they were one batch."
     row_length:Callable[[dict],int] # tokens of a row
     collate:Callable[[list[dict]],dict] # rows -> a microbatch, see `in_microbatches`
-    def sums(self, model, batch:dict)->dict[str,Tensor]: # over a microbatch: loss, and what the log shows
+    def sums(self,
+        model, # that is trained
+        batch:dict, # of `collate`
+    )->dict[str,Tensor]: # over a microbatch: loss, and what the log shows
         raise NotImplementedError
 
     def divide_steps(self, max_tokens_per_microbatch:int)->None: # padding included
