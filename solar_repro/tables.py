@@ -82,6 +82,13 @@ def _of(found:Answers, task:str, m:str)->dict[str,np.ndarray]: # benchmark -> sc
                          f'e.g. with exp.samples([{m!r}]).')
     return {t: found[m, t] for t in tasks}
 
+def _alike(a:str, b:str)->list[str]: # the other rows of the first table with both, or of the last one of each
+    rows = {n: models(n) for n in paper.MADE}
+    if not all(any(m in r for r in rows.values()) for m in (a, b)): return []
+    last = lambda m: [r for r in rows.values() if m in r][-1]
+    both = next((r for r in rows.values() if a in r and b in r), last(a) + last(b))
+    return [m for m in dict.fromkeys(both) if m not in (a, b)]
+
 def pair(
     samples:pd.DataFrame|Answers, # one row an item; or `answers` of them, where many pairs are compared
     task:str, # 'h6' or one of the six
@@ -90,7 +97,8 @@ def pair(
     "Two models on one benchmark, or on all six: over items, and where trainings were repeated, over these as well."
     found = answers(samples) if isinstance(samples, pd.DataFrame) else samples
     x, y = _of(found, task, a), _of(found, task, b)
-    if len(next(iter(x.values()))) > 1: return over_trainings(x, y)
+    if len(next(iter(x.values()))) > 1:
+        return over_trainings(x, y, *(_of(found, task, m) for m in _alike(a, b) if all((m, t) in found for t in x)))
     x, y = ({t: v[0] for t, v in z.items()} for z in (x, y))
     return paired_mean(x, y) if task == 'h6' else paired(x[task], y[task])
 
@@ -145,7 +153,7 @@ def _ours_in_words(t:pd.DataFrame, samples:pd.DataFrame|None)->str:
         se = (t.loc[first, 'h6_se']**2 + t.loc[second, 'h6_se']**2)**.5
         ahead = gap > 2*se
     else:
-        test = pair(samples[samples['model'].isin([first, second])], 'h6', first, second)
+        test = pair(samples[samples['model'].isin(t.index)], 'h6', first, second)
         ahead, se = test.p < ALPHA, 100*test.se
     said = 'is ahead of' if ahead else 'is not resolved from'
     return f'{first} has the highest H6 ({best:.1f}) and {said} {second} ({gap:+.1f} ± {se:.1f} points)'
@@ -170,15 +178,15 @@ def judge(
     difference:float, # first minus second, a fraction
     se:float, # standard error of the difference, a fraction
     df:float=math.inf, # its degrees of freedom
+    of:int=1, # comparisons that the claim stands on
 )->str: # supported, contradicted or undecided
-    "Verdict on one comparison: does the 95 % interval of the difference lie where the claim says?"
+    "Verdict on one comparison: does the 95 % interval of the difference (Bonferroni's, to contradict) lie as claimed?"
     claimed = {'>': (0, math.inf), '<': (-math.inf, 0), '≈': (-MARGIN, MARGIN), '≥': (-MARGIN, math.inf)}
     if op not in claimed:
         raise ValueError(f'judge: {op!r} is no comparison; expected one of {list(claimed)}. Correct the claim.')
-    reach = interval(df, ALPHA)*se
-    (from_, to), low, high = claimed[op], difference - reach, difference + reach
-    if from_ < low and high < to: return SUPPORTED
-    return CONTRADICTED if high < from_ or low > to else UNDECIDED
+    (from_, to), reach, wide = claimed[op], interval(df, ALPHA)*se, interval(df, ALPHA/of)*se
+    if from_ < difference - reach and difference + reach < to: return SUPPORTED
+    return CONTRADICTED if difference + wide < from_ or difference - wide > to else UNDECIDED
 
 def overall(
     verdicts:Sequence[str], # of a claim's comparisons
@@ -187,10 +195,11 @@ def overall(
     return next((v for v in (CONTRADICTED, UNDECIDED) if v in verdicts), SUPPORTED)
 
 # %% ../nbs/06_tables.ipynb #1b3ab45d
-def _noise(x:dict[str,np.ndarray], y:dict[str,np.ndarray])->tuple[float,float]: # se, df
+def _noise(found:Answers, task:str, a:str, b:str)->tuple[float,float]: # se, df
     "Of the difference of two models' answers: over items, and over trainings where there are several."
+    x, y = _of(found, task, a), _of(found, task, b)
     if len(next(iter(x.values()))) == 1: return paired_se(*({t: v[0] for t, v in z.items()} for z in (x, y))), math.inf
-    both = over_trainings(x, y)
+    both = pair(found, task, a, b)
     return both.se, both.df
 
 def _compare(c:Claim, s:pd.DataFrame, found:Answers|None=None)->pd.DataFrame:
@@ -199,9 +208,9 @@ def _compare(c:Claim, s:pd.DataFrame, found:Answers|None=None)->pd.DataFrame:
     for task, a, op, b in c.parts:
         x, y = s.loc[(a, task)], s.loc[(b, task)]
         d, se, df = x['score'] - y['score'], math.hypot(x['se'], y['se']), math.inf
-        if found is not None: se, df = _noise(_of(found, task, a), _of(found, task, b))
+        if found is not None: se, df = _noise(found, task, a, b)
         what = f'{TITLES[task]}, {a} {op} {b}'
-        rows.append(dict(compares=what, difference=100*d, se=100*se, verdict=judge(op, d, se, df)))
+        rows.append(dict(compares=what, difference=100*d, se=100*se, verdict=judge(op, d, se, df, len(c.parts))))
     return pd.DataFrame(rows)
 
 def _in_numbers(compared:pd.DataFrame)->str:

@@ -121,21 +121,27 @@ def item_and_training_noise(
                  seeds=('seed', 'size')).reset_index()
 
 # %% ../../nbs/core/06_stats.ipynb #35c11d81
+def _training_noise(x:np.ndarray)->tuple[float,float]: # (models, trainings) -> variance of a difference of means, df
+    "What neither model nor seed explains (randomized blocks); of two models, the variance of their mean difference."
+    rest = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+    df = (x.shape[0] - 1)*(x.shape[1] - 1)
+    return float(2*(rest**2).sum()/df/x.shape[1]), df
+
 def over_trainings(
     a:dict[str,np.ndarray], # benchmark -> score of each item in each training of one model, (trainings, items)
     b:dict[str,np.ndarray], # the same items, trained with the same seeds, of the other
+    *alike:dict[str,np.ndarray], # of other models, trained alike: they tell the scatter of trainings, too
 )->Paired:
     "Compare two models on the mean of benchmarks over items and trainings (min F': doi:10.1016/S0022-5371(73)80014-3)."
-    n = {x.shape[0] for x in (*a.values(), *b.values())}
-    if set(a) != set(b) or len(n) != 1 or min(n) < 2:
+    n = {x.shape[0] for m in (a, b, *alike) for x in m.values()}
+    if any(set(a) != set(m) for m in (b, *alike)) or len(n) != 1 or min(n) < 2:
         raise ValueError(f'over_trainings: benchmarks {sorted(a)} and {sorted(b)}, {sorted(n)} trainings; expected the '
                          'same of both, two trainings or more. Score the missing ones.')
-    each = np.mean([(a[t] - b[t]).mean(1) for t in a], axis=0)     # a difference a training
     parts = [((difference_se(a[t].mean(0), b[t].mean(0))/len(a))**2, a[t].shape[1] - 1) for t in a]
-    parts.append((each.var(ddof=1)/len(each), len(each) - 1))
+    parts.append(_training_noise(each := np.array([np.mean([m[t].mean(1) for t in a], axis=0) for m in (a, b, *alike)])))
     variance = sum(v for v, _ in parts)
     df = variance**2/sum(v**2/k for v, k in parts)                 # doi:10.2307/3002019
-    difference, se = float(each.mean()), math.sqrt(variance)
+    difference, se = float((each[0] - each[1]).mean()), math.sqrt(variance)
     return Paired(difference, se, float(2*scipy.stats.t.sf(abs(difference)/se, df)), float(df))
 
 def interval(
