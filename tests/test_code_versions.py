@@ -16,6 +16,11 @@ def test_no_kind_has_changed_without_its_version():
     assert not said, said
 
 
+def test_nothing_to_say_is_no_failure():
+    with pytest.raises(SystemExit) as e: code_versions.main()
+    assert e.value.code == 0
+
+
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     "The package in a folder of its own, recorded as it is."

@@ -258,7 +258,7 @@ def main(what:str='', *kinds:str)->None:
         raise_kinds(list(kinds), today)
         raised = now()
         today = recorded | {k: raised[k] for k in kinds}
-    else: sys.exit(complaint(recorded, today) if not what else __doc__)
+    else: sys.exit((__doc__ if what else complaint(recorded, today)) or 0)
     write_record(today)
 
 

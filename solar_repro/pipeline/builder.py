@@ -49,11 +49,11 @@ class Builder:
         "The model in evaluation mode, until the next call: one model in memory becomes one after another."
         if self._resident is None:
             self._prepare()
-            self._let_go()
+            self.let_go()
             self._resident = Resident(self.machine.device)
         return self._resident.become(adapted)
 
-    def _let_go(self)->None:
+    def let_go(self)->None:
         "Free the model in memory, and what a training left on the card."
         self._resident = None
         gc.collect()
@@ -72,7 +72,7 @@ def build(self:Builder,
     self._prepare()
     context = BuildContext(self.store, on_progress, self.materialized, s.file)
     def write(out):
-        if s.kind in LOADS_ITS_OWN: self._let_go()
+        if s.kind in LOADS_ITS_OWN: self.let_go()
         BUILDERS[s.kind](out, s.settings, inputs, context)
     return self.store.build(s.kind, key, write, settings=s.settings, inputs=inputs, name=s.name,
                             code_version=CODE_VERSIONS[s.kind], seed=s.settings.get('seed'), wait=wait)
