@@ -72,13 +72,13 @@ def test_a_whole_run_has_no_fault(whole, monkeypatch):
     "And to see that, no model is loaded and nothing is built."
     import solar_repro.eval
     import solar_repro.models.adapters
-    import solar_repro.pipeline.builder                     # what imports these names must have done so before
+    from solar_repro.pipeline.builder import Builder        # what imports these names must have done so before
     from solar_repro.core.store import Store
     for module, name in (
         (solar_repro.eval, 'materialize'),
         (solar_repro.models.adapters, 'materialize'),
         (Store, 'build'),
-        (Experiment, 'materialized'),
+        (Builder, 'materialized'),
     ):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('needed a model'))
     said, found = problems(*whole)

@@ -86,7 +86,8 @@ def wait_for(what, of: Forked | None = None):
     "Until something is so; a driver that has ended meanwhile is an error."
     while not (got := what()):
         if of is not None and of.poll() is not None:
-            if 'no cluster could be started here' in of.err: pytest.skip(f'Ray does not start: {of.err.splitlines()[-1]}')
+            if 'no cluster could be started here' in of.err:
+                pytest.skip(f'Ray does not start: {of.err.splitlines()[-1]}')
             raise AssertionError(of.err)
         time.sleep(.05)
     return got

@@ -138,7 +138,8 @@ def over_trainings(
         raise ValueError(f'over_trainings: benchmarks {sorted(a)} and {sorted(b)}, {sorted(n)} trainings; expected the '
                          'same of both, two trainings or more. Score the missing ones.')
     parts = [((difference_se(a[t].mean(0), b[t].mean(0))/len(a))**2, a[t].shape[1] - 1) for t in a]
-    parts.append(_training_noise(each := np.array([np.mean([m[t].mean(1) for t in a], axis=0) for m in (a, b, *alike)])))
+    each = np.array([np.mean([m[t].mean(1) for t in a], axis=0) for m in (a, b, *alike)]) # models, trainings
+    parts.append(_training_noise(each))
     variance = sum(v for v, _ in parts)
     df = variance**2/sum(v**2/k for v, k in parts)                 # doi:10.2307/3002019
     difference, se = float((each[0] - each[1]).mean()), math.sqrt(variance)

@@ -92,7 +92,8 @@ def _step_times(
     few = max(1, most//x.max_length) if most else x.batch_size//x.microbatches
     n_rows = x.batch_size if p.machine.device == 'cuda' else few
     x = x.model_copy(update=dict(batch_size=n_rows, microbatches=1, epochs=1))
-    ids = torch.randint(model.config.vocab_size, (4*12*n_rows, x.max_length//4)).tolist()
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (4*12*n_rows, x.max_length//4), generator=drawn).tolist()
     saved, clock = trainable(model), _Clock(budget_s)
     trainer = packed_trainer(model, Dataset.from_dict(dict(input_ids=ids, labels=ids)),
                              load_tokenizer(shipped_base()), x, scratch, p.seed, p.machine.device)
