@@ -82,12 +82,13 @@ def _of(found:Answers, task:str, m:str)->dict[str,np.ndarray]: # benchmark -> sc
                          f'e.g. with exp.samples([{m!r}]).')
     return {t: found[m, t] for t in tasks}
 
+def _tables_with(m:str)->list[int]: return [n for n in paper.MADE if m in models(n)]
+
 def _alike(a:str, b:str)->list[str]: # the other rows of the first table with both, or of the last one of each
-    rows = {n: models(n) for n in paper.MADE}
-    if not all(any(m in r for r in rows.values()) for m in (a, b)): return []
-    last = lambda m: [r for r in rows.values() if m in r][-1]
-    both = next((r for r in rows.values() if a in r and b in r), last(a) + last(b))
-    return [m for m in dict.fromkeys(both) if m not in (a, b)]
+    of_a, of_b = _tables_with(a), _tables_with(b)
+    if not (of_a and of_b): return []
+    which = [n for n in of_a if n in of_b][:1] or [of_a[-1], of_b[-1]]
+    return [m for m in dict.fromkeys(m for n in which for m in models(n)) if m not in (a, b)]
 
 def pair(
     samples:pd.DataFrame|Answers, # one row an item; or `answers` of them, where many pairs are compared
@@ -107,8 +108,7 @@ def compared(
     n:int, # 3 to 7
 )->list[tuple[str,str,str]]: # (task, model, other model)
     "What the claims on a table compare, and in it every row with the best one of the paper's H6."
-    last = {m: max(t for t in paper.MADE if m in models(t)) for t in paper.MADE for m in models(t)}
-    pairs = [(t, a, b) for c in CLAIMS for t, a, _, b in c.parts if max(last[a], last[b]) == n]
+    pairs = [(t, a, b) for c in CLAIMS for t, a, _, b in c.parts if max(_tables_with(a) + _tables_with(b)) == n]
     theirs = paper.scores().query("table == @n and task == 'h6'").set_index('model')['score']
     pairs += [('h6', theirs.idxmax(), m) for m in theirs.index if m != theirs.idxmax()]
     once = {}
