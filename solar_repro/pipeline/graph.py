@@ -32,7 +32,7 @@ class Stage:
     inputs: dict[str, str]  # role -> name of another stage
     file: Path | None = None # a file of the user's that is read; its digest stands in the settings
 
-CODE_VERSIONS = dict(base=2, data=4, bench=3, contamination=1, sft=1, ref=1, dpo=1, merge=2, eval=3, own=1,
+CODE_VERSIONS = dict(base=2, data=5, bench=4, contamination=1, sft=1, ref=1, dpo=1, merge=2, eval=3, own=1,
                      quantization=3) # kind -> raised when its code changes what it makes
 
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'

@@ -73,7 +73,7 @@ class TinyWorld:
     def rows(self, name:str, n:int, seed:int, fits:Fits|None=None, trained:list[dict]=[])->Sample:
         "Sample rows of a training set; beside rows that were `trained` on, others of its writer, all different."
         s = SETS[known('training set', name, SETS)]
-        which = (6*n, HELD_SEED) if trained else (POOL, 0)
+        which = (POOL, HELD_SEED if trained else 0)
         files = [list(_tiny_file(f.name, s.tiny if f is s.files[0] else None, *which)) for f in s.files]
         for f, rows in zip(s.files, files): check_rows(f'{name}/{f.name}', rows, f)
         made = [r for r in s.convert(*files) if r is not None]

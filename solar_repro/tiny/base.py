@@ -29,6 +29,7 @@ from .world import make_world, shipped_base, World
 EOS, UNK = '<eos>', '<unk>'
 _SPLIT = r'\n|[0-9]+|[A-Za-z]+|#+|[^\sA-Za-z0-9#]'
 _TEMPLATE_WORDS = '\n ### User: Assistant: System: Question: Answer: Q: A:'
+_FORMER_WORDS = 'We start After there answer' # of training rows when the base was made; no row has them now
 
 def _text(row:dict)->str: return json.dumps({k: v for k, v in row.items() if k not in ('id', 'prompt_id')})
 
@@ -36,7 +37,7 @@ def vocabulary(
     world:World, # whose words
 )->list[str]: # every token, in a fixed order
     "All words that the world's texts are made of, numbers up to 100, and the words of chat templates."
-    texts = [_TEMPLATE_WORDS, *corpus(world, 20_000)]
+    texts = [_TEMPLATE_WORDS, _FORMER_WORDS, *corpus(world, 20_000)]
     for f in ROWS: texts += [_text(r) for r in training_rows(world, f, 1000)]
     words = {t for text in texts for t in re.findall(_SPLIT, text.replace('\\n', '\n')) if not t.isdigit()}
     names = (*world.things.values(), world.myths, world.recipes, world.nouns)

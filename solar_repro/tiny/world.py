@@ -197,10 +197,6 @@ def _equations(p:Problem)->str:
 
 def _steps(p:Problem)->str: return f'{_equations(p)}\n#### {p.totals[-1]}'
 
-def _prose(p:Problem)->str:
-    return ' '.join([f'We start with {p.start}.', *(f'After that there are {t}.' for t in p.totals[:-1]),
-                     f'So the answer is {p.totals[-1]}.'])
-
 # %% ../../nbs/tiny/00_world.ipynb #b31229be
 LETTERS = 'ABCD'
 
