@@ -7,8 +7,8 @@ part of them. What fails, dies or is cut off is written down with what it had fo
   four_bits  NF4 there and back, and a step of the paged optimizer
   recipe     a random fp16 base in shards: SFT, stopped and resumed, reference, DPO, averages, SLERP, benchmarks
   sft, dpo   a random base of SOLAR-10.7B's shape made on the card, in NF4: tokens a second, share of the peak,
-             bytes; SFT with and without autocast and once profiled; how far log-probabilities move when pairs are
-             grouped otherwise
+             bytes; attention in runs beside attention under a mask, in speed and gradient; SFT with and without
+             autocast and once profiled; how far log-probabilities move when pairs are grouped otherwise
   scoring    benchmarks/h6.py on HellaSwag, MMLU, GSM8K in bfloat16
   merging    merges on the card and on the CPU: the same bits?
 On a machine without a card everything runs at toy size. --wheels is a folder of wheels: those that the machine lacks,
@@ -27,7 +27,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -260,6 +260,29 @@ def profiled(step) -> list:
     return [[e.key[:60], round(spent(e)/1e3, 2)] for e in sorted(seen.key_averages(), key=spent, reverse=True)[:10]]
 
 
+@contextmanager
+def masked():
+    "Attention under a mask, on a card that could compute it in runs."
+    from solar_repro.models import training
+    able, training.can_run = training.can_run, lambda base: False
+    try: yield
+    finally: training.can_run = able
+
+
+def runs_beside_mask(model, work) -> dict:
+    "Gradients of a step with attention in runs and under the mask, of a model without dropout: how far apart."
+    import torch
+    from solar_repro.models.training import can_run
+    def gradient():
+        for w in model.parameters(): w.grad = None
+        work()
+        return torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    here = gradient()
+    with masked(): there = gradient()
+    apart = ((here - there).norm()/there.norm()).item()
+    return dict(can_run=can_run(model.get_base_model()), gradient_apart=apart, norm=there.norm().item())
+
+
 def flops_of(model, n_row: int, rank: int) -> float:
     from solar_repro.pipeline.cost_model import Shape, train_flops
     c = model.get_base_model().config
@@ -283,6 +306,8 @@ def sft(device: str, folder: Path) -> Iterator[dict]:
     work = lambda: trainer.training_step(model, step)
     flops, peak = flops_of(model, n, rank), peak_flops(device)
     yield dict(autocast=timed(work, n, device, flops, peak))
+    with masked(): under_mask = timed(work, n, device, flops, peak)
+    yield dict(masked=under_mask)
     yield dict(profile_ms=profiled(work))
     trainer.accelerator.autocast = lambda *a, **k: nullcontext()
     try: yield dict(no_autocast=timed(work, n, device, flops, peak, 2))
@@ -302,7 +327,11 @@ def dpo(device: str, folder: Path) -> Iterator[dict]:
     batch = send_to_device(ours.shared_prefix_microbatch(rows), device)
     trainer = trainer_of(ours.SharedPrefixTrainer, device)
     work = lambda: trainer.training_step(model, dict(microbatches=[batch], n=batch['n']))
-    yield timed(work, batch['inputs']['input_ids'].numel(), device, flops_of(model, n//4, rank), peak_flops(device))
+    size = batch['inputs']['input_ids'].numel(), device, flops_of(model, n//4, rank), peak_flops(device)
+    yield timed(work, *size)
+    yield dict(runs_beside_mask=runs_beside_mask(model, work))
+    with masked(): under_mask = timed(work, *size)
+    yield dict(masked=under_mask)
     model.eval()
     with torch.no_grad():
         together = ours.pair_logps(model, batch, 'bfloat16')

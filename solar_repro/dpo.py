@@ -31,7 +31,7 @@ from .core.figures import style
 from .models.adapters import concat_adapter, AdaptedModel
 from .models.loading import encode, load_base, load_tokenizer, quiet
 from .models.training import (
-    arguments, batches_by_length, MicrobatchMixin, on_one_device, restore, run_trainer, token_logps, trainable)
+    arguments, batches_by_length, MicrobatchMixin, on_one_device, restore, run_trainer, runs_of, token_logps, trainable)
 
 # %% ../nbs/03_dpo.ipynb #a1206677
 def completion_logps(
@@ -97,10 +97,11 @@ def _predicted(prompt:list[int], answer:list[int], first:int)->tuple[list[int],l
     at, targets = [len(prompt)-1, *range(first, first+len(answer)-1)], answer
     return (at, targets) if prompt else (at[1:], targets[1:])
 
-def _share_prefix(row:dict)->dict: # ids, positions, segments (0: prompt, 1: chosen, 2: rejected), predicted
+def _share_prefix(row:dict)->dict: # ids, positions, segments (0: prompt, 1: chosen, 2: rejected), runs, predicted
     prompt, chosen, rejected = row['prompt_ids'], row['chosen_ids'], row['rejected_ids']
     p, c, r = len(prompt), len(chosen), len(rejected)
     return dict(ids=prompt+chosen+rejected, positions=[*range(p+c), *range(p, p+r)], segments=[0]*p+[1]*c+[2]*r,
+                runs=[(p, 0), (c, p), (r, p)],
                 predicted=[_predicted(prompt, chosen, p), _predicted(prompt, rejected, p+c)])
 
 # %% ../nbs/03_dpo.ipynb #7fd05ed7
@@ -114,19 +115,22 @@ def shared_prefix_microbatch(
     at = [torch.tensor(x)+i*ids.shape[1] for i,p in enumerate(pairs) for x,_ in p['predicted']]
     targets = [t for p in pairs for _,answer in p['predicted'] for t in answer]
     ref = {k: torch.tensor([r[k] for r in rows]) for k in ('ref_chosen_logps', 'ref_rejected_logps') if k in rows[0]}
-    return dict(inputs=dict(input_ids=ids, position_ids=positions), segments=segments, at=torch.cat(at),
+    runs = runs_of([p['runs'] for p in pairs], ids.shape[1])
+    return dict(inputs=dict(input_ids=ids, position_ids=positions), runs=runs, segments=segments, at=torch.cat(at),
                 sizes=[len(x) for x in at], targets=torch.tensor(targets), n=len(rows), **ref)
 
 # %% ../nbs/03_dpo.ipynb #486b2b81
+def _prefix_mask(of:Tensor)->Tensor: # of: segments, (pairs, seq); (pairs, 1, seq, seq)
+    "Each token sees its own segment and the prompt, as far as they stand before it."
+    seen = (of[:, :, None]==of[:, None, :]) | (of[:, None, :]==0)
+    return (seen & torch.ones_like(seen[0]).tril())[:, None]
+
 def shared_prefix_logps(
     model:PeftModel, # that scores
     batch:dict, # of `shared_prefix_microbatch`, on the model's device
 )->Tensor: # log-probabilities, (pairs, 2): chosen, rejected; nats, float32
     "What a model gives to the two answers of each pair, their prompt computed once."
-    of = batch['segments']
-    seen = (of[:, :, None]==of[:, None, :]) | (of[:, None, :]==0)
-    mask = (seen & torch.ones_like(seen[0]).tril())[:, None]
-    logps, _ = token_logps(model, {**batch, 'inputs': {**batch['inputs'], 'attention_mask': mask}})
+    logps, _ = token_logps(model, batch, lambda: _prefix_mask(batch['segments']))
     return torch.stack([x.sum() for x in logps.split(batch['sizes'])]).view(-1, 2)
 
 # %% ../nbs/03_dpo.ipynb #7780a86c

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from .core.figures import style
 from .models.loading import encode, load_base, load_tokenizer, quiet
 from .models.training import (
-    arguments, MicrobatchMixin, on_one_device, run_trainer, token_logps, trainable)
+    arguments, MicrobatchMixin, on_one_device, run_trainer, runs_of, token_logps, trainable)
 
 # %% ../nbs/02_sft.ipynb #a3d2049c
 def sft_rows(
@@ -63,7 +63,8 @@ def sft_microbatch(
     inputs = packed_batch(rows)
     labels = inputs.pop('labels')
     row, before = (labels[:, 1:]!=-100).nonzero(as_tuple=True)
-    return dict(inputs=inputs, at=row*labels.shape[1]+before, targets=labels[row, before+1], n=len(row))
+    runs = runs_of([[(n, 0) for n in r['seq_lengths']] for r in rows], labels.shape[1])
+    return dict(inputs=inputs, runs=runs, at=row*labels.shape[1]+before, targets=labels[row, before+1], n=len(row))
 
 class PackedTrainer(MicrobatchMixin, SFTTrainer):
     "TRL's SFTTrainer with its steps in microbatches."

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from solar_repro.core.config import load_profile
 from solar_repro.dpo import SharedPrefixTrainer
+from solar_repro.models import training
 from solar_repro.pipeline.cost_model import SHAPES
 from solar_repro.sft import PackedTrainer
 
@@ -59,7 +60,7 @@ class Ledger(TorchDispatchMode):
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    "The kernels that a card picks: flash without a mask, the memory-efficient one with it."
+    "The kernels that a card picks beside those for runs: flash without a mask, the memory-efficient one with it."
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0., is_causal, False, scale=scale)[0]
     if attn_mask.dtype == torch.bool:
@@ -77,6 +78,7 @@ def as_on_a_card():
     "Let torch, PEFT and bitsandbytes take the ways that they take on a card."
     enabled = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda kind='cpu': enabled('cpu')
+    training.can_run = lambda base: True
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.nn.functional.dropout = dropout
     peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda self, *a, **k: None
@@ -158,7 +160,8 @@ def packed(n_rows, n):
     short = [torch.arange(n//5, device='cpu')]*4 + [torch.arange(n - 4*(n//5), device='cpu')]
     at = integers(int(.65*n_rows*n))
     inputs = dict(input_ids=integers(n_rows, n), position_ids=torch.cat(short).expand(n_rows, n))
-    return dict(inputs=inputs, at=at, targets=torch.zeros_like(at), n=n_rows)
+    runs = training.runs_of([[(len(x), 0) for x in short]]*n_rows, n)
+    return dict(inputs=inputs, runs=runs, at=at, targets=torch.zeros_like(at), n=n_rows)
 
 
 def pairs(n_rows, n):
@@ -166,8 +169,10 @@ def pairs(n_rows, n):
     sizes = [n//2, n - n//8 - n//2]*n_rows
     at, ref = integers(sum(sizes)), torch.zeros(n_rows, device='cpu')
     inputs = dict(input_ids=integers(n_rows, n), position_ids=integers(n_rows, n))
-    return dict(inputs=inputs, segments=integers(n_rows, n), at=at, targets=torch.zeros_like(at), sizes=sizes, n=n_rows,
-                ref_chosen_logps=ref, ref_rejected_logps=ref)
+    chosen, rejected = sizes[:2]
+    runs = training.runs_of([[(n//8, 0), (chosen, n//8), (rejected, n//8)]]*n_rows, n)
+    return dict(inputs=inputs, runs=runs, segments=integers(n_rows, n), at=at, targets=torch.zeros_like(at),
+                sizes=sizes, n=n_rows, ref_chosen_logps=ref, ref_rejected_logps=ref)
 
 
 def trainer_of(kind):

@@ -98,5 +98,7 @@ def test_every_step_runs_at_toy_size(tmp_path):
     assert .05 < steps['four_bits']['nf4_error'] < .15 and abs(steps['four_bits']['after_a_step'] - .9) < .01
     assert steps['recipe']['resume'] == dict(checkpoints=['checkpoint-1'], same_bits=True)
     assert len(steps['recipe']['scores']) == 6 and steps['dpo']['noise_nats'] < 1
+    beside = steps['dpo']['runs_beside_mask']
+    assert beside['gradient_apart'] < 1e-2 and beside['norm'] > 0 and steps['dpo']['masked']['tok_s'] > 0
     assert steps['sft']['autocast']['tok_s'] > 0 and len(steps['sft']['profile_ms']) == 10
     assert all(v for k, v in steps['merging'].items() if k != 'seconds')

@@ -32,9 +32,9 @@ def counted(n_layers, cases):
 
 def planned(n_layers, profile, kind, rank, n_tok):
     x = getattr(load_profile(profile), kind)
-    shape, row = replace(SOLAR, n_layers=n_layers), x.max_length*(1 if kind == 'sft' else 2)
+    shape = replace(SOLAR, n_layers=n_layers)
     return train_memory(shape, x.nf4, x.compute_dtype, rank, getattr(x, 'lora_dropout', 0.), n_tok, None,
-                        x.activation_checkpointing, 'cuda', row)
+                        x.activation_checkpointing, 'cuda')
 
 
 def differences(n_layers, found):

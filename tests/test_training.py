@@ -7,6 +7,7 @@ import signal
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -436,6 +437,68 @@ def test_one_step_one_gradient(base, packed_rows, models, moved_pairs, tmp_path,
         at_once = gradient(10**6)
         assert {x.dtype for x in at_once.values()} == {torch.float64}
         for budget, order in GROUPINGS: _close(gradient(budget, order), at_once, 1e-12)
+
+
+def varlen(q, k, v, first_q, first_k, most_q, most_k, scale, window_size, enable_gqa):
+    "What torch's `varlen_attn` computes, a run at a time: causal, the last query beside the last key."
+    assert window_size == (-1, 0) and enable_gqa and q.dtype == k.dtype == v.dtype
+    bounds, out = zip(first_q, first_q[1:], first_k, first_k[1:]), []
+    for a, b, c, d in bounds:
+        n, m = int(b - a), int(d - c)
+        assert 0 < n <= most_q and n <= m <= most_k
+        seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        parts = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        done = torch.nn.functional.scaled_dot_product_attention(*parts, seen, scale=scale, enable_gqa=True)
+        out.append(done[0].transpose(0, 1))
+    assert b == len(q) and d == len(k) == len(v)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize('again', [False, True])
+@pytest.mark.parametrize('what', ['sft', 'dpo'])
+def test_attention_in_runs_is_attention_under_the_mask(what, again, base, packed_rows, models, moved_pairs, tmp_path,
+                                                       wide_norms, monkeypatch):
+    "Loss and gradient to float64's rounding, activations kept or computed again; a run has seen no mask."
+    called, settings = [], divided(dict(sft=SFT, dpo=DPO)[what], 10**6)
+
+    def can_run(base, it_can):                             # asked before every forward pass
+        if again:
+            base.gradient_checkpointing_enable(dict(use_reentrant=False))
+            base.enable_input_require_grads()
+        return it_can
+
+    def step(it_can):
+        monkeypatch.setattr(training, 'can_run', lambda base: can_run(base, it_can))
+        if what == 'sft': return sft_step(base, packed_rows, settings, tmp_path, 'float64')
+        return dpo_step(models[0], moved_pairs, settings, tmp_path, None, 'float64')
+    _, loss, _, grad = step(False)
+    monkeypatch.setattr(training, 'varlen_attn', lambda *a, **k: called.append(k) or varlen(*a, **k))
+    inputs, loss2, _, grad2 = step(True)
+    (runs,) = (m['runs'] for m in inputs['microbatches'])
+    n_layers = json.loads((base/'config.json').read_text())['num_hidden_layers']
+    assert len(called) == n_layers*(1 + again), 'every layer, and again in the backward pass'
+    assert (runs['keys'] is None) == (what == 'sft') and loss2 == pytest.approx(loss, abs=1e-12)
+    _close(grad2, grad, 1e-11)
+
+
+def test_what_attention_in_runs_cannot_do_is_refused(base, monkeypatch):
+    "A model that has been trained so says what it needs, where it is asked for something else."
+    model = get_peft_model(load_base(base, False, 'float32'), LoraConfig(r=4, target_modules='all-linear'))
+    model.get_base_model().set_attn_implementation(training.IN_RUNS)
+    with pytest.raises(ValueError, match='was given no runs.*Load the model again'): model(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize('change, can', [
+    ({}, True), (dict(capability=(7, 5)), False), (dict(dtype=torch.float32), False), (dict(sliding_window=9), False),
+    (dict(attention_dropout=.1), False), (dict(head_dim=288), False), (dict(backend=False), False)])
+def test_runs_are_for_cards_that_have_the_kernel(change, can, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: change.get('capability', (8, 0)))
+    config = dict(num_attention_heads=32, hidden_size=4096, attention_dropout=0., sliding_window=None) | change
+    base = SimpleNamespace(device=torch.device('cuda', 0), dtype=change.get('dtype', torch.float16),
+                           config=SimpleNamespace(**config), _supports_attention_backend=change.get('backend', True))
+    assert training.can_run(base) is can
+    base.device = torch.device('cpu')
+    assert not training.can_run(base)
 
 
 def test_a_mean_of_means_is_another_gradient(base, packed_rows, tmp_path, monkeypatch):

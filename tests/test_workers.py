@@ -4,6 +4,8 @@ driver is lost."""
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +102,40 @@ def test_two_workers_build_what_one_process_builds(full, tmp_path):
     want = contents(full)
     got = contents(tmp_path)
     assert set(got) >= set(exp.needs(WANTED)) and got == {n: want[n] for n in got}
+
+
+# a cluster that somebody else has started, until its input ends
+CLUSTER = """
+import ray, sys
+ray.init('local', num_cpus=2, include_dashboard=False, object_store_memory=2**27, logging_level='ERROR')
+print('at', ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cluster():
+    "The address of a Ray cluster of this machine."
+    env = dict(os.environ, RAY_USAGE_STATS_ENABLED='0')
+    p = subprocess.Popen([sys.executable, '-c', CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True, env=env)
+    said = p.stdout.readline()
+    if not said.startswith('at '): pytest.skip(f'Ray does not start: {p.communicate()[1].splitlines()[-1:]}')
+    yield said.split()[1]
+    p.communicate()
+
+
+@ray_only
+@pytest.mark.slow
+@pytest.mark.parametrize('joined', [False, True], ids=['own cluster', 'joined'])
+def test_stages_built_through_ray_are_those_of_one_process(joined, request, full, tmp_path):
+    "Real stages, of a cluster that is started here and of one that was there; a cluster that was there stays."
+    address = request.getfixturevalue('cluster') if joined else 'local'
+    run = driver(tmp_path/'store', address)
+    wait_for(lambda: run.poll() == 0, run)
+    want, got = contents(full), contents(tmp_path/'store')
+    assert set(got) >= set(Experiment('smoke').needs(WANTED)) and got == {n: want[n] for n in got}
+    if joined: assert driver(tmp_path/'store', address).wait() == 0
 
 
 @pytest.mark.parametrize('ray', ENGINES)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIB', 'SHAPES', 'LENGTHS', 'BENCH', 'Shape', 'shape_of', 'fetched', 'base_shape', 'lengths', 'counter', 'count_rows',
-           'local_base', 'set_lengths', 'forward_flops', 'train_flops', 'activation_bytes', 'head_bytes',
+           'local_base', 'set_lengths', 'forward_flops', 'train_flops', 'run_context', 'activation_bytes', 'head_bytes',
            'train_memory', 'lora_rank', 'eval_tokens', 'count_items']
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #008a05a6
@@ -180,6 +180,19 @@ def train_flops(
     head, body = 2*s.hidden*s.vocab, forward_flops(s, context, lora_r, 0.)
     return (2 + again)*body + 2*s.n_layers*s.hidden*context + 2*s.lora(lora_r) + 3*head
 
+# %% ../../nbs/pipeline/05_cost_model.ipynb #cbc9e79c
+def run_context(
+    l:Lengths, # of a set
+    is_pairs:bool, # a prompt with two answers in one row; else packed examples
+    max_length:int, # longest row that is trained on
+)->float: # tokens
+    "How long a plain row would be whose attention is that of a set's runs, a token."
+    if is_pairs:
+        answer = max(0., l.mean - 2*l.prompt)/2
+        return (l.prompt**2 + 2*answer*(2*l.prompt + answer))/(l.prompt + 2*answer)
+    n = np.minimum(l.quantiles, max_length)
+    return float((n**2).mean()/n.mean())
+
 # %% ../../nbs/pipeline/05_cost_model.ipynb #825a3a87
 def activation_bytes(
     s:Shape, # of the model
@@ -187,14 +200,15 @@ def activation_bytes(
     compute_dtype:str, # 'float32', 'bfloat16' or 'float16'
     dropout:bool, # is there dropout before the adapter?
     nf4:bool=True, # a plain layer casts its input once for each adapter
-    n_row:int=0, # tokens of a row with a mask; 0: no mask
+    n_row:int=0, # tokens of a row with a mask; 0: no mask, attention in runs
 )->int: # bytes a token and layer
     "What autograd keeps of a layer with LoRA on all linear layers."
     h, f, kv, r = s.hidden, s.intermediate, s.kv, lora_r
     norms = 4*s.n_heads + 8                                # attention's and the norms' statistics
     if compute_dtype == 'float32': return 24*h + 16*f + 8*kv + 28*r + norms + dropout*(40*h + 4*f)
     copies = 8*h*(dropout or not nf4)                      # of what several adapters read
-    return 19*h + 8*f + 4*kv + 14*r + norms + copies + dropout*(6*h + f) + 2*n_row
+    masked = 2*n_row + 4*(h - kv) if n_row else 0          # and keys and values for every head
+    return 15*h + 8*f + 8*kv + 14*r + norms + copies + dropout*(6*h + f) + masked
 
 def head_bytes(
     s:Shape, # of the model
@@ -220,7 +234,7 @@ def train_memory(
     microbatches:int|None, # of a step; more than one keep gradients between them; None: by a budget of tokens
     again:bool, # layers are computed again in the backward pass
     device:str='cpu', # 'cpu' or 'cuda'
-    n_row:int=0, # tokens of a row with a mask; 0: no mask
+    n_row:int=0, # tokens of a row with a mask; 0: no mask, attention in runs
 )->dict[str,int]: # part -> bytes; their sum is the peak
     "Peak memory of training with LoRA, by its parts."
     n, a = 4 if compute_dtype == 'float32' else 2, s.lora(lora_r)

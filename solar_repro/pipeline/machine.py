@@ -24,7 +24,7 @@ from ..core.store import Artifact
 from ..models.loading import load_base, load_tokenizer, quiet    # before peft, whose remarks it silences
 from peft import get_peft_model, LoraConfig, PeftModel
 import bitsandbytes.functional as bnb
-from ..models.training import restore, trainable
+from ..models.training import can_run, restore, trainable
 from .cost_model import fetched, GIB, Shape, train_flops
 from .graph import Stage
 from .hardware import Card, Hardware
@@ -115,8 +115,9 @@ def calibrate(
     with TemporaryDirectory() as d, quiet():
         model, n_layers = _few_layers(p, s)
         times, n_tok = _step_times(p, model, budget_s, Path(d)/'scratch')
-    again = p.sft.activation_checkpointing
-    flops = train_flops(replace(s, n_layers=n_layers), 2*p.sft.max_length, p.sft.lora_r, again)*n_tok
+        in_runs = p.sft.max_tokens_per_microbatch and can_run(model.get_base_model())
+    again, n_row = p.sft.activation_checkpointing, p.sft.max_length//4 if in_runs else 2*p.sft.max_length
+    flops = train_flops(replace(s, n_layers=n_layers), n_row, p.sft.lora_r, again)*n_tok
     best, mid, worst = (flops/t/1e12 for t in (times[0], times[len(times)//2], times[-1]))
     found = detect(Path.cwd())
     return Card(found.name, mid, found.gib, float('inf'), found.bf16, (best/mid, 1., .8*worst/mid),

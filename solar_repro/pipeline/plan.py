@@ -19,7 +19,7 @@ from ..core.store import Artifact
 from ..paper import H6_TASKS
 from .cost_model import (
     base_shape, count_items, eval_tokens, fetched, forward_flops, GIB, head_bytes, ItemSizes, Lengths, local_base,
-    lora_rank, set_lengths, Shape, train_flops, train_memory)
+    lora_rank, run_context, set_lengths, Shape, train_flops, train_memory)
 from .executor import remaining_path, simulate
 from .graph import build_graph, Stage
 from .hardware import Card, card, Hardware, NET_GB_S, READ_GB_S
@@ -57,6 +57,13 @@ class Setting:
     @property
     def device(self)->str: return self.profile.machine.device
 
+    def in_runs(self,
+        x:dict, # numerics of a stage
+    )->bool:
+        "Whether attention is computed in runs, as `models.training.can_run` decides."
+        half = x['compute_dtype'] != 'float32'
+        return bool(self.device == 'cuda' and self.card.bf16 and half and x.get('max_tokens_per_microbatch'))
+
     def rows_of(self, stage:Stage)->tuple[Lengths,int]:
         "Lengths and number of the rows that a stage reads, of a training set or held out of it."
         kind, name = stage.inputs['data'].split('/')
@@ -80,6 +87,11 @@ def _fed(l:Lengths, n:int, x:dict)->tuple: # x: of a training; low, expected, hi
     "Tokens of a set that go through the model: with a budget of tokens, the prompt of a pair once."
     return _times(tuple(m - (l.prompt if x.get('max_tokens_per_microbatch') else 0.) for m in l.mean_range()), n)
 
+def _in_runs(sets:list[tuple[Lengths,int]], x:dict, sft:bool)->float: # x: of a training
+    "`run_context` of several sets, a token."
+    fed = [_fed(l, n, x)[1] for l, n in sets]
+    return sum(k*run_context(l, not sft, x['max_length']) for k, (l, _) in zip(fed, sets))/sum(fed)
+
 def _train_cost(of:Setting, stage:Stage)->Cost:
     "SFT and DPO: rows times epochs, one microbatch after another."
     x, s, sft = stage.settings[stage.kind], of.shape, stage.kind == 'sft'
@@ -90,11 +102,12 @@ def _train_cost(of:Setting, stage:Stage)->Cost:
     longest = x['max_length'] if sft else 2*min(x['max_length'], max(l.quantiles[-1] for l, _ in sets))
     n_tok = max(budget, longest) if budget else rows_each*longest
     context = 2*x['max_length'] if sft else tokens[1]/n_rows*(2 if budget else .5)     # under a mask, or not
+    if of.in_runs(x): context = _in_runs(sets, x, sft)
     n_micro = tokens[1]/n_tok if sft else tokens[1]/(.8*budget) if budget else n_rows/rows_each
     again = x['activation_checkpointing']
     memory = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok,
                           None if budget else x['microbatches'], again, of.device,
-                          longest if sft or budget else longest//2)
+                          0 if of.in_runs(x) else longest if sft or budget else longest//2)
     unpack = of.unpacking(x, n_micro*(2 + again))
     return Cost(tokens, _times(tokens, train_flops(s, context, r, again)), _plus(_reading(of.base_bytes), (unpack,)*3),
                 sum(memory.values()), s.lora(r)*4)
@@ -110,6 +123,7 @@ def _ref_cost(of:Setting, stage:Stage)->Cost:
     else: logits = 12*s.vocab*n_tok                    # of every token, their float32, their log-softmax
     unpack = of.unpacking(x, tokens[1]/(.8*budget if budget else 2048))
     context = 2*tokens[1]/n if budget else l.mean/2
+    if of.in_runs(x): context = run_context(l, True, x['max_length'])
     return Cost(tokens, _times(tokens, forward_flops(s, context, r)), _plus(_reading(of.base_bytes), (unpack,)*3),
                 parts['weights'] + parts['adapter'] + logits + n_tok*layer, 30*n)
 
