@@ -77,13 +77,13 @@ class TinyWorld:
         files = [list(_tiny_file(f.name, s.tiny if f is s.files[0] else None, *which)) for f in s.files]
         for f, rows in zip(s.files, files): check_rows(f'{name}/{f.name}', rows, f)
         made = [r for r in s.convert(*files) if r is not None]
-        if trained:
+        if trained:                       # the first that are new, as they were written: rare kinds stay rare
             seen = set(map(_texts, trained))
             made = [r for k, r in {_texts(r): r for r in made}.items() if k not in seen]
         if not 0 < n <= len(made):
             raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(made)}, as many as it has. '
                              f"Change {'n_own in [eval]' if trained else f'{name} in [data.rows]'} of the profile.")
-        return Sample(random.Random(f'{name} {seed}').sample(made, n))
+        return Sample(made[:n] if trained else random.Random(f'{name} {seed}').sample(made, n))
 
     def items(self, task:str, n:int)->tuple[dict[str,list[dict]],list[str]|None]: # as `Published.items`, without ids
         "Sample the items of a benchmark."
