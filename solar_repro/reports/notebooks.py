@@ -8,6 +8,7 @@ __all__ = ['FOLDERS', 'OWN', 'QUIET_ENV', 'notebooks', 'of_the_story', 'fingerpr
 
 # %% ../../nbs/reports/01_notebooks.ipynb #0e465ae0
 import argparse
+import ast
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,13 +62,22 @@ _PACKAGE = Path(__file__).parent.parent if '__file__' in globals() else Path(fin
 def _sources(nb:Path)->list[str]:
     return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells']]
 
+@cache
+def _bare(file:Path, written:int)->str: # written: when, in nanoseconds
+    "A module without comments and docstrings, which change nothing that an execution shows."
+    tree = ast.parse(file.read_text(encoding='utf-8'))
+    is_text = lambda x: isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, 'body', None), list): node.body = [x for x in body if not is_text(x)]
+    return ast.dump(tree)
+
 def fingerprint(
     nb:Path, # a notebook
     exp:Experiment, # its profile
 )->str: # sha256, hex
-    "What an execution depends on besides results: the notebook's cells, the library, the profile."
+    "What an execution depends on besides results: the notebook's cells, the library's code, the profile."
     code = d if (d := root()/'solar_repro').is_dir() else _PACKAGE          # a clone's, or what is installed
-    library = {p.relative_to(code).as_posix(): p.read_text(encoding='utf-8') for p in sorted(code.rglob('*.py'))}
+    library = {p.relative_to(code).as_posix(): _bare(p, p.stat().st_mtime_ns) for p in sorted(code.rglob('*.py'))}
     return hashlib.sha256(json.dumps([_sources(nb), library, exp.profile.model_dump()]).encode()).hexdigest()
 
 def results(
