@@ -324,6 +324,7 @@ BENCHMARKS = dict(
         text=lambda row: row['question'] + BREAK + _without_calculator(row['answer'])),
 )
 
+# %% ../nbs/01_data.ipynb #265e001f
 FILES = {f.name: f for entry in (*SETS.values(), *BENCHMARKS.values()) for f in entry.files} # of all entries
 
 def known(

@@ -65,6 +65,7 @@ def tensors_of(
             w = f.get_tensor(n).to(device)
             yield n, [add_delta(w, c.get(n, [])) for c in changes]
 
+# %% ../nbs/04_merge.ipynb #a50a1352
 def merge_models(
     models:Sequence[AdaptedModel], # of one base
     method:str, # a name in METHODS
@@ -93,6 +94,7 @@ def _angle(mix:Mix)->dict:
     if mix.cosine is None: return {}
     return dict(cosine=mix.cosine, angle_deg=math.degrees(math.acos(mix.cosine)), fell_back=mix.fell_back)
 
+# %% ../nbs/04_merge.ipynb #77679583
 def slerp(
     a:AdaptedModel, # model at t=0
     b:AdaptedModel, # model at t=1
@@ -206,6 +208,7 @@ def layer_figure(
     for ax in (top, low): ax.legend(ncols=3, loc='upper center', fontsize=8)
     return fig
 
+# %% ../nbs/04_merge.ipynb #34dbebdc
 def kind_of(
     tensors:pd.Series, # names
 )->pd.Series: # q, k, v, o, gate, up or down; missing outside of these
@@ -236,6 +239,7 @@ def matrix_figure(
                  f'{len(grid)}, {label}', fontsize=10, wrap=True)
     return fig
 
+# %% ../nbs/04_merge.ipynb #34e1d45e
 def apart_figure(
     weights:pd.DataFrame, # distances of models (rows) from merges (columns), that of the candidates being 1
     outputs:pd.DataFrame, # KL divergences, in nats a token

@@ -74,6 +74,7 @@ def n_seeds(
     "How many trainings of each model there are."
     return samples['seed'].nunique() if samples is not None and 'seed' in samples else 1
 
+# %% ../nbs/06_tables.ipynb #f9db6ede
 def _of(found:Answers, task:str, m:str)->dict[str,np.ndarray]: # benchmark -> scores, (trainings, items)
     tasks = H6_TASKS if task == 'h6' else (task,)
     lacking = [t for t in tasks if (m, t) not in found]
@@ -90,6 +91,7 @@ def _alike(a:str, b:str)->list[str]: # the other rows of the first table with bo
     which = [n for n in of_a if n in of_b][:1] or [of_a[-1], of_b[-1]]
     return [m for m in dict.fromkeys(m for n in which for m in models(n)) if m not in (a, b)]
 
+# %% ../nbs/06_tables.ipynb #691b16eb
 def pair(
     samples:pd.DataFrame|Answers, # one row an item; or `answers` of them, where many pairs are compared
     task:str, # 'h6' or one of the six
@@ -195,6 +197,12 @@ def overall(
     return next((v for v in (CONTRADICTED, UNDECIDED) if v in verdicts), SUPPORTED)
 
 # %% ../nbs/06_tables.ipynb #1b3ab45d
+def paper_scores()->pd.DataFrame: # indexed by (model, task): score, se
+    "The printed scores with binomial standard errors."
+    s = paper.scores().drop_duplicates(['model', 'task'])
+    return s.assign(se=paper.standard_errors(s)).set_index(['model', 'task'])[['score', 'se']]
+
+# %% ../nbs/06_tables.ipynb #c9385464
 def _noise(found:Answers, task:str, a:str, b:str)->tuple[float,float]: # se, df
     "Of the difference of two models' answers: over items, and over trainings where there are several."
     x, y = _of(found, task, a), _of(found, task, b)
@@ -216,11 +224,7 @@ def _compare(c:Claim, s:pd.DataFrame, found:Answers|None=None)->pd.DataFrame:
 def _in_numbers(compared:pd.DataFrame)->str:
     return '; '.join(f'{r.compares}: {r.difference:+.2f} ± {r.se:.2f}, {r.verdict}' for r in compared.itertuples())
 
-def paper_scores()->pd.DataFrame: # indexed by (model, task): score, se
-    "The printed scores with binomial standard errors."
-    s = paper.scores().drop_duplicates(['model', 'task'])
-    return s.assign(se=paper.standard_errors(s)).set_index(['model', 'task'])[['score', 'se']]
-
+# %% ../nbs/06_tables.ipynb #043bfee5
 def claims(
     scores:pd.DataFrame, # model, task, score, se; fractions
     which:Sequence[Claim]=CLAIMS, # those to judge

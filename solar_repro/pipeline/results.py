@@ -110,6 +110,7 @@ def _kept(e:Path)->dict:
     short = lambda x: x if isinstance(x, str) else int(x) if x == int(x) else round(x, 7)
     return dict(score=_score(e), items={k: [short(x) for x in items[k]] for k in said})
 
+# %% ../../nbs/pipeline/13_results.ipynb #f5cff065
 def asked_hash(
     asked:Iterable[str], # hash of each item's requests, in order
 )->str: # sha256, hex
@@ -122,6 +123,7 @@ def _asked(e:Path)->dict:
     gold = [x.tolist() if hasattr(x, 'tolist') else x for x in items['gold']]
     return dict(asked=asked_hash(items['asked']), gold=gold)
 
+# %% ../../nbs/pipeline/13_results.ipynb #c9ab726c
 def write_record(
     file:Path, # to write, NAME.json.gz
     facts:dict, # of the run: profile, label, seed, protocol, made_on, stages ...

@@ -91,9 +91,12 @@ class TinyWorld:
         found = b.tiny(_world(), n, TEST_SEED) if b.tiny else benchmark(_world(), task, n, seed=TEST_SEED)
         return {part: check_items(task, rows) for part, rows in found.items()}, None
 
-# %% ../../nbs/pipeline/00_sources.ipynb #5d3e4f56
+# %% ../../nbs/pipeline/00_sources.ipynb #75f9f5fe
 STAND_IN = 'math sets by a stand-in rule (MATH and GSM8K train rows, no MetaMathQA)'
 
+def _six()->list[File]: return [f for t in H6_TASKS for f in BENCHMARKS[t].files]
+
+# %% ../../nbs/pipeline/00_sources.ipynb #5d3e4f56
 @dataclass(frozen=True)
 class Published:
     "Rows and items of published files, from a folder or from the Hub."
@@ -183,8 +186,6 @@ class Published:
         at = sorted(random.Random(f'{task} {TEST_SEED}').sample(range(len(found)), min(n, len(found))))
         shots = [row for f in train for _, row in self.read(f)]
         return dict(train=shots, test=[found[i][1] for i in at]), [found[i][0] for i in at]
-
-def _six()->list[File]: return [f for t in H6_TASKS for f in BENCHMARKS[t].files]
 
 # %% ../../nbs/pipeline/00_sources.ipynb #38b0227c
 @dataclass(frozen=True)
