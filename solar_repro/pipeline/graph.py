@@ -273,7 +273,7 @@ def _dequantized_base(p:Profile)->Stage:
     return Stage(DEQUANTIZED, 'base', settings, dict(base='base'))
 
 # %% ../../nbs/pipeline/01_graph.ipynb #d853c2f8
-OWN_ROWS = 'SFT v3', 'DPO v1', 'DPO v2' # each of the paper's training sets is among those of one of them
+OWN_ROWS = 'SFT v3', 'SFT v4', 'DPO v1', 'DPO v2' # each of the paper's training sets is among those of one of them
 
 def taught_by(
     graph:dict[str,Stage], # with models
