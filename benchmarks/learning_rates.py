@@ -42,14 +42,10 @@ PAIRS = 'ultrafeedback_clean', 'synth_math_alignment'
 
 
 def split(p, name: str, n_own: int, seed: int) -> tuple[list[dict], list[dict]]:
-    "As many rows as the profile trains on, and others that equal none of them."
-    n = p.data.rows[name]
-    drawn = source_of(p.data.source).rows(name, n + 3*n_own, seed).rows
-    seen, fresh = {tuple(r.values()) for r in drawn[:n]}, []
-    for r in drawn[n:]:
-        if tuple(r.values()) not in seen: seen.add(tuple(r.values())); fresh.append(r)
-    assert len(fresh) >= n_own, f'{name}: {len(fresh)} unseen rows, {n_own} are wanted'
-    return drawn[:n], fresh[:n_own]
+    "As many rows as the profile trains on, and rows of their kind that equal none of them, as the tables hold out."
+    source = source_of(p.data.source)
+    rows = source.rows(name, p.data.rows[name], seed).rows
+    return rows, source.rows(name, n_own, seed, trained=rows).rows
 
 
 def answers(model, tokenizer, template, rows: list[dict], n_new: int = 90) -> list[str]:

@@ -19,8 +19,8 @@ from keep_outputs import small
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = '<!-- recorded by tools/record_run.py -->', '<!-- end of what is recorded -->'
 FOUND = '<!-- found by tools/record_run.py -->', '<!-- end of what was found -->'     # the sentences above the commands
-KINDS = ('`avx2` and `no-avx` are kinds of processor: the second was told to do without vector instructions'
-         ' (`ATEN_CPU_CAPABILITY=default`), which takes sums in another order.')
+KINDS = ('`avx512` and `avx2` are kinds of processor: the second is the same machine, told to be one without AVX-512'
+         ' (`ATEN_CPU_CAPABILITY=avx2`, `MKL_CBWR=AVX2`), which takes sums in another order.')
 SHOWN = 4                                                   # the table whose picture stands on the front page
 
 
@@ -62,7 +62,7 @@ def replicated(profile: str) -> list[str]:
         return []
     lines = ['| verdicts of | beside those of | |', '|:--|:--|:--|']
     lines += [f'| {list(r)[1]} | {list(r)[2]} | {alike(r)} |' for r in found.values()]
-    told = any('no-avx' in name for r in found.values() for name in r)
+    told = any('avx2' in name for r in found.values() for name in r)
     return ['Do the verdicts replicate?', '\n'.join(lines), *[KINDS]*told]
 
 
