@@ -135,7 +135,7 @@ def fp16_base(out: Path):
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from solar_repro.tiny.world import shipped_base
-    tokenizer = AutoTokenizer.from_pretrained(shipped_base())
+    tokenizer = AutoTokenizer.from_pretrained(shipped_base(), local_files_only=True)
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
                          num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=4096,

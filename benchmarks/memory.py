@@ -95,7 +95,7 @@ def make_base(which, out):
     with torch.device('cuda' if which == 'solar' else 'cpu'):
         model = LlamaForCausalLM(LlamaConfig(**SIZES[which], eos_token_id=0, pad_token_id=0))
     model.save_pretrained(out)
-    PreTrainedTokenizerFast.from_pretrained(shipped_base()).save_pretrained(out)
+    PreTrainedTokenizerFast.from_pretrained(shipped_base(), local_files_only=True).save_pretrained(out)
     return out
 
 

