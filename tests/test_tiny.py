@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.tiny.base import HEAD_PAGES, BaseSettings, build_tokenizer, corpus_hash, pretrain
 from solar_repro.tiny.items import ITEMS, benchmark, leak_keys, number_key
 from solar_repro.tiny.texts import ROWS, corpus, training_rows
@@ -115,3 +116,19 @@ def test_a_second_reading_starts_from_a_base_that_has_done_the_first(tmp_path):
     was, record = (json.loads((tmp_path/d/'record.json').read_text()) for d in ('first', 'second'))
     assert record['first']['weights'] == was['weights'] and record['first']['loss'] == was['loss']
     assert record['second']['n_steps'] > 0 and record['weights'] != was['weights']
+
+
+def test_a_math_pair_is_alike_but_for_its_end_and_sft_has_mostly_seen_the_rejected_one():
+    "Else every pair is in the right order before its training, and the set has nothing to teach."
+    pairs, answers = (TinyWorld().rows(f'synth_math_{x}', 400, 0).rows for x in ('alignment', 'instruct'))
+    assert all(r['chosen'] == f"{r['rejected']} So it is." for r in pairs)
+    assert .05 < sum(r['completion'].endswith(' So it is.') for r in answers)/400 < .15
+
+
+def test_rows_that_are_held_out_are_of_the_mix_that_is_trained_on():
+    "New ones, so that what there are few of is rarer; not one in six where it is two in five."
+    trained = TinyWorld().rows('alpaca_gpt4', 1200, 0).rows
+    held = TinyWorld().rows('alpaca_gpt4', 300, 0, trained=trained).rows
+    share = lambda rows: sum('Write a sentence' in r['prompt'] for r in rows)/len(rows)
+    assert share(held) > .6*share(trained) and not {r['prompt'] + r['completion'] for r in held} & {
+        r['prompt'] + r['completion'] for r in trained}
