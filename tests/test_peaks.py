@@ -1,4 +1,4 @@
-"""Planned peaks of training against counted ones, on fake tensors: SOLAR-10.7B on 80, 48 and 24 GiB, a small base on 16.
+"""Planned peaks of training against counted ones, on fake tensors: SOLAR-10.7B on 80, 48, 24 GiB, a small base on 16.
 
 A few of the layers show what a layer takes and what all else takes; all of them, and all cases, are slow.
 """
