@@ -280,6 +280,7 @@ def runs_beside_mask(model, work) -> dict:
     here = gradient()
     with masked(): there = gradient()
     apart = ((here - there).norm()/there.norm()).item()
+    if not apart < .1: raise RuntimeError(f'attention in runs: the gradient is {apart:.3g} of its length off')
     return dict(can_run=can_run(model.get_base_model()), gradient_apart=apart, norm=there.norm().item())
 
 
@@ -297,6 +298,7 @@ def sft(device: str, folder: Path) -> Iterator[dict]:
     import torch
     from accelerate.utils import send_to_device
     from solar_repro import sft as ours
+    from solar_repro.models.training import can_run
     n, rank = (2048, 64) if device == 'cuda' else (256, 8)
     model = random_model(device, rank, .05)
     ids, part = torch.randint(10, 30000, (n,)).tolist(), n//4
@@ -304,9 +306,11 @@ def sft(device: str, folder: Path) -> Iterator[dict]:
     batch = send_to_device(batch, device)
     trainer, step = trainer_of(ours.PackedTrainer, device), dict(microbatches=[batch], n=batch['n'])
     work = lambda: trainer.training_step(model, step)
-    flops, peak = flops_of(model, n, rank), peak_flops(device)
+    peak = peak_flops(device)
+    flops, whole = flops_of(model, part, rank), flops_of(model, 2*n, rank)     # of runs; under a mask
+    if not can_run(model.get_base_model()): flops = whole
     yield dict(autocast=timed(work, n, device, flops, peak))
-    with masked(): under_mask = timed(work, n, device, flops, peak)
+    with masked(): under_mask = timed(work, n, device, whole, peak)
     yield dict(masked=under_mask)
     yield dict(profile_ms=profiled(work))
     trainer.accelerator.autocast = lambda *a, **k: nullcontext()
@@ -319,6 +323,7 @@ def dpo(device: str, folder: Path) -> Iterator[dict]:
     import torch
     from accelerate.utils import send_to_device
     from solar_repro import dpo as ours
+    from solar_repro.models.training import can_run
     n, rank = (4096, 64) if device == 'cuda' else (256, 8)
     model, part = random_model(device, rank, 0.), n//16
     pick = lambda k: torch.randint(10, 30000, (k,)).tolist()
@@ -327,10 +332,12 @@ def dpo(device: str, folder: Path) -> Iterator[dict]:
     batch = send_to_device(ours.shared_prefix_microbatch(rows), device)
     trainer = trainer_of(ours.SharedPrefixTrainer, device)
     work = lambda: trainer.training_step(model, dict(microbatches=[batch], n=batch['n']))
-    size = batch['inputs']['input_ids'].numel(), device, flops_of(model, n//4, rank), peak_flops(device)
-    yield timed(work, *size)
+    size, peak = batch['inputs']['input_ids'].numel(), peak_flops(device)
+    flops, whole = flops_of(model, 3*part, rank), flops_of(model, 2*n//4, rank) # of runs; under a mask
+    if not can_run(model.get_base_model()): flops = whole
+    yield timed(work, size, device, flops, peak)
     yield dict(runs_beside_mask=runs_beside_mask(model, work))
-    with masked(): under_mask = timed(work, *size)
+    with masked(): under_mask = timed(work, size, device, whole, peak)
     yield dict(masked=under_mask)
     model.eval()
     with torch.no_grad():

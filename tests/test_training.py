@@ -481,21 +481,32 @@ def test_attention_in_runs_is_attention_under_the_mask(what, again, base, packed
     _close(grad2, grad, 1e-11)
 
 
-def test_what_attention_in_runs_cannot_do_is_refused(base, monkeypatch):
+def test_what_attention_in_runs_cannot_do_is_refused(base):
     "A model that has been trained so says what it needs, where it is asked for something else."
     model = get_peft_model(load_base(base, False, 'float32'), LoraConfig(r=4, target_modules='all-linear'))
     model.get_base_model().set_attn_implementation(training.IN_RUNS)
     with pytest.raises(ValueError, match='was given no runs.*Load the model again'): model(torch.tensor([[1, 2]]))
+    x, runs = torch.zeros(1, 2, 3, 4), training.runs_of([[(3, 0)]], 3)
+    for odd, said in ((dict(dropout=.1), 'dropout'), (dict(softcap=9.), 'softcap')):
+        with pytest.raises(ValueError, match=f'was given {said}'):
+            training.attend_in_runs(None, x, x, x, None, runs=runs, **odd)
+    with pytest.raises(ValueError, match='was given a mask'):
+        training.attend_in_runs(None, x, x, x, torch.ones(1, 1, 3, 3), runs=runs)
 
 
 @pytest.mark.parametrize('change, can', [
-    ({}, True), (dict(capability=(7, 5)), False), (dict(dtype=torch.float32), False), (dict(sliding_window=9), False),
-    (dict(attention_dropout=.1), False), (dict(head_dim=288), False), (dict(backend=False), False)])
+    ({}, True), (dict(capability=(7, 5)), False), (dict(dtype=torch.float32), False),
+    (dict(dtype=torch.float32, autocast=True), True), (dict(sliding_window=9), False),
+    (dict(attention_dropout=.1), False), (dict(head_dim=288), False), (dict(head_dim=100), False),
+    (dict(v_head_dim=128), False), (dict(backend=False), False)])
 def test_runs_are_for_cards_that_have_the_kernel(change, can, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: change.get('capability', (8, 0)))
     config = dict(num_attention_heads=32, hidden_size=4096, attention_dropout=0., sliding_window=None) | change
-    base = SimpleNamespace(device=torch.device('cuda', 0), dtype=change.get('dtype', torch.float16),
-                           config=SimpleNamespace(**config), _supports_attention_backend=change.get('backend', True))
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind: change.get('autocast', False))
+    config = SimpleNamespace(**config)
+    config.get_text_config = lambda: config
+    base = SimpleNamespace(device=torch.device('cuda', 0), dtype=change.get('dtype', torch.float16), config=config,
+                           _supports_attention_backend=change.get('backend', True))
     assert training.can_run(base) is can
     base.device = torch.device('cpu')
     assert not training.can_run(base)

@@ -176,6 +176,7 @@ def runs_of(
 
 # %% ../../nbs/models/06_training.ipynb #3b83893f
 IN_RUNS = 'attention_in_runs' # as transformers is told
+_BENDS = 'softcap', 's_aux', 'position_bias', 'sliding_window' # what some layers pass to their attention
 
 def attend_in_runs(
     module:torch.nn.Module, # the layer's attention
@@ -189,9 +190,11 @@ def attend_in_runs(
     **kwargs, # what transformers passes to every kind of attention
 )->tuple[Tensor,None]: # (batch, seq, heads, dim); no weights
     "Causal attention within the runs of a batch, in the signature of transformers' attention functions."
-    if runs is None or attention_mask is not None or dropout:
-        raise ValueError(f"training: attention in runs was given {'no runs' if runs is None else 'a mask or dropout'}; "
-                         "expected a batch of `token_logps` and no dropout. Load the model again for other work.")
+    odd = ['no runs']*(runs is None) + ['a mask']*(attention_mask is not None) + ['dropout']*bool(dropout)
+    odd += [k for k in _BENDS if kwargs.get(k) is not None]
+    if odd:
+        raise ValueError(f"training: attention in runs was given {', '.join(odd)}; expected a batch of `token_logps` "
+                         "and plain attention. Load the model again for other work.")
     shape, parts = query.transpose(1, 2).shape, []
     for x in (query, key, value): parts.append(x.transpose(1, 2).flatten(0, 1).to(value.dtype))
     if runs['keys'] is not None: parts[1:] = (x.index_select(0, runs['keys']) for x in parts[1:])
@@ -203,14 +206,14 @@ AttentionInterface.register(IN_RUNS, attend_in_runs)
 
 # %% ../../nbs/models/06_training.ipynb #4a714e9e
 _NOT_PLAIN = ('sliding_window', 'attention_chunk_size', 'attn_logit_softcapping', 'attention_dropout',
-              'attn_pdrop') # keys of configs whose attention is more than plain
+              'attn_pdrop', 'v_head_dim') # keys of configs whose attention is more than plain
 
 def can_run(
     base:PreTrainedModel, # on the device where it trains
 )->bool:
     "Whether a base's attention can go through FlashAttention's kernels for runs, here and now."
     if base.device.type!='cuda' or torch.cuda.get_device_capability(base.device)<(8, 0): return False
-    config, on = base.config, torch.is_autocast_enabled('cuda')
+    config, on = base.config.get_text_config(), torch.is_autocast_enabled('cuda')
     dtype, heads = torch.get_autocast_dtype('cuda') if on else base.dtype, config.num_attention_heads
     dim = getattr(config, 'head_dim', None) or config.hidden_size//heads
     plain = not any(getattr(config, k, None) for k in _NOT_PLAIN) and base._supports_attention_backend

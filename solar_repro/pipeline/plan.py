@@ -60,7 +60,7 @@ class Setting:
     def in_runs(self,
         x:dict, # numerics of a stage
     )->bool:
-        "Whether attention is computed in runs, as `models.training.can_run` decides."
+        "Whether attention is computed in runs, as `models.training.can_run` decides where a base's is plain."
         half = x['compute_dtype'] != 'float32'
         return bool(self.device == 'cuda' and self.card.bf16 and half and x.get('max_tokens_per_microbatch'))
 

@@ -64,7 +64,7 @@ def _sources(nb:Path)->list[str]:
 
 @cache
 def _bare(file:Path, written:int)->str: # written: when, in nanoseconds
-    "A module without comments and docstrings, which change nothing that an execution shows."
+    "A module without comments and docstrings, which change nothing that the story shows."
     tree = ast.parse(file.read_text(encoding='utf-8'))
     is_text = lambda x: isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
     for node in ast.walk(tree):
@@ -77,7 +77,8 @@ def fingerprint(
 )->str: # sha256, hex
     "What an execution depends on besides results: the notebook's cells, the library's code, the profile."
     code = d if (d := root()/'solar_repro').is_dir() else _PACKAGE          # a clone's, or what is installed
-    library = {p.relative_to(code).as_posix(): _bare(p, p.stat().st_mtime_ns) for p in sorted(code.rglob('*.py'))}
+    text = (lambda p: _bare(p, p.stat().st_mtime_ns)) if of_the_story(nb) else lambda p: p.read_text(encoding='utf-8')
+    library = {p.relative_to(code).as_posix(): text(p) for p in sorted(code.rglob('*.py'))}
     return hashlib.sha256(json.dumps([_sources(nb), library, exp.profile.model_dump()]).encode()).hexdigest()
 
 def results(
