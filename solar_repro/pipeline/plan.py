@@ -82,16 +82,20 @@ class Setting:
         "Time to unpack NF4 weights, at the speed of the card's memory."
         return n*2.5*self.shape.linear/(self.card.gb_s*1e9) if x['nf4'] else 0.
 
-# %% ../../nbs/pipeline/07_plan.ipynb #67b92208
+# %% ../../nbs/pipeline/07_plan.ipynb #2ad2db54
 def _fed(l:Lengths, n:int, x:dict)->tuple: # x: of a training; low, expected, high
     "Tokens of a set that go through the model: with a budget of tokens, the prompt of a pair once."
     return _times(tuple(m - (l.prompt if x.get('max_tokens_per_microbatch') else 0.) for m in l.mean_range()), n)
 
-def _in_runs(sets:list[tuple[Lengths,int]], x:dict, sft:bool)->float: # x: of a training
-    "`run_context` of several sets, a token."
+def _context(sets:list[tuple[Lengths,int]], x:dict, sft:bool, in_runs:bool)->float: # x: of a training or reference
+    "How long a plain row would be whose attention costs as much, a token."
     fed = [_fed(l, n, x)[1] for l, n in sets]
-    return sum(k*run_context(l, not sft, x['max_length']) for k, (l, _) in zip(fed, sets))/sum(fed)
+    if in_runs: return sum(k*run_context(l, not sft, x['max_length']) for k, (l, _) in zip(fed, sets))/sum(fed)
+    if sft: return 2*x['max_length']                   # packed rows under a mask: their whole square
+    row = sum(fed)/sum(n for _, n in sets)
+    return 2*row if x.get('max_tokens_per_microbatch') else row/2
 
+# %% ../../nbs/pipeline/07_plan.ipynb #67b92208
 def _train_cost(of:Setting, stage:Stage)->Cost:
     "SFT and DPO: rows times epochs, one microbatch after another."
     x, s, sft = stage.settings[stage.kind], of.shape, stage.kind == 'sft'
@@ -101,8 +105,7 @@ def _train_cost(of:Setting, stage:Stage)->Cost:
     rows_each = x['batch_size']//x['microbatches']
     longest = x['max_length'] if sft else 2*min(x['max_length'], max(l.quantiles[-1] for l, _ in sets))
     n_tok = max(budget, longest) if budget else rows_each*longest
-    context = 2*x['max_length'] if sft else tokens[1]/n_rows*(2 if budget else .5)     # under a mask, or not
-    if of.in_runs(x): context = _in_runs(sets, x, sft)
+    context = _context(sets, x, sft, of.in_runs(x))
     n_micro = tokens[1]/n_tok if sft else tokens[1]/(.8*budget) if budget else n_rows/rows_each
     again = x['activation_checkpointing']
     memory = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok,
@@ -112,6 +115,7 @@ def _train_cost(of:Setting, stage:Stage)->Cost:
     return Cost(tokens, _times(tokens, train_flops(s, context, r, again)), _plus(_reading(of.base_bytes), (unpack,)*3),
                 sum(memory.values()), s.lora(r)*4)
 
+# %% ../../nbs/pipeline/07_plan.ipynb #8a83b239
 def _ref_cost(of:Setting, stage:Stage)->Cost:
     "Reference log-probabilities: one forward pass over all pairs."
     (l, n), x, s = of.rows_of(stage), stage.settings['numerics'], of.shape
@@ -122,8 +126,7 @@ def _ref_cost(of:Setting, stage:Stage)->Cost:
     if budget: logits = head_bytes(s, n_tok, x['compute_dtype'], of.device, True)
     else: logits = 12*s.vocab*n_tok                    # of every token, their float32, their log-softmax
     unpack = of.unpacking(x, tokens[1]/(.8*budget if budget else 2048))
-    context = 2*tokens[1]/n if budget else l.mean/2
-    if of.in_runs(x): context = run_context(l, True, x['max_length'])
+    context = _context([(l, n)], x, False, of.in_runs(x))
     return Cost(tokens, _times(tokens, forward_flops(s, context, r)), _plus(_reading(of.base_bytes), (unpack,)*3),
                 parts['weights'] + parts['adapter'] + logits + n_tok*layer, 30*n)
 
