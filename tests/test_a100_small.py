@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -56,19 +57,15 @@ winogrande = 0
 gsm8k = 2
 """
 
+BENCHMARKS = Path(__file__).resolve().parents[1]/'benchmarks'
+
 # a base with the shipped tokenizer, in a process of its own: torch's threads and seeds stay as they are here
 MAKE_BASE = """
-import sys, torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from solar_repro.tiny.world import shipped_base
-tokenizer = AutoTokenizer.from_pretrained(shipped_base(), local_files_only=True)
-torch.manual_seed(0)
-config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
-                     num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=4096,
-                     tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                     initializer_range=.05)
-LlamaForCausalLM(config).to(torch.float16).save_pretrained(sys.argv[1], max_shard_size='600KB')
-tokenizer.save_pretrained(sys.argv[1])
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from gpu_check import fp16_base
+fp16_base(Path(sys.argv[2]))
 """
 
 RUN = """
@@ -88,7 +85,7 @@ def small(tmp_path_factory):
     "Folder of the profile, its base and its store, in which SLERP and all that it stands on is built."
     folder = tmp_path_factory.mktemp('a100')
     (folder/'small.toml').write_text(PROFILE)
-    python(MAKE_BASE, folder/'base')
+    python(MAKE_BASE, BENCHMARKS, folder/'base')
     assert len(list((folder/'base').glob('*.safetensors'))) > 1, 'shards'
     python(RUN, folder/'small.toml', folder/'store', 'Merge v4')
     return folder

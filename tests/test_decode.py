@@ -7,7 +7,8 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import LlamaConfig, LlamaForCausalLM
+from toy_models import shaped
+from transformers import LlamaForCausalLM
 
 from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.eval import build_requests
@@ -33,22 +34,7 @@ def tok():
 @pytest.fixture(scope='module')
 def model(tok):
     "Two heads to each key head, and large random weights."
-    torch.manual_seed(3)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tok),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-            initializer_range=0.4,
-        )
-    ).eval()
+    return shaped(len(tok))
 
 
 @pytest.fixture(scope='module')
@@ -65,17 +51,18 @@ def contexts(tok):
     ]
 
 
+def sixty_tokens(model, context):
+    "What `transformers` generates from a context by itself; it never ends by itself."
+    mask = torch.ones(1, len(context), dtype=torch.long)
+    made = model.generate(
+        torch.tensor([context]), attention_mask=mask, max_new_tokens=60, min_new_tokens=60, do_sample=False
+    )
+    return made[0, len(context) :].tolist()
+
+
 @pytest.fixture(scope='module')
 def truth(model, contexts):
-    "What `transformers` generates from each context by itself; it never ends by itself."
-    ids = lambda c: model.generate(
-        torch.tensor([c]),
-        attention_mask=torch.ones(1, len(c), dtype=torch.long),
-        max_new_tokens=60,
-        min_new_tokens=60,
-        do_sample=False,
-    )
-    return {c: ids(c)[0, len(c) :].tolist() for c in contexts}
+    return {c: sixty_tokens(model, c) for c in contexts}
 
 
 def oracle(truth, wrong_at=lambda row, place: False):
@@ -163,14 +150,7 @@ def test_a_row_that_is_done_leaves_room_for_the_drafts_of_others(model, tok, mon
     contexts = [
         tuple(tok.encode(f'the {a} {b}')) for a in ('red', 'old', 'blue', 'green') for b in ('pot', 'box', 'rope')
     ]
-    alone = lambda c: model.generate(
-        torch.tensor([c]),
-        attention_mask=torch.ones(1, len(c), dtype=torch.long),
-        max_new_tokens=60,
-        min_new_tokens=60,
-        do_sample=False,
-    )
-    truth = {c: alone(c)[0, len(c) :].tolist() for c in contexts}
+    truth = {c: sixty_tokens(model, c) for c in contexts}
     monkeypatch.setattr(generation_module, 'PromptLookup', oracle(truth, lambda row, place: row > 0))
     passes = count_passes(monkeypatch)
     assert run(model, contexts, 32, x=Limits(256, 256, 16, 4096, 64, 10**6)) == [truth[c][:32] for c in contexts]
