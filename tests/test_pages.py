@@ -5,9 +5,13 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -479,74 +483,72 @@ print(sys.executable, sys.prefix)
 Experiment('smoke', store={store!r})"""
 
 
+@contextmanager
+def lab(home, port):
+    "JupyterLab as `make lab` starts it; yields a function that asks it."
+    recipe = run('make', '-n', '--no-print-directory', 'lab').stdout.splitlines()[-1]
+    assert '.venv/bin/python -m jupyterlab nbs' in recipe
+    command = recipe.replace('.venv/bin/python', shlex.quote(sys.executable))
+    command += f' --no-browser --allow-root --ip=127.0.0.1 --port={port} --IdentityProvider.token=t'
+    env = {**{k: v for k, v in ENV.items() if not k.startswith(('JUPYTER', 'XDG'))}, 'HOME': str(home)}
+
+    def ask(path, data=None):
+        r = urllib.request.Request(
+            f'http://127.0.0.1:{port}/{path}',
+            headers=dict(Authorization='token t'),
+            data=data and json.dumps(data).encode(),
+        )
+        return urllib.request.urlopen(r, timeout=3600).read()
+
+    with open(home / 'log', 'w') as log:
+        server = subprocess.Popen(f'exec env {command}', shell=True, cwd=ROOT, stdout=log, stderr=log, env=env)
+        try:
+            for _ in range(18000):
+                try: ask('api/status'); break
+                except OSError: time.sleep(.2)
+            yield ask
+        finally:
+            server.terminate(); server.wait()
+
+
+def executed(connect, port, kernel, code):
+    "Code executed by a kernel of the server: what it printed, what it showed."
+    channels = f'ws://127.0.0.1:{port}/api/kernels/{kernel}/channels'
+    ws = connect(channels, header=['Authorization: token t'], timeout=3600)
+    head = dict(
+        msg_id='1', msg_type='execute_request', username='', session='s', version='5.3', date='2026-01-01T00:00:00Z'
+    )
+    content = dict(code=code, silent=False)
+    ws.send(json.dumps(dict(header=head, parent_header={}, metadata={}, channel='shell', content=content)))
+    said, shown, busy = '', '', True
+    while busy:
+        m = json.loads(ws.recv())
+        if m['parent_header'].get('msg_id') != '1': continue
+        kind, content = m['msg_type'], m['content']
+        if kind == 'error': raise AssertionError(content)
+        if kind == 'stream': said += content['text']
+        if kind == 'execute_result': shown += content['data'].get('text/html', '')
+        busy = kind != 'status' or content['execution_state'] != 'idle'
+    ws.close()
+    return said, shown
+
+
 @pytest.mark.slow
 def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
-    "JupyterLab as `make lab` starts it, on a machine whose home folder has a python3 kernel that does not work."
-    import socket
-    import time
-    import urllib.request
+    "On a machine whose home folder has a python3 kernel that does not work."
     websocket = pytest.importorskip('websocket', reason='websocket-client speaks to the kernel; JupyterLab brings it')
     rogue = tmp_path / '.local' / 'share' / 'jupyter' / 'kernels' / 'python3'
     rogue.mkdir(parents=True)
-    (rogue / 'kernel.json').write_text(
-        json.dumps(dict(argv=['/bin/false', '{connection_file}'], display_name='another', language='python'))
-    )
-    recipe = run('make', '-n', '--no-print-directory', 'lab').stdout.splitlines()[-1]
-    assert '.venv/bin/python -m jupyterlab nbs' in recipe
+    spec = dict(argv=['/bin/false', '{connection_file}'], display_name='another', language='python')
+    (rogue / 'kernel.json').write_text(json.dumps(spec))
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    command = recipe.replace('.venv/bin/python', shlex.quote(sys.executable))
-    log = open(tmp_path / 'log', 'w')
-    server = subprocess.Popen(
-        f'exec env {command} --no-browser --allow-root --ip=127.0.0.1 --port={port} --IdentityProvider.token=t',
-        shell=True,
-        cwd=ROOT,
-        stdout=log,
-        stderr=log,
-        env={**{k: v for k, v in ENV.items() if not k.startswith(('JUPYTER', 'XDG'))}, 'HOME': str(tmp_path)},
-    )
-    try:
-        def ask(path, data=None):
-            r = urllib.request.Request(
-                f'http://127.0.0.1:{port}/{path}',
-                headers=dict(Authorization='token t'),
-                data=data and json.dumps(data).encode(),
-            )
-            return urllib.request.urlopen(r, timeout=3600).read()
-        for _ in range(18000):
-            try:ask('api/status'); break
-            except OSError: time.sleep(.2)
+    with lab(tmp_path, port) as ask:
         assert b'04_merge.ipynb' in ask('api/contents') and b'jupyter-config-data' in ask('lab')
         kernel = json.loads(ask('api/kernels', dict(name='python3')))['id']
-        ws = websocket.create_connection(
-            f'ws://127.0.0.1:{port}/api/kernels/{kernel}/channels', header=['Authorization: token t'], timeout=3600
-        )
-        head = dict(
-            msg_id='1', msg_type='execute_request', username='', session='s', version='5.3', date='2026-01-01T00:00:00Z'
-        )
-        ws.send(
-            json.dumps(
-                dict(
-                    header=head,
-                    parent_header={},
-                    metadata={},
-                    channel='shell',
-                    content=dict(code=LAB_CODE.format(store=str(full)), silent=False),
-                )
-            )
-        )
-        said, shown = '', ''
-        while True:
-            m = json.loads(ws.recv())
-            if m['parent_header'].get('msg_id') != '1': continue
-            said += m['content'].get('text', '') if m['msg_type'] == 'stream' else ''
-            shown += m['content']['data'].get('text/html', '') if m['msg_type'] == 'execute_result' else ''
-            if m['msg_type'] == 'error': raise AssertionError(m['content'])
-            if m['msg_type'] == 'status' and m['content']['execution_state'] == 'idle': break
-        ws.close()
-        assert said.split()[-2:] == [sys.executable, sys.prefix], said
-        assert 'Rows scored' in shown and 'stages are built' in shown
-    finally:
-        server.terminate(); server.wait(); log.close()
+        code = LAB_CODE.format(store=str(full))
+        said, shown = executed(websocket.create_connection, port, kernel, code)
+    assert said.split()[-2:] == [sys.executable, sys.prefix], said
+    assert 'Rows scored' in shown and 'stages are built' in shown
 
 
 # ---- the wheel

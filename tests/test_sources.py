@@ -33,75 +33,57 @@ def say(i, n=14):
     return ' '.join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(n)) + f' {i}'
 
 
-def rows_of(name, n=12):
-    task = name.split('/')[0]
-    if name == 'alpaca_gpt4':
-        return [dict(instruction=f'Say {say(i)}.', input='', output=say(i + 1)) for i in range(n)]
-    if name == 'openorca':
-        return [
-            dict(id=f'flan.{i}', system_prompt='', question=f'Ask {say(i, 9)[::-1]}?', response=say(i + 2, 5))
-            for i in range(n)
-        ]
-    if name == 'metamath':
-        return [
-            dict(
-                query=f'Now {say(i)}?',
-                response=f'It is {i}.',
-                type='MATH_Rephrased' if i % 2 else 'GSM_SV',
-                original_question=f'What {say(i)}?',
-            )
-            for i in range(n)
-        ]
-    if name == 'math':
-        return [dict(problem=f'What {say(i)}?', solution=rf'We get $\boxed{{{i}}}$.') for i in range(n)]
-    if name == 'ultrafeedback':
-        turn = lambda t: [dict(role='user', content='x'), dict(role='assistant', content=t)]
-        return [dict(prompt=f'Tell {say(i)}.', chosen=turn(say(i + 3)), rejected=turn('no')) for i in range(n)]
-    if task == 'arc':
-        return [
-            dict(
-                id=str(i),
-                question=f'Which {say(i)}?',
-                choices=dict(text=[say(i + j, 3) for j in range(4)], label=list('ABCD')),
-                answerKey='ABCD'[i % 4],
-            )
-            for i in range(n)
-        ]
-    if task == 'hellaswag':
-        return [
-            dict(
-                ind=i,
-                activity_label='Walk',
-                ctx_a=say(i),
-                ctx_b='she',
-                ctx=f'{say(i)} she',
-                endings=[say(i + j, 4) for j in range(4)],
-                label=str(i % 4),
-            )
-            for i in range(n)
-        ]
-    if task == 'mmlu':
-        return [
-            dict(
-                question=f'Why {say(i)}?',
-                subject=('anatomy', 'world_religions')[i % 2],
-                choices=[say(i + j, 3) for j in range(4)],
-                answer=i % 4,
-            )
-            for i in range(n)
-        ]
-    if task == 'truthfulqa':
-        targets = lambda i: dict(choices=[say(i, 4), say(i + 1, 4), say(i + 2, 4)], labels=[1, 0, 0])
-        return [dict(question=f'Is {say(i)}?', mc1_targets=targets(i), mc2_targets=targets(i)) for i in range(n)]
-    if task == 'winogrande':
-        return [
-            dict(sentence=f'Once _ saw {say(i)}.', option1='Ann', option2='Bea', answer=str(i % 2 + 1))
-            for i in range(n)
-        ]
-    return [
-        dict(question=f'How many {say(i)}?', answer=f'{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}')
-        for i in range(n)
-    ]
+def turns(answer): return [dict(role='user', content='x'), dict(role='assistant', content=answer)]
+
+
+def targets(i): return dict(choices=[say(i + j, 4) for j in range(3)], labels=[1, 0, 0])
+
+
+ROW = dict(  # file or benchmark -> its i-th row, in the columns of the published one
+    alpaca_gpt4=lambda i: dict(instruction=f'Say {say(i)}.', input='', output=say(i + 1)),
+    openorca=lambda i: dict(
+        id=f'flan.{i}', system_prompt='', question=f'Ask {say(i, 9)[::-1]}?', response=say(i + 2, 5)
+    ),
+    metamath=lambda i: dict(
+        query=f'Now {say(i)}?',
+        response=f'It is {i}.',
+        type='MATH_Rephrased' if i % 2 else 'GSM_SV',
+        original_question=f'What {say(i)}?',
+    ),
+    math=lambda i: dict(problem=f'What {say(i)}?', solution=rf'We get $\boxed{{{i}}}$.'),
+    ultrafeedback=lambda i: dict(prompt=f'Tell {say(i)}.', chosen=turns(say(i + 3)), rejected=turns('no')),
+    arc=lambda i: dict(
+        id=str(i),
+        question=f'Which {say(i)}?',
+        choices=dict(text=[say(i + j, 3) for j in range(4)], label=list('ABCD')),
+        answerKey='ABCD'[i % 4],
+    ),
+    hellaswag=lambda i: dict(
+        ind=i,
+        activity_label='Walk',
+        ctx_a=say(i),
+        ctx_b='she',
+        ctx=f'{say(i)} she',
+        endings=[say(i + j, 4) for j in range(4)],
+        label=str(i % 4),
+    ),
+    mmlu=lambda i: dict(
+        question=f'Why {say(i)}?',
+        subject=('anatomy', 'world_religions')[i % 2],
+        choices=[say(i + j, 3) for j in range(4)],
+        answer=i % 4,
+    ),
+    truthfulqa=lambda i: dict(question=f'Is {say(i)}?', mc1_targets=targets(i), mc2_targets=targets(i)),
+    winogrande=lambda i: dict(
+        sentence=f'Once _ saw {say(i)}.', option1='Ann', option2='Bea', answer=str(i % 2 + 1)
+    ),
+    gsm8k=lambda i: dict(
+        question=f'How many {say(i)}?', answer=f'{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}'
+    ),
+)
+
+
+def rows_of(name, n=12): return [ROW[name.split('/')[0]](i) for i in range(n)]
 
 
 def put(folder, name, rows, ending='.jsonl'):
