@@ -352,12 +352,17 @@ def campaign(store:Path|None, short:bool, seed:int)->int:
     with tempfile.TemporaryDirectory(prefix='campaign-') as d:
         c = Campaign(whole_store(store, Path(d).resolve()), Path(d).resolve())
         c.prepare()
-        kills(c, 5 if short else 200, rng)
-        full_disks(c, 2 if short else 20, rng)
-        damaged_scratch(c, WORKS[:1] if short else WORKS, 1 if short else None, rng)
-        damaged_store(c, 2 if short else None, rng)
-        runners(c, WORKS[3:4] if short else WORKS, 4)
-        if not short: bad_inputs(c)
+        parts = dict(
+            kills=lambda: kills(c, 5 if short else 200, rng),
+            full_disks=lambda: full_disks(c, 2 if short else 20, rng),
+            damaged_scratch=lambda: damaged_scratch(c, WORKS[:1] if short else WORKS, 1 if short else None, rng),
+            damaged_store=lambda: damaged_store(c, 2 if short else None, rng),
+            runners=lambda: runners(c, WORKS[3:4] if short else WORKS, 4),
+            bad_inputs=lambda: short or bad_inputs(c),
+        )
+        for name, tried in parts.items():
+            tried()
+            print(f'{name}: {sum(c.tries.values())} tries so far, {len(c.wrong)} faults', file=sys.stderr, flush=True)
         print(c.table().to_string(index=False))
     for fault, work, what, said in c.wrong: print(f'\n{what}: {fault}, {work} (seed {seed})\n{said}')
     print(f'{sum(c.tries.values())} tries, {len(c.wrong)} faults')
