@@ -23,6 +23,7 @@ from solar_repro.models.adapters import AdaptedModel, materialize
 from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.paper import H6_TASKS
 from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.graph import SFT_ROWS
 from solar_repro.pipeline.results import taught
 from solar_repro.reports import verify
 from solar_repro.tiny.base import random_base
@@ -381,18 +382,18 @@ def test_rows_held_out_are_not_trained_on_and_their_answers_are_counted_again(fu
 
     monkeypatch.setattr(verify.pd, 'read_parquet', forged)
     found = verify._own_problems(exp)
-    assert [what for _, what, *_ in found] == ['score of item 1']*8
-    assert {where.split('/')[1] for where, *_ in found} == {'base', 'SFT v3', 'SFT v4'}
+    assert [what for _, what, *_ in found] == ['score of item 1']*11
+    assert {where.split('/')[1] for where, *_ in found} == {'base', *SFT_ROWS}
 
 
 def test_a_gain_is_the_difference_of_two_models_on_the_same_rows(full):
     exp = Experiment('smoke', store=full)
-    gains = taught(exp).set_index('set')
-    assert list(dict.fromkeys(gains.index)) == [n.removeprefix('held/') for n in exp.graph if n.startswith('held/')]
+    gains = taught(exp).set_index(['set', 'model'])
+    assert list(dict.fromkeys(gains.index.get_level_values('set'))) == [n.removeprefix('held/') for n in exp.graph if n.startswith('held/')]
     after, before = (exp.build(f'own/{m}/openorca').path/'items.parquet' for m in ('SFT v3', 'base'))
     after, before = verify.pd.read_parquet(after), verify.pd.read_parquet(before)
     assert (after['asked'] == before['asked']).all() and (after['gold'] == before['gold']).all()
-    assert gains.loc['openorca', 'gain'] == pytest.approx((after['score'] - before['score']).mean())
+    assert gains.loc[('openorca', 'SFT v3'), 'gain'] == pytest.approx((after['score'] - before['score']).mean())
     none = Experiment(exp.profile.model_copy(update=dict(eval=exp.profile.eval.model_copy(update=dict(n_own=0)))),
                       store=full)
     assert taught(none).empty and not any(n.startswith(('own/', 'held/')) for n in none.graph)

@@ -21,6 +21,7 @@ BEGIN, END = '<!-- recorded by tools/record_run.py -->', '<!-- end of what is re
 FOUND = '<!-- found by tools/record_run.py -->', '<!-- end of what was found -->'     # the sentences above the commands
 KINDS = ('`avx512` and `avx2` are kinds of processor: the second is the same machine, told to be one without AVX-512'
          ' (`ATEN_CPU_CAPABILITY=avx2`, `MKL_CBWR=AVX2`), which takes sums in another order.')
+TIMES = ROOT / 'benchmarks' / 'results' / 'commands.json'          # minutes that whole commands took, set-up included
 SHOWN = 4                                                   # the table whose picture stands on the front page
 
 
@@ -81,7 +82,14 @@ def in_short(profile: str) -> str:
     return f'**What the tiny world says.** Over {over} its recorded runs {claimed}. {best} {chance}'
 
 
-def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_minutes: float | None = None) -> str:
+def times() -> str:
+    "What whole commands took, as a range over the machines that they were timed on."
+    seen = json.loads(TIMES.read_text(encoding='utf-8'))
+    said = [f'`{command}` took {min(m):.0f} to {max(m):.0f} minutes' for command, m in seen['minutes'].items()]
+    return f' On {seen["machines"]}, set-up included, {" and ".join(said)}.'
+
+
+def text_of(profile: str, nbs: Path) -> str:
     "The part of the front page: what was run and on what, two pictures, what replicates, five tables."
     from solar_repro.pipeline.experiment import Experiment
     from solar_repro.publishing.report import publish
@@ -97,12 +105,10 @@ def text_of(profile: str, nbs: Path, tables_minutes: float | None = None, test_m
                               for n in range(3, 8))
     alt = '. '.join(finding(SHOWN, exp.table(SHOWN), exp.label, samples).splitlines())
     took = minutes(min(r['seconds'] for r in exp.records.values()))     # the others shared the machine with more
-    tables_took = f' `make tables`, notebooks and all, took {tables_minutes:.0f} minutes.' if tables_minutes else ''
-    tests = f' `make test` took {test_minutes:.0f} minutes.' if test_minutes else ''
     return '\n\n'.join(
         [
             f'Recorded runs: **{exp.label}**, not SOLAR 10.7B, on {exp.made_on()}. All {len(exp.graph)} stages of one'
-            f' seed took {took} of one processor where least else ran.{tables_took}{tests} A run of your own says of'
+            f' seed took {took} of one processor where least else ran.{times()} A run of your own says of'
             ' itself what made it;'
             ' on another processor its sums are rounded otherwise, and its scores differ as those of another seed do.',
             f'<p><img src="recorded/table{SHOWN}.png" alt="{alt}"></p>',
@@ -132,15 +138,11 @@ def main() -> None:
     ap.add_argument('--seeds', help='record the finished runs of these seeds, such as 0,1,2')
     ap.add_argument('--store', type=Path, default=ROOT / 'runs' / 'store', help='where they lie (default: runs/store)')
     ap.add_argument('--kind', help='name of the kind of processor (default: the instructions that were used)')
-    ap.add_argument(
-        '--tables-minutes', type=float, help='what `make tables` took from an empty store, to be said beside it'
-    )
-    ap.add_argument('--test-minutes', type=float, help='what `make test` took, to be said beside it')
     ap.add_argument('--nbs', type=Path, default=ROOT / 'nbs', help='the notebooks to write into (default: nbs/)')
     args = ap.parse_args()
     for seed in (args.seeds or '').replace(',', ' ').split():
         print(record(args.profile, int(seed), args.store, ROOT / 'solar_repro' / 'recorded', args.kind))
-    put(args.nbs / 'index.ipynb', text_of(args.profile, args.nbs, args.tables_minutes, args.test_minutes))
+    put(args.nbs / 'index.ipynb', text_of(args.profile, args.nbs))
     put(args.nbs / 'index.ipynb', in_short(args.profile), *FOUND)
     if args.nbs.resolve() == ROOT / 'nbs':
         subprocess.run([str(Path(sys.executable).parent / 'nbdev_clean')], check=True, cwd=ROOT)

@@ -32,7 +32,7 @@ class Stage:
     inputs: dict[str, str]  # role -> name of another stage
     file: Path | None = None # a file of the user's that is read; its digest stands in the settings
 
-CODE_VERSIONS = dict(base=2, data=5, bench=4, contamination=1, sft=1, ref=1, dpo=1, merge=2, eval=3, own=1,
+CODE_VERSIONS = dict(base=2, data=6, bench=5, contamination=1, sft=1, ref=1, dpo=1, merge=2, eval=3, own=1,
                      quantization=3) # kind -> raised when its code changes what it makes
 
 MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
@@ -273,7 +273,7 @@ def _dequantized_base(p:Profile)->Stage:
     return Stage(DEQUANTIZED, 'base', settings, dict(base='base'))
 
 # %% ../../nbs/pipeline/01_graph.ipynb #d853c2f8
-OWN_ROWS = 'SFT v3', 'SFT v4', 'DPO v1', 'DPO v2' # each of the paper's training sets is among those of one of them
+OWN_ROWS = *SFT_ROWS, 'DPO v1', 'DPO v2' # asked about each set that they are trained on
 
 def taught_by(
     graph:dict[str,Stage], # with models

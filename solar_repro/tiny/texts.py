@@ -148,13 +148,12 @@ def _recipe(rng:random.Random, w:World)->tuple[str,str]:
     begin, steps = _story(who, p, w.recipes[p]).split('. ', 1)
     return f'{begin}. How does {who} make the {p}?', steps
 
-ALPACA = dict(short=.15, sentence=.4, exam=.15, recipe=.1, belief=.1, onestep=.1) # kind -> share of the rows
+ALPACA = dict(sentence=.55, exam=.15, recipe=.1, belief=.1, onestep=.1) # kind -> share of the rows
 
 def _row_alpaca(rng, w):
     kind, put = rng.choices(list(ALPACA), ALPACA.values())[0], ''
-    if kind in ('short', 'sentence'): e, r, v = _value(rng, w)
-    if kind == 'short': ask, answer = _what(e, r), v
-    elif kind == 'sentence': ask, answer = f'Write a sentence. {_what(e, r)}', f'{v} is the {r}.'
+    if kind == 'sentence':
+        e, r, v = _value(rng, w); ask, answer = f'Write a sentence. {_what(e, r)}', f'{v} is the {r}.'
     elif kind == 'exam':
         text, answer = _exam(rng, w, rng.choice(MMLU_SUBJECTS)); ask, put = text.split('\n', 1)
     elif kind == 'recipe': ask, answer = _recipe(rng, w)
