@@ -56,7 +56,8 @@ def measured(
             if x['method'] != 'linear': continue
             d = pair(found, task, x['model'], even)
             p_best = pair(found, task, x['model'], best).p
-            rows[-1] |= dict(difference=d.difference, se=d.se, p=d.p, p_best=p_best)
+            se = d.se if x['model'] != even else 0.  # the even average beside itself: no noise
+            rows[-1] |= dict(difference=d.difference, se=se, p=d.p, p_best=p_best)
     return pd.DataFrame(rows)
 
 def is_built(exp:Experiment, line:pd.DataFrame)->bool: # both of `between`
