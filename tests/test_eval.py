@@ -389,7 +389,8 @@ def test_rows_held_out_are_not_trained_on_and_their_answers_are_counted_again(fu
 def test_a_gain_is_the_difference_of_two_models_on_the_same_rows(full):
     exp = Experiment('smoke', store=full)
     gains = taught(exp).set_index(['set', 'model'])
-    assert list(dict.fromkeys(gains.index.get_level_values('set'))) == [n.removeprefix('held/') for n in exp.graph if n.startswith('held/')]
+    held = [n.removeprefix('held/') for n in exp.graph if n.startswith('held/')]
+    assert list(dict.fromkeys(gains.index.get_level_values('set'))) == held
     after, before = (exp.build(f'own/{m}/openorca').path/'items.parquet' for m in ('SFT v3', 'base'))
     after, before = verify.pd.read_parquet(after), verify.pd.read_parquet(before)
     assert (after['asked'] == before['asked']).all() and (after['gold'] == before['gold']).all()
