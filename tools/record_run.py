@@ -39,13 +39,13 @@ def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = 
         )
     manifests = {n: exp.find(n).manifest for n in exp.graph}
     made = made_on([m for n, m in manifests.items() if exp.graph[n].kind in USES_BASE])
-    how = [made.get('capability'), made.get('MKL_CBWR')]
+    how = dict.fromkeys(x.lower() for x in (made.get('capability'), made.get('MKL_CBWR')) if x)
     facts = dict(
         profile=exp.profile.name, label=exp.profile.label, seed=seed, protocol=exp.profile.eval.protocol, made_on=made,
         started=min(m['started'] for m in manifests.values()), seconds=round(float(status['seconds'].sum()), 1),
         stages=exp.provenance().to_dict('records'), taught=json.loads(taught(exp).to_json(orient='records')),
     )
-    file = into / exp.profile.name / (kind or '-'.join(filter(None, how)).lower() or 'cpu') / f'seed{seed}.json.gz'
+    file = into / exp.profile.name / (kind or '-'.join(how) or 'cpu') / f'seed{seed}.json.gz'
     folders = {(m, t): exp.find(f'eval/{m}/{t}').path for m in exp.models for t in exp.tasks}
     return write_record(file, facts, folders)
 
@@ -85,7 +85,8 @@ def in_short(profile: str) -> str:
 def times() -> str:
     "What whole commands took, as a range over the machines that they were timed on."
     seen = json.loads(TIMES.read_text(encoding='utf-8'))
-    said = [f'`{command}` took {min(m):.0f} to {max(m):.0f} minutes' for command, m in seen['minutes'].items()]
+    spans = {c: ' to '.join(dict.fromkeys(f'{x:.0f}' for x in (min(m), max(m)))) for c, m in seen['minutes'].items()}
+    said = [f'`{command}` took {span} minutes' for command, span in spans.items()]
     return f' On {seen["machines"]}, set-up included, {" and ".join(said)}.'
 
 
