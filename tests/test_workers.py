@@ -114,8 +114,10 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def cluster():
-    "The address of a Ray cluster of this machine."
+def cluster(monkeypatch):
+    "The address of a Ray cluster of this machine, whose token is in the environment of whoever joins."
+    monkeypatch.setenv('RAY_AUTH_MODE', 'token')
+    monkeypatch.setenv('RAY_AUTH_TOKEN', '0123456789abcdef'*2)
     env = dict(os.environ, RAY_USAGE_STATS_ENABLED='0')
     p = subprocess.Popen([sys.executable, '-c', CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True, env=env)

@@ -59,8 +59,9 @@ def connect(
     except (ConnectionError, ValueError, RuntimeError) as e:
         said = str(e).strip().splitlines()[0]
         raise OSError(f'engine ray: no cluster answers at {address} ({said}); expected the address of a Ray cluster, '
-                      'such as auto on one of its nodes. Start one with `ray start --head`, or leave --address out to '
-                      'have one started here.') from e
+                      'such as auto on one of its nodes, and its token, where it asks for one, in RAY_AUTH_TOKEN with '
+                      'RAY_AUTH_MODE=token. Start one with `ray start --head`, or leave --address out to have one '
+                      'started here.') from e
     return True
 
 # %% ../../nbs/pipeline/20_ray.ipynb #2527f3d7
