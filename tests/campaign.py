@@ -199,10 +199,11 @@ class Campaign:
             shutil.rmtree(folder)
 
     def judge(self, fault:str, w:Work, folder:Path, *before:Outcome, argv:list[str]|None=None)->None:
-        "Run once more, undisturbed; count what was wrong."
+        "Run once more, undisturbed; count what was wrong. Who comes when OUT is there is told so, as ever."
+        there = w.makes == 'OUT' and (folder/'OUT').is_dir()
         again = forked(argv or w.argv, folder)
         faults = []
-        if again.status: faults.append('stuck')
+        if again.status != (2 if there else 0): faults.append('stuck')
         elif result(w, folder) != self.right[w.name]: faults.append('wrong')
         if any('Traceback' in o.said for o in (*before, again)): faults.append('traceback')
         if left_over(folder): faults.append('left over')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'PAGE', 'CHUNK', 'MODEL', 'Shard', 'lay_out', 'slices_in', 'write_chunk', 'fingerprint', 'Writer',
-           'check_target', 'check_space', 'discard', 'private_folder', 'publish']
+           'check_space', 'discard', 'check_target', 'private_folder', 'publish']
 
 # %% ../../nbs/merging/03_shards.ipynb #78e51061
 import errno
@@ -19,7 +19,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, ExitStack
+from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,17 +186,6 @@ def finish(self:Writer,
     return _fingerprint(digests)
 
 # %% ../../nbs/merging/03_shards.ipynb #18397201
-def check_target(
-    out:Path, # folder to write
-)->None:
-    "Raise unless a folder can be made there."
-    if out.exists():
-        raise FileExistsError(errno.EEXIST, f"merge: {out} exists; expected a new folder. "
-                                            "Remove it or choose another name")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"merge: {out.parent} does not exist; expected the folder to make "
-                                              f"{out.name} in. Make it first")
-
 def check_space(
     folder:Path, # on the disk to write to
     n_bytes:int, # still to be written
@@ -228,6 +217,28 @@ def _make_and_lock(private:Path, out:Path, stack:ExitStack)->None:
         try: return _lock(private, out, stack)
         except FileNotFoundError: pass   # published or removed by another process just now
 
+# %% ../../nbs/merging/03_shards.ipynb #42125652
+def _private_folders(out:Path)->Iterator[Path]: return out.parent.glob(f'.{glob.escape(out.name)}.*.merging')
+
+def _remove_published(out:Path)->None:
+    for private in _private_folders(out):
+        if (private/MODEL).exists(): continue     # something to go on from
+        with ExitStack() as stack, suppress(OSError):     # in use, gone meanwhile, or not ours to remove
+            stack.enter_context(locked(private/'lock'))
+            discard(private)
+
+def check_target(
+    out:Path, # folder to write
+)->None:
+    "Raise unless a folder can be made there."
+    if out.exists():
+        _remove_published(out)
+        raise FileExistsError(errno.EEXIST, f"merge: {out} exists; expected a new folder. "
+                                            "Remove it or choose another name")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"merge: {out.parent} does not exist; expected the folder to make "
+                                              f"{out.name} in. Make it first")
+
 # %% ../../nbs/merging/03_shards.ipynb #ec3ea08b
 @contextmanager
 def private_folder(
@@ -239,7 +250,7 @@ def private_folder(
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
     own = out.parent/f'.{out.name}.{digest}.merging'
     with ExitStack() as stack:
-        for other in out.parent.glob(f'.{glob.escape(out.name)}.*.merging'):
+        for other in _private_folders(out):
             if other==own: continue
             try: _lock(other, out, stack)
             except FileNotFoundError: continue
