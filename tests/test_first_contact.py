@@ -1,5 +1,6 @@
 "What somebody meets who has just come: commands that say where, how much and what to do; the line between two models."
 import json
+import logging
 import os
 import re
 import subprocess
@@ -27,6 +28,11 @@ def test_outside_a_clone_nothing_long_is_built_unasked(tmp_path, monkeypatch, ca
     said = capsys.readouterr().err
     assert '--yes' in said and str(tmp_path/'runs'/'store') in said, said
     assert not list((tmp_path/'runs'/'store').glob('sft*'))
+
+
+def test_importing_says_nothing():
+    "On processors with AVX512-BF16 every command began with a remark of bitsandbytes about a kernel of the Hub."
+    assert not logging.getLogger('bitsandbytes.backends.cpu.ops').isEnabledFor(logging.WARNING)
 
 
 def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,6 @@
 __all__ = ['render', 'token_ids', 'token_pairs', 'encode', 'quiet', 'load_tokenizer', 'load_base']
 
 # %% ../../nbs/models/01_loading.ipynb #4e21939d
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -80,12 +79,10 @@ def quiet():
     reports, hub.HF_HUB_DISABLE_TELEMETRY = hub.HF_HUB_DISABLE_TELEMETRY, True
     counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    no_data_bars, four_bits = datasets.are_progress_bars_disabled(), logging.getLogger('bitsandbytes')
-    level_of_four_bits = four_bits.level
+    no_data_bars = datasets.are_progress_bars_disabled()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    four_bits.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)
@@ -93,7 +90,6 @@ def quiet():
     finally:
         hub.HF_HUB_DISABLE_TELEMETRY = reports
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        four_bits.setLevel(level_of_four_bits)
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
         if not no_data_bars: datasets.enable_progress_bars()
