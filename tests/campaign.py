@@ -152,7 +152,8 @@ def linked(a:Path, b:Path)->Path:
 
 
 def artifacts(store:Path)->dict[str,Path]: # stage -> folder
-    return {m['name']: p.parent for p in store.glob('*/*/manifest.json') if (m := read_manifest(p.parent))}
+    found = [p.parent for p in store.glob('*/*/manifest.json') if p.parts[-3] != 'damaged']     # set aside, not in use
+    return {m['name']: p for p in found if (m := read_manifest(p))}
 
 
 def result(w:Work, folder:Path)->str|None: # hash of what the work makes; None: nothing is there
