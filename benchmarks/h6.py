@@ -2,7 +2,7 @@
 
     python benchmarks/h6.py [--items 4] [--mmlu_items 16] [--tasks arc mmlu] [--hf_batch 1 8] [--hf_packed] [--shape
     smollm2-135m] [--device cpu] [--dtype float32] [--out NAME]
-    python benchmarks/h6.py --profile smol [...]
+    python benchmarks/h6.py --profile smol [--leaderboard_shots] [...]
 
 The model has random weights and the shape of a known one, so that nothing is fetched; or it is the base of a profile,
 asked the first items of that profile: real weights and published items for `smol`. Otherwise items are random words,
@@ -212,8 +212,9 @@ def of_profile(a: argparse.Namespace) -> tuple:
     def ask(t, n):
         s, folder = exp.graph[f'eval/base/{t}'].settings, exp.build(f'bench/{t}').path
         bench = {k: read_rows(folder / f'{k}.jsonl') for k in ('train', 'test')}
-        asked = build_requests(t, dict(bench, test=bench['test'][:n]), s['num_fewshot'], s.get('tasks', 'tiny'))
-        return [r for x in asked.tasks for r in x.instances], s['num_fewshot']
+        shots = SHOTS[t] if a.leaderboard_shots else s['num_fewshot']
+        asked = build_requests(t, dict(bench, test=bench['test'][:n]), shots, s.get('tasks', 'tiny'))
+        return [r for x in asked.tasks for r in x.instances], shots
 
     return (
         load_tokenizer(point.base),
@@ -420,6 +421,7 @@ if __name__ == '__main__':
     p.add_argument('--batch', type=int, default=64, help='rows of our forward passes at most')
     p.add_argument('--generate', type=int, default=256, help='tokens of a GSM8K answer')
     p.add_argument('--profile', help='base and items of this profile, not random ones')
+    p.add_argument('--leaderboard_shots', action='store_true', help="not the profile's worked examples")
     p.add_argument('--shape', choices=SHAPES, default='smollm2-135m')
     p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Answers', 'ALPHA', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'MARGIN', 'MIN_SEEDS', 'PLAIN', 'with_h6', 'table',
-           'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'all_comparisons', 'unresolved', 'finding', 'judge',
-           'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'standing', 'in_short', 'in_words', 'over_seeds',
-           'noises', 'alike', 'replication', 'plain_words']
+           'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'detectable', 'all_comparisons', 'unresolved',
+           'finding', 'judge', 'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'standing', 'in_short',
+           'in_words', 'over_seeds', 'noises', 'alike', 'replication', 'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
@@ -126,6 +126,15 @@ def comparisons(
     tests = [(f'{TITLES[t]}, {a} - {b}', pair(found, t, a, b)) for t, a, b in compared(n)]
     out = pd.DataFrame([dict(compares=what, difference=100*x.difference, se=100*x.se, p=x.p) for what, x in tests])
     return out.assign(p_holm=holm(out['p']), resolvable=[100*resolvable(x.se, x.df) for _, x in tests])
+
+def detectable(
+    n:int, # 3 to 7
+    samples:pd.DataFrame, # model, task, doc_id, score
+)->float: # points
+    "The true difference in H6 of two rows of a table that so many items show about four times in five; the median."
+    found = answers(samples)
+    pairs = [pair(found, t, a, b) for t, a, b in compared(n) if t == 'h6' and {a, b} <= set(models(n))]
+    return float(np.median([100*resolvable(x.se, x.df) for x in pairs]))
 
 def all_comparisons(
     samples:pd.DataFrame, # model, task, doc_id, score

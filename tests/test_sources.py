@@ -634,7 +634,7 @@ def test_data_from_a_folder_puts_the_wheel_in_the_hubs_place(tmp_path, monkeypat
     for n in FILES:
         put(tmp_path, n, rows_of(n))
     labels = [Experiment(p, store=tmp_path / 'store').label for p in (off, hub)]
-    assert labels == ['SmolLM2-135M, seed 0, from an instruction-tuned base', 'SmolLM2-135M, seed 0']
+    assert labels == ['SmolLM2-135M, from an instruction-tuned base, seed 0', 'SmolLM2-135M, seed 0']
 
 
 def test_the_ledger_finds_what_is_planted(folder, tmp_path):

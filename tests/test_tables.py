@@ -538,8 +538,8 @@ def test_a_full_disk_leaves_the_files_of_before(tmp_path, monkeypatch, which):
 @pytest.mark.parametrize('which', ('table', 'claims'))
 def test_a_long_label_stays_on_the_picture(which):
     "Labels of published data name their stand-ins; they once ran off the edge, under the legend and through the marks."
-    label = ('SmolLM2-135M, seed 0, from an instruction-tuned base, math sets by a stand-in rule '
-             '(MATH and GSM8K train rows, no MetaMathQA)')
+    label = ('SmolLM2-135M, from an instruction-tuned base, math sets by a stand-in rule '
+             '(MATH and GSM8K train rows, no MetaMathQA), seed 0')
     fig = figure(3, frame(), label) if which == 'table' else claims_figure(tables.claims(frame()), label)
     fig.canvas.draw()
     parts = [fig._suptitle, *fig.legends, *(ax._left_title for ax in fig.axes)]

@@ -678,3 +678,7 @@ def test_records_are_checked_answer_by_answer(full, tmp_path, monkeypatch):
     found = set(zip(problems['where'].str.split('seed 1, ').str[1], problems['what']))
     assert {('SFT v1/arc', 'score of item 2'), ('SFT v1/arc', 'score'), ('base/mmlu', 'items')} <= found
     assert {w for w, _ in found} <= {'SFT v1/arc', 'DPO v1/gsm8k', *(f'{m}/mmlu' for m in exp.models)}
+    rows = exp.profile.data.model_copy(update=dict(source='published'))     # of which others may have asked other items
+    exp.profile = exp.profile.model_copy(update=dict(data=rows))
+    n, problems = record_problems(exp)
+    assert n == 2 and not any(problems['where'].str.endswith('/mmlu')) and any(problems['where'].str.endswith('/arc'))

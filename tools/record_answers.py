@@ -1,5 +1,5 @@
-"""Keep what every model of a recorded run (tools/record_run.py) answered to a few items, for the site's page of
-answers: nbs/recorded/answers.json.
+"""Keep what every model of a recorded run of the tiny world (tools/record_run.py) answered to a few items, for the
+site's page of answers: nbs/recorded/answers.json.
 
 Nothing is built or generated but the benchmarks' items. Of each benchmark those on which the models differ most are
 shown, so that no hand chooses them.
@@ -41,11 +41,10 @@ def answers_of(exp: Experiment, task: str, n: int) -> list[dict]:
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument('--profile', default='tiny')
     ap.add_argument('--seed', type=int, default=0, help='of the recorded run')
     ap.add_argument('--out', type=Path, default=ROOT / 'nbs' / 'recorded' / 'answers.json')
     args = ap.parse_args()
-    exp = Experiment(args.profile, args.seed, recorded=True)
+    exp = Experiment('tiny', args.seed, recorded=True)
     items = [x for t, n in SHOWN.items() for x in answers_of(exp, t, n)]
     kept = dict(label=f'{exp.profile.label}, seed {args.seed}', items=items)
     args.out.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')

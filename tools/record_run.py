@@ -1,8 +1,8 @@
 """Record runs: `record_run.py --store STORE --seeds 0,1,2 [--profile tiny] [--kind NAME]` takes finished runs out of a
 store, one file a seed, into solar_repro/recorded/PROFILE/KIND/, from where the package shows them without running
 anything. KIND is the kind of processor, by default the instructions that the runs used. With or without new runs, the
-recorded ones then go onto the front page: figures into nbs/recorded/, and the part of nbs/index.ipynb between its
-marks; README.md follows."""
+recorded ones of the tiny world then go onto the front page: figures into nbs/recorded/, and the part of
+nbs/index.ipynb between its marks; README.md follows."""
 
 import argparse
 import json
@@ -19,16 +19,15 @@ from keep_outputs import small
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = '<!-- recorded by tools/record_run.py -->', '<!-- end of what is recorded -->'
 FOUND = '<!-- found by tools/record_run.py -->', '<!-- end of what was found -->'     # the sentences above the commands
-KINDS = ('`avx512` and `avx2` are kinds of processor: the second is the same machine, told to be one without AVX-512'
-         ' (`ATEN_CPU_CAPABILITY=avx2`, `MKL_CBWR=AVX2`), which takes sums in another order.')
 TIMES = ROOT / 'benchmarks' / 'results' / 'commands.json'          # minutes that whole commands took, set-up included
+FRONT = 'tiny'                                              # the profile whose runs stand on the front page
 SHOWN = 4                                                   # the table whose picture stands on the front page
 
 
 def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = None) -> Path:
     "A finished run as one file."
     from solar_repro.pipeline.experiment import Experiment, USES_BASE
-    from solar_repro.pipeline.results import made_on, taught, write_record
+    from solar_repro.pipeline.results import made_on, scale, taught, write_record
     exp = Experiment(profile, seed=seed, store=store)
     status = exp.status()
     missing = status.loc[status['state'] == 'missing', 'stage'].tolist()
@@ -41,7 +40,7 @@ def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = 
     made = made_on([m for n, m in manifests.items() if exp.graph[n].kind in USES_BASE])
     how = dict.fromkeys(x.lower() for x in (made.get('capability'), made.get('MKL_CBWR')) if x)
     facts = dict(
-        profile=exp.profile.name, label=exp.profile.label, seed=seed, protocol=exp.profile.eval.protocol, made_on=made,
+        profile=exp.profile.name, label=scale(exp), seed=seed, protocol=exp.profile.eval.protocol, made_on=made,
         started=min(m['started'] for m in manifests.values()), seconds=round(float(status['seconds'].sum()), 1),
         stages=exp.provenance().to_dict('records'), taught=json.loads(taught(exp).to_json(orient='records')),
     )
@@ -56,15 +55,15 @@ def minutes(seconds: float) -> str:
 
 def replicated(profile: str) -> list[str]:
     "How many verdicts other seeds and another kind of processor give alike, a line of a table each."
-    from solar_repro.pipeline.results import replications
+    from solar_repro.pipeline.results import kinds_in_words, replications
     from solar_repro.tables import alike
     found = replications(profile)
     if not found:
         return []
     lines = ['| verdicts of | beside those of | |', '|:--|:--|:--|']
     lines += [f'| {list(r)[1]} | {list(r)[2]} | {alike(r)} |' for r in found.values()]
-    told = any('avx2' in name for r in found.values() for name in r)
-    return ['Do the verdicts replicate?', '\n'.join(lines), *[KINDS]*told]
+    kinds = f'Kinds of processor take sums in another order: {kinds_in_words(profile)}.'
+    return ['Do the verdicts replicate?', '\n'.join(lines), kinds]
 
 
 def in_short(profile: str) -> str:
@@ -143,6 +142,8 @@ def main() -> None:
     args = ap.parse_args()
     for seed in (args.seeds or '').replace(',', ' ').split():
         print(record(args.profile, int(seed), args.store, ROOT / 'solar_repro' / 'recorded', args.kind))
+    if args.profile != FRONT:
+        return
     put(args.nbs / 'index.ipynb', text_of(args.profile, args.nbs))
     put(args.nbs / 'index.ipynb', in_short(args.profile), *FOUND)
     if args.nbs.resolve() == ROOT / 'nbs':

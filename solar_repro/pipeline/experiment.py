@@ -21,7 +21,6 @@ from ..core import display as view
 from ..core.config import load_profile, nearest, Profile, root
 from ..core.data_files import read_rows
 from ..core.store import Artifact, Store
-from ..models.base_source import base_note
 from ..paper import MODELS
 from ..publishing.text import as_text, Table
 from . import results
@@ -31,7 +30,6 @@ from .graph import (
 from .model import heavy, Model, ray_engine
 from .plan import make_plan
 from .progress import headline, Progress, relative_costs, say_interrupted
-from .sources import STAND_IN
 from .workers import n_workers, ProcessEngine
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #70080a80
@@ -401,12 +399,9 @@ def side_by_side(self:Experiment,
 # %% ../../nbs/pipeline/14_experiment.ipynb #6f88f5ee
 @patch(as_prop=True)
 def label(self:Experiment)->str:
-    "Beside every result: scale, seeds, whether recorded, the rule that fills the math sets without MetaMathQA."
-    stand_in = 'gsm8k/train' in self.graph['data/synth_math_instruct'].settings.get('files', {})
-    base = base_note(self.graph['base'].settings)
+    "Beside every result: scale, whether recorded, seeds."
     seeds = tables.in_short(sorted({self.profile.seed, *self.profile.seeds}))
-    whose = f"{self.profile.label}{', recorded' if self.records else ''}"
-    return f"{whose}, {seeds}{base}{f', {STAND_IN}' if stand_in else ''}"
+    return f"{results.scale(self)}{', recorded' if self.records else ''}, {seeds}"
 
 @patch(as_prop=True)
 def folder(self:Experiment)->Path:

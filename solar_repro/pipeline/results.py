@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
-           'made_on', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records', 'recorded', 'evaluations_of',
-           'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten', 'answer_in_words', 'find_flips',
-           'summary', 'over_records', 'replications']
+           'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records', 'recorded',
+           'evaluations_of', 'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten', 'answer_in_words',
+           'find_flips', 'summary', 'over_records', 'kinds_in_words', 'replications']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
 import gzip
@@ -23,9 +23,11 @@ import pandas as pd
 from .. import tables
 from ..core.files import write_whole
 from ..data import BENCHMARKS
+from ..models.base_source import base_note
 from ..paper import H6_TASKS
 from .graph import taught_by, USES_BASE
 from .progress import cost, duration, headline
+from .sources import STAND_IN
 
 # %% ../../nbs/pipeline/13_results.ipynb #5c8a2b94
 # (model, benchmark) -> folder of the evaluation, or what a record holds of it
@@ -89,6 +91,14 @@ def made_on(
         raise ValueError(f'record: made on {sorted(hosts)} with {len(versions)} sets of versions; expected one machine '
                          'and one set of libraries. Run it again into a store of its own.')
     return dict(json.loads(hosts.pop()), versions=json.loads(versions.pop()))
+
+def scale(
+    exp, # an `Experiment`
+)->str: # such as 'tiny world'
+    "What base and data results are of: the profile's label, and what is not as it says."
+    if exp.records: return exp.records[exp.profile.seed]['label']
+    stand_in = 'gsm8k/train' in exp.graph['data/synth_math_instruct'].settings.get('files', {})
+    return f"{exp.profile.label}{base_note(exp.graph['base'].settings)}{f', {STAND_IN}' if stand_in else ''}"
 
 def in_a_line(
     made:dict, # of `made_on`
@@ -305,6 +315,15 @@ def over_records(
     samples = [read_samples(evaluations_of(r)).assign(seed=r['seed']) for r in runs]
     together = tables.over_seeds(scores) if len(scores) > 1 else scores[runs[0]['seed']]
     return together, pd.concat(samples, ignore_index=True)
+
+def kinds_in_words(
+    profile:str, # its name
+)->str: # such as '`avx512` ran on AMD EPYC (AVX512)'
+    "What the kinds of processor are that recorded runs were made on."
+    made = {kind: next(iter(runs.values()))['made_on'] for kind, runs in records(profile).items()}
+    told = {kind: [f'`{k}={m[k]}`' for k in ('ATEN_CPU_CAPABILITY', 'MKL_CBWR') if k in m] for kind, m in made.items()}
+    return '; '.join(f"`{kind}` ran on {m['processor']} ({m['capability']}{', told so by ' if told[kind] else ''}"
+                     f"{' and '.join(told[kind])})" for kind, m in made.items())
 
 def replications(
     profile:str, # its name

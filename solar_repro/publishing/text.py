@@ -23,9 +23,9 @@ from tabulate import MIN_PADDING, tabulate
 from .. import paper
 from ..core.files import write_whole
 from ..paper import TITLES
-from solar_repro.tables import (
-    all_comparisons, claims, CONTRADICTED, MIN_SEEDS, noises, PLAIN, plain_words, SUPPORTED, table, UNDECIDED,
-    unresolved)
+from ..tables import (
+    all_comparisons, claims, CONTRADICTED, detectable, MIN_SEEDS, noises, PLAIN, plain_words, SUPPORTED, table,
+    UNDECIDED, unresolved)
 
 # %% ../../nbs/publishing/00_text.ipynb #50a86052
 class _Markup(NamedTuple):
@@ -45,7 +45,8 @@ def _in_markup(sign:str, markup:str)->str:
     return sign.replace(' ', '\xa0') if markup == 'html' else sign
 
 _IN_TEX = _SIGNS | {c: '\\' + c for c in '&%$#_{}'} | {
-    '\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+    '\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
+    '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}'}     # OT1 has other signs in their places
 _IN_MD = {c: '\\' + c for c in '\\|*_`[]$'} | {'<': '&lt;', '>': '&gt;', '&': '&amp;'}
 
 def _tex(text:str)->str:
@@ -152,14 +153,19 @@ def _over(scores:pd.DataFrame)->str:
     "What standard errors are over, where it is not the items alone."
     return f" over items and {int(scores['seeds'].max())} trainings" if 'seeds' in scores else ''
 
-def _caption(n:int, markup:str, scores:pd.DataFrame, label:str, resolved:bool)->str:
-    "What a table shows, and what its marks mean."
+def _caption(n:int, markup:str, scores:pd.DataFrame, label:str, samples:pd.DataFrame|None)->str:
+    "What a table shows, what its marks mean, and what difference could be seen."
+    resolved = samples is not None
     best = _BEST.get(markup, 'best of each column in bold, theirs and ours')
     close = '; ≈: not resolved from the runner-up' if resolved else ''
     if resolved and markup == 'plain': close = '; ≈: best, but not resolved from the runner-up'
     noise = f"one standard error{_over(scores)}, the paper's value {_PLACES.get(markup, 'in brackets')}"
     plain = ' plain words: TruthfulQA over its plainly worded answers alone.'*(PLAIN in set(scores['task']))
-    return f'Table {n}, {label}: percent ± {noise}; {best}{close}.{plain}'
+    seen = ''
+    if resolved:
+        points = f'{detectable(n, samples):.1f} points in H6'
+        seen = f' A difference of {points} between two rows would be seen four times in five.'
+    return f'Table {n}, {label}: percent ± {noise}; {best}{close}.{seen}{plain}'
 
 def as_text(
     n:int, # 3 to 7
@@ -172,7 +178,7 @@ def as_text(
     "One table in one format."
     if kind == 'csv': return table(n, scores, custom).to_csv(index=False, float_format='%.2f')
     markup = kind if kind != 'text' else 'bold' if _can_bold() else 'plain'
-    said = _caption(n, markup, scores, label, samples is not None)
+    said = _caption(n, markup, scores, label, samples)
     shown = printed(n, scores, markup, custom, samples)
     if kind == 'html':
         return as_html(shown).replace('>', f'><caption>{html.escape(said, quote=False)}</caption>', 1)
