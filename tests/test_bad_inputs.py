@@ -154,6 +154,11 @@ def moved_to_index(text):
     (in_weights(put(NORM, torch.ones(WIDTH, dtype=torch.float16))), 'Give --dtype'),
     (write('B/tokenizer.json', '{'), 'tokenizer.json is no JSON object'),
     (write('B/tokenizer.json', '{"model": 3}'), 'tokenizer.json'),
+    (write('B/tokenizer.json', '{"model": {"vocab": [["a", 0], []]}}'), 'is no tokenizer of transformers'),
+    (lambda d: (d/'B'/'model.safetensors').open('ab').write(b'more'), '4 bytes behind its last tensor'),
+    (in_header(pop(HEAD)), 'expected tensors one after another'),
+    (config(rms_norm_eps=1e-6), 'rms_norm_eps (1e-05 and 1e-06)'),
+    (config(attention_bias=True), 'attention_bias (False and True)'),
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_a_checkpoint_that_cannot_be_merged(here, capsys, change, says):
     change(here)
@@ -177,6 +182,15 @@ def test_a_checkpoint_that_cannot_be_merged(here, capsys, change, says):
     (of_adapter(r=0), "'r': 0"),
     (of_adapter(r=4), 'rank 4'),
     (of_adapter(r='two'), "'r': 'two'"),
+    (of_adapter(lora_alpha=math.nan), "'lora_alpha': nan"),
+    (of_adapter(lora_alpha=math.inf), "'lora_alpha': inf"),
+    (of_adapter(lora_alpha=1e300), "'lora_alpha': 1e+300"),
+    (of_adapter(r=math.nan), "'r': nan"),
+    (of_adapter(alpha_pattern={'q_proj': math.nan}), 'alpha_pattern'),
+    (of_adapter(rank_pattern={'q_proj': 1e300}), 'rank_pattern'),
+    (of_adapter(base_model_name_or_path=3), "'base_model_name_or_path': 3"),
+    (of_adapter(base_model_name_or_path=['x']), "'base_model_name_or_path': ['x']"),
+    (of_adapter(revision='v2'), "revisions ['main', 'v2'] of org/base"),
     (of_adapter(base_model_name_or_path='org/other'), 'Merge adapters of one base'),
     (lambda d: (d/'Q'/'adapter_model.safetensors').unlink(), 'expected weights in safetensors'),
     (cut('Q/adapter_model.safetensors', 100), 'adapter_model.safetensors'),
@@ -206,6 +220,9 @@ TWO = 'models:\n  - {model: A, parameters: {weight: 1}}\n  - {model: B, paramete
     (TWO + 'merge_method: [linear]\n', "['linear']"),
     (TWO + 'merge_method: passthrough\n', "method 'passthrough'"),
     (TWO + 'merge_method: linear\ntokeniser: base\n', 'tokeniser'),
+    (TWO + 'merge_method: linear\n' + TWO, ("the key 'models' stands twice", 'line 5')),
+    ('models:\n  - {model: A, parameters: {weight: [{filter: mpl, value: 2}, {value: 1}]}}\n'
+     '  - {model: B, parameters: {weight: 1}}\nmerge_method: linear\n', "the filter 'mpl' of weight matches none"),
     ('models:\nmerge_method: linear\n', 'models is None'),
     ('models: A\nmerge_method: linear\n', "models is 'A'"),
     ('models: [A, B]\nmerge_method: linear\n', "models is ['A', 'B']"),
@@ -257,7 +274,19 @@ def test_a_recipe_that_cannot_be_followed(here, capsys, text, says):
     ('merge --method linear --base A A B out', 'expected neither'),
     ('merge --method ties --base A --density 0 B out', 'density=0'),
     ('merge --method linear --device xyz A B out', "device 'xyz' cannot be used"),
+    ('merge --method linear --device mps A B out', "device 'mps' cannot be used for a merge; expected cpu"),
+    ('merge --method linear --device meta A B out', "device 'meta' cannot be used for a merge; expected cpu"),
+    ('merge --method linear --seed 3 A B out', 'linear with seed=3'),
+    ('merge --method linear --seed 3 P Q out', 'linear with seed=3'),
+    ('merge --method slerp --normalize A B out', 'slerp with normalize=True'),
+    ('merge --method linear --threads -1 P Q out', '--threads with adapters'),
+    ('merge --method linear --device meta P Q out', '--device with adapters'),
+    ('merge --method linear --shard-size 1e300 P Q out', '--shard-size with adapters'),
+    ('merge --method task_arithmetic --base A --weights 1e200,1 P Q out', 'becomes too large for float32'),
+    ('merge --method task_arithmetic --base A --weights 1e45,1 B A out', 'too large for F32'),
+    ('merge --method task_arithmetic --base A --weights 1e45,1 --dtype bfloat16 B A out', 'too large for BF16'),
     ('merge --method linear --shard-size 0 A B out', '--shard-size'),
+    ('merge --method linear --shard-size 1e300 A B out', '--shard-size'),
     ('merge --method linear --shard-size nan A B out', '--shard-size'),
     ('merge --method linear --shard-size inf A B out', '--shard-size'),
     ('merge --method linear --threads -1 A B out', '--threads'),
@@ -268,6 +297,11 @@ def test_a_recipe_that_cannot_be_followed(here, capsys, text, says):
     ('merge A out', 'no --method'),
     ('compare A gone', 'gone'),
     ('compare A P', 'no config.json'),
+    ('compare A C', 'solar-repro: checkpoints: A and C differ in rms_norm_eps'),
+    ('compare A N', 'solar-repro: model.norm.weight of the second model holds values that are no numbers'),
+    ('compare A B --base N', 'model.norm.weight of the base model'),
+    ('merge --method linear A B astray', 'solar-repro: astray exists'),
+    ('merge --method linear P Q astray', 'astray exists'),
     ('tabel 5', "did you mean 'table'"),
     ('table 8', '8'),
     ('table five', 'five'),
@@ -284,10 +318,15 @@ def test_a_recipe_that_cannot_be_followed(here, capsys, text, says):
     ('plan --profile smoke --store s --card H200', 'H200'),
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_a_command_that_cannot_be_done(here, capsys, argv, says):
+    for n in 'CN': shutil.copytree(here/'A', here/n)
+    edited(here/'C'/'config.json', rms_norm_eps=.1)
+    weights(here/'N', put(NORM, torch.full((WIDTH,), math.nan)))
+    (here/'astray').symlink_to('nowhere')
     try: refused(capsys, argv.split(), says)
     except SystemExit as e:      # argparse
         err = capsys.readouterr().err
         assert e.code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not (here/'out').exists() and not [*here.glob('.*.merging')]
 
 
 @pytest.mark.parametrize('argv,says', [

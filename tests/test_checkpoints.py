@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from solar_repro.merging import arithmetic, engine as merging, shards
 from solar_repro.models.adapters import AdaptedModel
-from solar_repro.models.checkpoints import compare, open_checkpoint, together
+from solar_repro.models.checkpoints import compare, DTYPES, open_checkpoint, together
 from solar_repro.reports.cli import main
 from solar_repro.merging.config import from_yaml, merge_config, to_yaml
 from solar_repro.merging.arithmetic import kept_at_random
@@ -522,6 +522,27 @@ def test_target_and_space_refused(tmp_path, pair, capsys, monkeypatch):
     monkeypatch.setattr(shards.shutil, 'disk_usage', lambda p: type('Usage', (), dict(free=10_000)))
     code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'out')
     assert code == 2 and '0.01 GB to write' in err and 'Free some space' in err and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('dtype', ['BF16', 'F16', 'F32'])
+@pytest.mark.parametrize('method', ['task_arithmetic', 'ties'])
+def test_a_result_too_large_for_its_dtype_is_refused(tmp_path, dtype, method):
+    C = to(noise(0), DTYPES[dtype])
+    a, c = write(tmp_path/'A', noise(1, C, .5)), write(tmp_path/'C', C)
+    lam = 1e6 if dtype == 'F16' else 1e39
+    with pytest.raises(ValueError, match=f'too large for {dtype}'):
+        merge(merge_config(method, [a], base=c, lam=lam), tmp_path/'out')
+    assert not (tmp_path/'out').exists() and not list(tmp_path.glob('.*merging'))
+
+
+def test_an_interrupt_says_what_is_kept(tmp_path, pair, capsys, monkeypatch):
+    words = 'merge', '--method', 'linear', *pair, tmp_path/'out'
+    with monkeypatch.context() as m:
+        m.setattr(merging, 'publish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, out, err = said(capsys, *words)
+    [private] = tmp_path.glob('.out.*.merging')
+    assert code == 130 and not out and f'kept in {private}. Run the same again' in err and 'Traceback' not in err
+    assert said(capsys, *words)[0] == 0 and not private.exists()
 
 
 def test_two_processes_do_not_write_one_target(tmp_path, pair):

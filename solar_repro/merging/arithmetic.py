@@ -35,6 +35,9 @@ def round_into(
 # %% ../../nbs/merging/02_arithmetic.ipynb #e413018d
 PIECE = 1<<17   # elements at a time
 
+def _finite(x:Tensor)->bool: # the sum costs little; it may also have outgrown the dtype
+    return math.isfinite(x.sum().item()) or x.isfinite().all().item()
+
 class Pad:
     "What a thread computes in."
     def __init__(self,
@@ -49,15 +52,15 @@ def fill_sum(
     pad:Pad, # to compute in
 )->bool: # whether all is finite
     "Write a weighted sum: float64, rounded to the dtype of `out`."
-    total = 0.
+    finite = True
     for lo in range(0, out.numel(), pad.n):
         n = min(pad.n, out.numel()-lo)
         x, y = pad.rows[0,:n], pad.rows[1,:n]
         x.copy_(parts[0][lo:lo+n]).mul_(weights[0])
         for p,w in zip(parts[1:], weights[1:]): x.add_(y.copy_(p[lo:lo+n]).mul_(w))   # not fused: cancels as it should
-        total += x.sum().item()
         round_into(out[lo:lo+n], x, y)
-    return math.isfinite(total)
+        finite = finite and _finite(out[lo:lo+n])
+    return finite
 
 # %% ../../nbs/merging/02_arithmetic.ipynb #9fa91d55
 def _bits(x:Tensor, base:Tensor, lo:int, n:int)->Tensor: # int32 that sorts like the magnitude of the change
@@ -124,15 +127,15 @@ def fill_changes(
     lo:int, # where in the tensor this slice begins
 )->bool: # whether all is finite
     "Write base plus combined changes (TIES, DARE), in float64, rounded to the dtype of `out`."
-    total, weights = 0., torch.tensor(mix.weights, dtype=torch.float64, device=parts[0].device)
+    finite, weights = True, torch.tensor(mix.weights, dtype=torch.float64, device=parts[0].device)
     for at in range(0, out.numel(), PIECE):
         there, *others = [p[at:at+PIECE] for p in parts]
         base = there.double()
         changes = torch.stack(list(_changes(others, base, mix, lo+at)))
         base = base.add(mix.combine(changes, weights, mix.normalize), alpha=mix.lam)
-        total += base.sum().item()
         round_into(out[at:at+PIECE], base, torch.empty_like(base))
-    return math.isfinite(total)
+        finite = finite and _finite(out[at:at+PIECE])
+    return finite
 
 # %% ../../nbs/merging/02_arithmetic.ipynb #b257936b
 def fill(

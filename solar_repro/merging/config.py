@@ -111,6 +111,10 @@ def _wrong_parameters(r:MergeConfig, m:Method)->str|None:
     if r.density and (len(r.density)!=n or not m.takes('density')):
         return (f"{len(r.density)} densities for {r.method} of {n} models; expected one for each model of TIES or "
                 "DARE, none otherwise. Correct --density.")
+    idle = [f'{k}={v}' for k,v in dict(normalize=r.normalize, rescale=r.rescale, seed=r.seed).items()
+            if v!=dict(normalize=False, rescale=True, seed=0)[k] and not m.takes(k)]
+    if idle:
+        return f"{r.method} with {' and '.join(idle)}; expected none, since it would do nothing. Leave it out."
 
 def _wrong_values(r:MergeConfig)->str|None:
     for what,low,settings in (('t', 0, [r.t]), ('density', 1e-9, r.density)):
@@ -229,10 +233,20 @@ def _constants(shared:dict, m:Method)->dict:
     return found
 
 # %% ../../nbs/merging/01_config.ipynb #84b1afba
+class _Loader(yaml.SafeLoader):
+    "YAML in which a key stands once, as its standard has it."
+    def construct_mapping(self, node, deep=False):
+        keys = [k for k,_ in node.value if isinstance(k, yaml.ScalarNode)] if isinstance(node, yaml.MappingNode) else []
+        twice = next((k for i,k in enumerate(keys) if k.value in [o.value for o in keys[:i]]), None)
+        if twice:
+            raise yaml.constructor.ConstructorError(problem=f'the key {twice.value!r} stands twice',
+                                                    problem_mark=twice.start_mark)
+        return super().construct_mapping(node, deep)
+
 def _read(text:str|bytes, file:str)->dict:
     "The YAML of a configuration, with known keys only."
-    try: said = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    try: said = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as e:   # a ValueError: of a day that no calendar has
         raise ValueError(f"merge: {file} is no YAML ({' '.join(str(e).split())}); expected mergekit's. Correct that "
                          "line.") from None
     if not isinstance(said, dict) or 'merge_method' not in said:

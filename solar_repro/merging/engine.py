@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,8 +43,8 @@ from ..models.files import checkpoint_files, read_json
 # %% ../../nbs/merging/04_engine.ipynb #f702d277
 def _tokens(said:dict)->dict[str,int]: # of a tokenizer.json: token -> id
     v = said['model'].get('vocab', {})
-    found = dict(v) if isinstance(v, dict) else {token: i for i,(token,*_) in enumerate(v)}
-    return found | {t['content']: t['id'] for t in said.get('added_tokens') or []}
+    found = dict(v) if isinstance(v, dict) else {str(token): i for i,(token,*_) in enumerate(v)}
+    return found | {str(t['content']): t['id'] for t in said.get('added_tokens') or []}
 
 def vocabulary(
     folder:Path, # a checkpoint
@@ -52,8 +53,9 @@ def vocabulary(
     read = lambda name: read_json(folder/name)
     found = {}
     if (folder/'tokenizer.json').is_file():
-        try: found = _tokens(read('tokenizer.json'))
-        except (AttributeError, KeyError, TypeError):
+        said = read('tokenizer.json')
+        try: found = _tokens(said)
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(f"merge: {folder/'tokenizer.json'} is no tokenizer of transformers; expected a model with "
                              "a vocabulary. Fetch or save it again.") from None
     elif (folder/'vocab.json').is_file(): found = read('vocab.json')
@@ -111,6 +113,15 @@ def _check_dtypes(models:Sequence[Checkpoint])->None:
         raise ValueError(f"merge: {odd[0]} ({len(odd)} such tensors); expected one dtype, or to be told that of the "
                          "result. Give --dtype.")
 
+def _check_filters(r:MergeConfig, names:Sequence[str])->None: # names of the tensors that are mixed
+    settings = dict(weight=r.weight, density=r.density, t=[r.t], lam=[r.lam])
+    parts = {(what, part) for what,all_ in settings.items() for s in all_ for part,_ in s if part is not None}
+    idle = sorted((part, what) for what,part in parts if not any(part in n for n in names))
+    if idle:
+        part, what = idle[0]
+        raise ValueError(f"merge: the filter {part!r} of {'lambda' if what=='lam' else what} matches none of "
+                         f"{len(names)} tensors, such as {names[:2]}; expected a part of a name. Correct it.")
+
 def check_inputs(
     r:MergeConfig, # what is merged and how
     models:Sequence[Checkpoint], # r.sources, opened
@@ -128,9 +139,9 @@ def check_inputs(
     if r.layers not in (None, layers):
         raise ValueError(f"merge: layer_range [0, {r.layers}] of models with {layers} layers; expected all of them. "
                          "Correct layer_range.")
-    where = places(models[0].entries)
-    for n,e in models[0].entries.items():
-        if e.dtype in REAL: mix_for(r, n, where[n])
+    where, mixed = places(models[0].entries), [n for n,e in models[0].entries.items() if e.dtype in REAL]
+    _check_filters(r, mixed)
+    for n in mixed: mix_for(r, n, where[n])
 
 # %% ../../nbs/merging/04_engine.ipynb #75c412c3
 def _copy(models:Sequence[Checkpoint], e:Entry, parts:Sequence[Tensor], out:Tensor)->None:
@@ -150,7 +161,7 @@ def _culprit(models:Sequence[Checkpoint], e:Entry, parts:Sequence[Tensor], lo:in
                               "elements in this part); expected finite weights. Its training has diverged or the file "
                               "is damaged; take an earlier checkpoint.")
     return ValueError(f"merge: {e.name} {e.shape} is finite in every input, but the result is too large for {e.dtype}; "
-                      "expected a result in its range. Give --dtype float32.")
+                      "expected a result in its range. Give smaller weights, or a --dtype of a wider range.")
 
 # %% ../../nbs/merging/04_engine.ipynb #e3629a96
 class Job:
@@ -207,8 +218,7 @@ def fill_in(self:Job,
     parts = [mapped(x, lo, hi) for x in at]
     if at[0].dtype not in REAL: return _copy(self.models, e, parts, out)
     there = [p.to(pad.rows.device) for p in parts]   # the same tensors on a CPU
-    finite = fill(out, there, self.mix(e.name), lo, pad)
-    if not finite or (e.dtype=='F16' and not out.isfinite().all()): raise _culprit(self.models, e, parts, lo)
+    if not fill(out, there, self.mix(e.name), lo, pad): raise _culprit(self.models, e, parts, lo)
 
 # %% ../../nbs/merging/04_engine.ipynb #45c10f2f
 def copy_companions(
@@ -381,21 +391,24 @@ def _complete(folder:Path, r:MergeConfig, first:Checkpoint, shards:Sequence[Shar
     (folder/'README.md').write_text(model_card(r, hashes, notes))
 
 # %% ../../nbs/merging/04_engine.ipynb #1e119ff6
-def _check_options(shard_bytes:int, threads:int|None, device:str)->None:
-    if shard_bytes<=0:
-        raise ValueError(f"merge: weight files of {shard_bytes} bytes; expected more than 0. Correct --shard-size.")
+def _check_options(shard_bytes:float, threads:int|None, device:str)->None:
+    if not 1<=shard_bytes<1<<60:
+        raise ValueError(f"merge: weight files of {shard_bytes:g} bytes; expected 1 or more, and less than 1e18. "
+                         "Correct --shard-size.")
     if threads is not None and threads<1:
         raise ValueError(f"merge: {threads} threads; expected 1 or more. Correct --threads.")
-    try: torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"merge: device {device!r} cannot be used ({str(e).splitlines()[0]}); expected cpu or cuda. "
-                         "Correct --device.") from None
+    why = '' if re.fullmatch(r'cpu|cuda(:\d+)?', device) else ' for a merge'
+    try: why or torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e: why = f' ({str(e).splitlines()[0]})'
+    if why:
+        raise ValueError(f"merge: device {device!r} cannot be used{why}; expected cpu, cuda or one such as cuda:1. "
+                         "Correct --device.")
 
 # %% ../../nbs/merging/04_engine.ipynb #af047636
 def merge(
     r:MergeConfig, # what to merge and how
     out:Path, # folder to make
-    shard_bytes:int=SHARD_BYTES, # bound of a weight file
+    shard_bytes:float=SHARD_BYTES, # bound of a weight file
     threads:int|None=None, # None: one a processor and two to wait for the disk, 16 at most
     device:str='cpu', # where to compute
     on_progress:Callable[[int,int],None]|None=None, # called with bytes written and in all
@@ -405,6 +418,7 @@ def merge(
     out, cores = Path(out), len(os.sched_getaffinity(0))
     check_target(out)
     _check_options(shard_bytes, threads, device)
+    shard_bytes = int(shard_bytes)
     models = [open_checkpoint(locate(s)) for s in r.sources]
     check_inputs(r, models)
     before = _as_they_are(models)

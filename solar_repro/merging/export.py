@@ -36,17 +36,25 @@ def _check_method(r:MergeConfig)->None:
                          "float32. Merge them into their base first.")
 
 # %% ../../nbs/merging/05_export.ipynb #c2bc032c
-def _base_of(folders:Sequence[Path])->str|None:
-    "The base that adapters name."
-    named = [read_adapter_config(f).get('base_model_name_or_path') for f in folders]
-    named = sorted({_name_of_base(n) for n in named if n})
+_CACHED = re.compile(r'models--([^/]+)--([^/]+)/snapshots/([^/]+)')   # a folder of the hub's cache
+
+def _base_of(folders:Sequence[Path])->tuple[str|None,str|None]: # None: they name none
+    "The base that adapters name, and its revision."
+    said = [c for f in folders if (c := read_adapter_config(f)).get('base_model_name_or_path')]
+    named = sorted({_name_of_base(c['base_model_name_or_path']) for c in said})
     odd = [n for n in named[1:] if not _may_be_one(named[0], n)]
     if odd:
         raise ValueError(f"merge: the adapters name the bases {named}; expected one. Merge adapters of one base.")
-    return named[0] if named else None
+    revisions = {c.get('revision') or 'main' for c in said}
+    commits = {m[3] for c in said if (m := _CACHED.search(c['base_model_name_or_path']))}
+    for found in (revisions, commits):
+        if len(found)>1:
+            raise ValueError(f"merge: the adapters name the revisions {sorted(found)} of {named[0]}; expected one. "
+                             "Merge adapters of one base, in one revision.")
+    return (named[0], *revisions-{'main'}, None)[:2] if named else (None, None)
 
 def _name_of_base(name:str)->str: # a folder of the hub's cache by what it holds
-    cached = re.search(r'models--([^/]+)--([^/]+)/snapshots/', name)
+    cached = _CACHED.search(name)
     return f'{cached[1]}/{cached[2]}' if cached else name.rstrip('/')
 
 def _may_be_one(a:str, b:str)->bool:
@@ -73,7 +81,8 @@ def merge_adapters(
     "Merge LoRA adapters of one base into one adapter, exactly."
     _check_method(r)
     folders = [locate(m) for m in r.models]
-    base = r.base or _base_of(folders)
+    named, revision = _base_of(folders)
+    base = r.base or named
     _check_same_weights(folders)
     weights = mix_for(r, 'the adapters', 0.).weights
     one = [AdaptedModel(Path(base or 'base'), ((f, 1.),)) for f in folders]
@@ -82,12 +91,13 @@ def merge_adapters(
     hashes = {m: {file: file_hash(f/file)} for m,f in zip(r.models, folders)}
     card = model_card(r, hashes, ['An adapter: its rank is the sum of the ranks'])
     with private_folder(Path(out), dict(adapters=hashes, config=to_yaml(r))) as private:
-        _write_adapter(private/MODEL, model, base, card)
+        _write_adapter(private/MODEL, model, base, card, revision if base==named else None)
         return publish(private, Path(out))
 
-def _write_adapter(folder:Path, model:AdaptedModel, base:str|None, card:str)->None:
+def _write_adapter(folder:Path, model:AdaptedModel, base:str|None, card:str, revision:str|None=None)->None:
     concat_adapter(model, folder)
-    config = json.loads((folder/'adapter_config.json').read_text()) | dict(base_model_name_or_path=base)
+    said = dict(base_model_name_or_path=base) | (dict(revision=revision) if revision else {})
+    config = json.loads((folder/'adapter_config.json').read_text()) | said
     (folder/'adapter_config.json').write_text(json.dumps(config, indent=1, sort_keys=True)+'\n')
     (folder/'README.md').write_text(card)
 

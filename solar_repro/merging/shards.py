@@ -193,7 +193,7 @@ def check_space(
     "Raise unless the disk has room."
     free = shutil.disk_usage(folder).free
     if n_bytes+(16<<20)>free:
-        raise OSError(errno.ENOSPC, f"merge: {n_bytes/1e9:.2f} GB to write and {free/1e9:.2f} GB free in {folder}; "
+        raise OSError(errno.ENOSPC, f"{n_bytes/1e9:.2f} GB to write and {free/1e9:.2f} GB free in {folder}; "
                                     "expected room for all. Free some space or choose another disk")
 
 # %% ../../nbs/merging/03_shards.ipynb #88ceea3b
@@ -208,7 +208,7 @@ def discard(
 def _lock(private:Path, out:Path, stack:ExitStack)->None:
     try: stack.enter_context(locked(private/'lock'))
     except BlockingIOError:
-        raise BlockingIOError(errno.EWOULDBLOCK, f'merge: {out} is being written by another process; expected to be '
+        raise BlockingIOError(errno.EWOULDBLOCK, f'{out} is being written by another process; expected to be '
                                                  'the only one. Wait for it or choose another name') from None
 
 def _make_and_lock(private:Path, out:Path, stack:ExitStack)->None:
@@ -231,12 +231,12 @@ def check_target(
     out:Path, # folder to write
 )->None:
     "Raise unless a folder can be made there."
-    if out.exists():
+    if os.path.lexists(out):   # a link that leads nowhere, too
         _remove_published(out)
-        raise FileExistsError(errno.EEXIST, f"merge: {out} exists; expected a new folder. "
+        raise FileExistsError(errno.EEXIST, f"{out} exists; expected a new folder. "
                                             "Remove it or choose another name")
     if not out.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"merge: {out.parent} does not exist; expected the folder to make "
+        raise FileNotFoundError(errno.ENOENT, f"{out.parent} does not exist; expected the folder to make "
                                               f"{out.name} in. Make it first")
 
 # %% ../../nbs/merging/03_shards.ipynb #ec3ea08b
@@ -262,6 +262,10 @@ def private_folder(
             yield own
         except (ValueError, FileExistsError):
             discard(own)
+            raise
+        except KeyboardInterrupt as e:
+            e.add_note(f'interrupted; {out} is not made, and what is finished of it is kept in {own}. Run the same '
+                       'again to go on.')
             raise
 
 # %% ../../nbs/merging/03_shards.ipynb #399e762f

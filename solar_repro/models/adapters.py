@@ -98,10 +98,15 @@ def read_adapter_config(
     if config.get('peft_type')!='LORA' or odd:
         raise ValueError(f"read_adapter: {folder} is {config.get('peft_type')} with {odd}; expected plain LoRA with "
                          "none of these. Merge it into its base with PEFT and use that as a base.")
-    lacking = [k for k in ('r', 'lora_alpha') if not isinstance(config.get(k), int|float) or config[k]<=0]
+    usable = lambda v: type(v) in (int, float) and 0<v<=torch.finfo(torch.float32).max   # not of nan
+    lacking = [k for k in ('r', 'lora_alpha') if not usable(config.get(k))]
     if lacking:
         raise ValueError(f"read_adapter: {file} says {({k: config.get(k) for k in lacking})}; expected positive "
                          "numbers. Save the adapter again.")
+    unnamed = [k for k in ('base_model_name_or_path', 'revision') if not isinstance(config.get(k), str|None)]
+    if unnamed:
+        raise ValueError(f"read_adapter: {file} says {({k: config[k] for k in unnamed})}; expected a text or null. "
+                         "Correct it, or save the adapter again.")
     return config
 
 # %% ../../nbs/models/02_adapters.ipynb #3c341184
@@ -209,5 +214,9 @@ def concat_adapter(
         name, root = f"base_model.model.{n.removesuffix('.weight')}", [math.sqrt(abs(f)) for f,_,_ in parts]
         tensors[f'{name}.lora_A.weight'] = torch.cat([r*A for r,(_,A,_) in zip(root, parts)])
         tensors[f'{name}.lora_B.weight'] = torch.cat([math.copysign(r, f)*B for r,(f,_,B) in zip(root, parts)], dim=1)
+    broken = [n for n,t in tensors.items() if not t.float().isfinite().all()]
+    if broken:
+        raise ValueError(f"concat_adapter: {broken[0]} of {[str(f) for f,_ in adapted.adapters]} becomes too large for "
+                         "float32; expected finite matrices. Give smaller weights.")
     rank = sum(A.shape[0] for _,A,_ in next(iter(change.values())))
     return save_adapter(tensors, rank, rank, out)

@@ -198,7 +198,9 @@ def main(
         status = _call(*parse(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt as e:
+        for said in getattr(e, '__notes__', ()): print(f'\n{said}', file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is left to say would raise again at exit
         return 0

@@ -375,6 +375,12 @@ def _hashed_ahead(
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/reports/02_commands.ipynb #e68c3cb6
+def _check_for_adapters(given:dict)->None: # option -> whether it was given
+    odd = [k for k, was in given.items() if was]
+    if odd:
+        raise ValueError(f'merge: {" and ".join(odd)} with adapters; expected none of these, since an adapter is '
+                         'added up at once and written as one file. Leave it out.')
+
 def _read_recipe(file:Path, options:dict): # MergeConfig
     given = [k for k, v in options.items() if v != dict(lam=1., seed=0).get(k)]
     if given:
@@ -423,8 +429,11 @@ def merge(
         config = _read_recipe(inputs[0], options) if in_file else _from_options(inputs, options)
         on_progress = lambda done, total: _advance(bar, done, total)
         engine = library('merging.engine')
-        if engine.are_adapters(config): made = library('merging.export').merge_adapters(config, out)
-        else: made = engine.merge(config, out, int(shard_size*1e9), threads, device, on_progress, digest)
+        if engine.are_adapters(config):
+            _check_for_adapters({'--shard-size': shard_size != 2, '--threads': threads is not None,
+                                 '--device': device != 'cpu'})
+            made = library('merging.export').merge_adapters(config, out)
+        else: made = engine.merge(config, out, shard_size*1e9, threads, device, on_progress, digest)
     print(made)
 
 # %% ../../nbs/reports/02_commands.ipynb #24cfbfc3
