@@ -18,6 +18,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator, ValidationError
 
+from .files import expanded
+
 # %% ../../nbs/core/00_config.ipynb #3fae5807
 def root()->Path:
     "The project's folder: the nearest one upwards whose `settings.ini` is this library's, else the current folder."
@@ -234,7 +236,7 @@ def _extended(raw:dict, path:Path, seen:tuple=())->dict:
     sets = raw.get('sets')
     for s in sets.values() if isinstance(sets, dict) else ():
         if isinstance(s, dict) and isinstance(s.get('file'), str):
-            s['file'] = str(path.resolve().parent/Path(s['file']).expanduser())
+            s['file'] = str(path.resolve().parent/expanded(s['file']))
     if 'extends' not in raw: return raw
     name = str(raw.pop('extends'))
     shipped = _SHIPPED/f'{name}.toml'
@@ -260,9 +262,9 @@ def _absolute(
     "A document whose folders are absolute, with `SOLAR_DATA` in place of the Hub."
     data, base = raw.get('data', {}), raw.get('base', {})
     if not all(isinstance(x, dict) and isinstance(x.get('source'), str) for x in (data, base)): return raw
-    at = lambda folder: str((path.resolve().parent/Path(folder).expanduser()).resolve())
+    at = lambda folder: str((path.resolve().parent/expanded(folder)).resolve())
     here = os.environ.get('SOLAR_DATA')
-    if data['source'] == 'hub' and here: data = data | dict(source=str(Path(here).expanduser().resolve()))
+    if data['source'] == 'hub' and here: data = data | dict(source=str(expanded(here).resolve()))
     elif data['source'] not in ('tiny', 'hub', ''): data = data | dict(source=at(data['source']))
     if base.get('offline') and data['source'] not in ('tiny', 'hub'):
         base = {k: v for k, v in base.items() if k != 'revision'} | dict(source=base['offline'])
@@ -328,7 +330,7 @@ def default_profile()->str: # a shipped profile, or a TOML file of one's own
 def _file_of(name_or_path:str|Path)->Path:
     "The TOML file of a profile; an error where there is none."
     shipped = _SHIPPED/f'{name_or_path}.toml'
-    path = shipped if shipped.is_file() else Path(name_or_path).expanduser()
+    path = shipped if shipped.is_file() else expanded(name_or_path)
     if path.is_file(): return path
     near = nearest(str(name_or_path), profiles())
     hint = f"; did you mean '{near}'?" if near else '. Correct the name.'

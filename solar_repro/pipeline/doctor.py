@@ -34,7 +34,7 @@ def _to_go_on(exp:Experiment)->tuple[set[str],set[str]]:
 def _last_written(private:Path)->float:
     "When a file was last written; its lock does not count, since whoever asks for it touches it."
     files = (p for p in private.rglob('*') if p.is_file() and p != private/'lock')
-    return max((p.stat().st_mtime for p in files), default=private.stat().st_mtime)
+    return max((p.stat().st_mtime for p in files), default=private.lstat().st_mtime)
 
 def _is_free(lock:Path)->bool:
     "Whether no process holds a lock; one that cannot be asked for counts as held."
@@ -78,7 +78,7 @@ def remove(
         try:
             with locked(lock):
                 said = told(private)
-                discard(private)
+                discard(private) if private.is_dir() else private.unlink()     # a file was set aside
         except (BlockingIOError, FileNotFoundError): continue
         gone.append(said)
     return gone
