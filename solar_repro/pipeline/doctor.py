@@ -50,6 +50,9 @@ def left_over(
 )->dict[Path,Path]: # private folder -> its lock
     "Private folders of builds, merges and exports that are dead, and results that were set aside as damaged."
     if hours < 0: raise ValueError(f'clean: --hours {hours:g}; expected 0 or more.')
+    if not folder.is_dir():
+        raise ValueError(f'clean: {folder} is no folder; expected the one where merges and exports were written. '
+                         'Correct the path.')
     store, (names, kinds) = exp.store.folder, _to_go_on(exp)
     locks, found = store/'locks', {}
     for p in store.glob('building/*'):
