@@ -487,6 +487,7 @@ def test_dialogues_of_several_turns_and_equal_answers_are_left_out_and_counted(t
     (config(quantization_config=dict(quant_method='bitsandbytes')), 'quantized (bitsandbytes)'),
     (write('B/config.json', '{'), 'no JSON object'),
     (lambda d: None, 'no tokenizer that transformers loads'),
+    (write('B/generation_config.json', '{"suppress_tok'), 'generation_config.json is no JSON object'),
 ])
 def test_a_base_that_cannot_be_trained(here, change, says):
     change(here)

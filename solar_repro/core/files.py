@@ -145,4 +145,4 @@ def is_as_sealed(
 )->bool:
     "Whether a folder holds just the files that it was sealed with."
     try: return json.loads((folder/mark).read_text(encoding='utf-8')) == folder_files(folder, but=mark)
-    except (ValueError, FileNotFoundError): return False
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError): return False
