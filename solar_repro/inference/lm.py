@@ -239,7 +239,8 @@ def _score(lm:SharedPrefixLM, requests:tuple[Request,...], cache:AnswerCache)->l
 # %% ../../nbs/inference/03_lm.ipynb #e6ae343b
 _PLAIN = dict(
     num_beams=1, num_beam_groups=1, repetition_penalty=1., encoder_repetition_penalty=1., no_repeat_ngram_size=0,
-    encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, guidance_scale=1., penalty_alpha=0., token_healing=0,
+    encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, guidance_scale=1., penalty_alpha=0.,
+    token_healing=False,
     **dict.fromkeys(('bad_words_ids', 'suppress_tokens', 'begin_suppress_tokens', 'sequence_bias', 'stop_strings',
                      'forced_bos_token_id', 'forced_eos_token_id', 'exponential_decay_length_penalty',
                      'watermarking_config', 'dola_layers', 'constraints', 'force_words_ids'))) # what changes nothing
