@@ -311,8 +311,19 @@ def test_a_recipe_that_cannot_be_followed(here, capsys, text, says):
     ('status --profile smoke --seed 4294967296', 'seed'),
     ('status --profile smoke --seed 1.5', '1.5'),
     ('status --profile smoke --store A/config.json', 'A/config.json'),
+    ('status --profile smoke --store ~nouser/x', '~nouser/x: begins with ~ and names no user'),
+    ('status --profile ~nouser/x --store s', 'names no user'),
+    ('status --profile smoke --store=', 'expected a path'),
+    ('status --profile smoke --store /dev/null', 'is no folder'),
+    ('fetch --profile smoke --to ~nouser/x', 'names no user'),
+    ('init ~nouser/x', 'names no user'),
+    ('compare ~nouser/x A', 'names no user'),
+    ('merge --method ties --base ~nouser/x A out', 'names no user'),
     ('run --profile smoke --store s --workers 0', 'workers'),
-    ('plan --profile smoke --store s --workers -1', 'workers'),
+    ('plan --profile smoke --store s --workers -1', '-1 workers; expected 1 or more'),
+    ('plan --profile smoke --store s --workers 0', '0 workers; expected 1 or more'),
+    ('clean gone --profile smoke --store s', 'gone is no folder'),
+    ('clean A/config.json --profile smoke --store s', 'is no folder'),
     ('plan --profile smoke --store s --price -1', 'price'),
     ('plan --profile smoke --store s --price nan', 'price'),
     ('plan --profile smoke --store s --card H200', 'H200'),
@@ -335,6 +346,7 @@ def test_a_command_that_cannot_be_done(here, capsys, argv, says):
     (['show', 'SFT v3', 'h6'], 'mean'),
     (['show', 'SFT v3', 'gsm9k'], 'gsm8k'),
     (['diff', 'SFT v1', 'nobody', '--task', 'arc'], 'nobody'),
+    (['diff', 'SFT v1', 'SFT v1', '--task', 'arc'], "'SFT v1' twice"),
     (['export', 'data/openorca', 'out'], 'not a model'),
     (['export', 'SFT v3', 'A'], 'A exists'),
 ])
@@ -357,14 +369,25 @@ def test_a_name_that_is_not_there(here, capsys, argv, says):
     ('extends = "smoke"\n[sft]\nlora_rank = 8', "did you mean 'lora_r'"),
     ('extends = "smoke"\n[sft]\nlora_r = "8"', 'sft.lora_r'),
     ('extends = "smoke"\n[sft]\nepochs = 0', 'sft.epochs'),
-    ('extends = "smoke"\nsft = 3', 'sft = 3'),
+    ('extends = "smoke"\nsft = 3', 'sft = 3: must be a table, [sft]'),
+    ('extends = "smoke"\nlabel = ""', 'label'),
+    ('extends = "smoke"\nseeds = [0, 0]', 'each seed once'),
     ('extends = "smoke"\nsets = 3', 'sets'),
     ('extends = "smoke"\n[base]\nsource = ""', 'base.source'),
+    ('extends = "smoke"\n[base]\nsource = "~nouser/x"', 'names no user'),
+    ('extends = "smoke"\n[data]\nsource = "~nouser/x"', 'names no user'),
+    ('extends = "smoke"\n[sets.mine]\nfile = "~nouser/x"', 'names no user'),
     ('extends = "smoke"\n[base]\nsource = "./gone"', 'no such folder'),
     ('extends = "smoke"\n[base]\nsource = "org/model"', 'no revision'),
+    ('extends = "smoke"\n[base]\nsource = "org/model"\nrevision = "main"', '40 hexadecimal digits'),
+    (f'extends = "smoke"\n[base]\nrevision = "{40*"a"}"', 'expected one of a base on the Hub only'),
+    (f'extends = "smoke"\n[base]\nsource = "."\nrevision = "{40*"a"}"', 'expected one of a base on the Hub only'),
+    (f'extends = "smoke"\n[data.revisions]\nalpaca_gtp4 = "{40*"a"}"', "did you mean 'alpaca_gpt4'"),
+    ('extends = "smoke"\n[data.revisions]\nalpaca_gpt4 = ""', 'data.revisions.alpaca_gpt4'),
     ('extends = "smoke"\n[data]\nsource = ""', 'data.source'),
     ('extends = "smoke"\n[data]\nsource = "gone"', 'is no folder'),
     ('extends = "smoke"\n[template]\nprompt = "{question}"', 'exactly once'),
+    ('extends = "smoke"\n[template]\nprompt = "{prompt} }"', "template.prompt = '{prompt} }': must hold"),
     ('extends = "smoke"\n[data.rows]\nopenroca = 4', "did you mean 'openorca'"),
     ('extends = "smoke"\n[eval.num_fewshot]\nmmlu = 6', 'at most 5'),
     ('extends = "smoke"\n[rows.""]\nsets = ["openorca"]', 'must be a plain name'),
@@ -384,11 +407,13 @@ def test_a_name_that_is_not_there(here, capsys, argv, says):
     ('extends = "smoke"\n[sets.openorca]\nfile = "rows.jsonl"', 'name of a set of the package'),
     ('extends = "smoke"\n[sets.mine]\nfile = "gone.jsonl"', 'there is no file'),
     ('extends = "smoke"\n[sets.mine]\nfile = "text.jsonl"', "has the keys ['text']"),
+    ('extends = "smoke"\n[sets.mine]\nfile = "empty.jsonl"', 'empty.jsonl: holds no rows'),
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_a_profile_that_cannot_be_run(tmp_path, capsys, text, says):
     (tmp_path/'mine.toml').write_text(text)
     (tmp_path/'rows.jsonl').write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path/'text.jsonl').write_text('{"text": "a"}\n')
+    (tmp_path/'empty.jsonl').touch()
     refused(capsys, ['status', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'s')], says)
 
 
@@ -464,6 +489,7 @@ PAIR = dict(prompt='a', chosen='b', rejected='c')
     ('"text"', 'line 2 is a str'),
     (b'{"prompt": "\xff"}', 'line 2 is not UTF-8'),
     ('[' * 100_000, 'line 2 is no JSON'),
+    ('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}', "line 2 has the key 'prompt' more than once"),
     (PAIR | dict(rejected='b'), "in fields 'chosen' and 'rejected'"),
     (PAIR | dict(rejected=' b\n'), "in fields 'chosen' and 'rejected'"),
     (PAIR | dict(chosen=''), "nothing in field 'chosen'"),
@@ -500,6 +526,7 @@ def test_dialogues_of_several_turns_and_equal_answers_are_left_out_and_counted(t
     (config(quantization_config=dict(quant_method='bitsandbytes')), 'quantized (bitsandbytes)'),
     (write('B/config.json', '{'), 'no JSON object'),
     (lambda d: None, 'no tokenizer that transformers loads'),
+    (write('B/generation_config.json', '{"suppress_tok'), 'generation_config.json is no JSON object'),
 ])
 def test_a_base_that_cannot_be_trained(here, change, says):
     change(here)

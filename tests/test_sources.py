@@ -316,12 +316,12 @@ def test_the_command_fetches_what_a_profile_pins(tmp_path, monkeypatch, capsys):
     from solar_repro.reports.cli import main
 
     monkeypatch.setattr(data_files, 'hub_rows', lambda file, revisions, hub: iter(rows_of(file.name)))
-    (tmp_path / 'mine.toml').write_text('extends = "smol"\n[data.revisions]\nopenorca = "abc"\n')
+    (tmp_path / 'mine.toml').write_text('extends = "smol"\n[data.revisions]\nopenorca = "' + 40*'a' + '"\n')
     assert main(['fetch', '--profile', str(tmp_path / 'mine.toml'), '--to', str(tmp_path / 'data')]) == 0
     record = json.loads((tmp_path / 'data' / 'fetched.json').read_text())
     assert (
         list(record) == list(FILES)
-        and record['openorca']['revision'] == 'abc'
+        and record['openorca']['revision'] == 'a' * 40
         and record['metamath']['revision'] == FILES['metamath'].revision
     )
     assert 'mmlu/test from cais/mmlu' in capsys.readouterr().err and all(

@@ -10,9 +10,11 @@ __all__ = ['ENDINGS', 'EMPTY', 'OWN_FIELDS', 'RECORD', 'File', 'Lengths', 'ItemS
 # %% ../../nbs/core/03_data_files.ipynb #f6b11358
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,11 @@ def check_rows(
     return rows
 
 # %% ../../nbs/core/03_data_files.ipynb #4ba7c9fc
+def _each_key_once(pairs:list[tuple])->dict: # of an object
+    row = dict(pairs)
+    if len(row) < len(pairs): raise KeyError(next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1))
+    return row
+
 def _json_lines(path:Path, max_broken:int|None)->Iterator[tuple[int,dict]]: # None: no profile can allow broken lines
     hint = '' if max_broken is None else (f', or set max_broken in [data] of the profile to leave such lines out '
                                           f'(now {max_broken} a file)')
@@ -169,7 +176,10 @@ def _json_lines(path:Path, max_broken:int|None)->Iterator[tuple[int,dict]]: # No
                 raise ValueError(f'{path}: line {i} is not UTF-8 ({e.reason}); expected UTF-8. '
                                  'Convert the file.') from None
             if not text.strip(): continue
-            try: yield i, json.loads(text)
+            try: yield i, json.loads(text, object_pairs_hook=_each_key_once)
+            except KeyError as e:
+                raise ValueError(f'{path}: line {i} has the key {e} more than once in an object; expected each once. '
+                                 'Remove one, or the row.') from None
             except (json.JSONDecodeError, RecursionError) as e:
                 broken.append(i)
                 if len(broken) > (max_broken or 0):
@@ -221,7 +231,9 @@ def own_fields(
     path:Path, # a training file of one's own
 )->tuple[str,...]: # one of `OWN_FIELDS`
     "What the rows of a file hold, by its first row."
-    _, row = next(_json_lines(Path(path), None), (0, None))
+    first = next(_json_lines(Path(path), None), None)
+    if not first: raise ValueError(f'{path}: holds no rows; expected some. Make the file again.')
+    _, row = first
     keys = sorted(row) if isinstance(row, dict) else []
     for fields in OWN_FIELDS:
         if keys == sorted(fields): return fields
@@ -282,7 +294,11 @@ def hub_rows(
     from datasets import load_dataset # a second and more, and only here is the Hub asked
     i = 0
     for r in requests(file, revisions, hub):
-        found = load_dataset(**r)
+        try: found = load_dataset(**r)
+        except (ConnectionError, FileNotFoundError) as e: # of `datasets`, which has no network or knows no such set
+            raise OSError(f"data: {r['path']} did not come from the Hub ({' '.join(str(e).split())[:200]}); expected a "
+                          'network, or its rows in the cache. Connect, or run solar-repro fetch on a machine that is, '
+                          'and name its folder as source in [data] of the profile.') from None
         missing = [c for c in file.columns if c not in found.column_names]
         if missing:
             raise ValueError(f"data: {r['path']} has no field {missing[0]!r}; expected {file.columns}, found "
@@ -317,9 +333,11 @@ def fetch_file(
     "Write one file of a folder from the Hub."
     count = dict(rows=0, left_out=0)
     path = Path(to)/file.folder/f'{file.stems[0]}.jsonl'
+    rows = hub_rows(file, revisions, hub)
+    first = list(islice(rows, 1))      # before a folder is made: there may be no network
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as private, open(private, 'w', encoding='utf-8', newline='\n') as out:
-        for i, row in enumerate(hub_rows(file, revisions, hub), 1):
+        for i, row in enumerate(chain(first, rows), 1):
             count['rows' if row else 'left_out'] += 1
             if row: out.write(json.dumps(row, ensure_ascii=False) + '\n')
             if i % 10_000 == 0: on_progress(i)
@@ -340,7 +358,6 @@ def fetch(
 )->dict: # name -> what was recorded
     "Fill a folder with files from the Hub; those that are there and whole stay."
     to, files = Path(to), list(files)
-    to.mkdir(parents=True, exist_ok=True)
     record = json.loads((to/RECORD).read_text(encoding='utf-8')) if (to/RECORD).is_file() else {}
     for k, file in enumerate(files, 1):
         where, revision = f'{k} of {len(files)}', 'local' if hub else commit(file, revisions)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .files import content_hash, folder_files, locked, remove, rename_whole, write_whole
+from .files import content_hash, expanded, folder_files, locked, remove, rename_whole, write_whole
 
 # %% ../../nbs/core/02_store.ipynb #5a53c436
 FORMAT = 1 # of the store's layout
@@ -86,7 +86,7 @@ def _manifest(facts:dict, files:dict, inputs:dict[str,Artifact], began:float)->d
 # %% ../../nbs/core/02_store.ipynb #3309ad32
 def read_sealed(
     file:Path, # of a JSON object
-    unsealed:set[str]=frozenset(), # the fields that it had before it held a hash of itself
+    unsealed:set[str]=frozenset(), # the fields of one that may be without its hash
 )->dict: # empty: the file is not there, or holds anything else
     "A JSON object as it was written (`sealed`)."
     try: found = json.loads(file.read_text(encoding='utf-8'))
@@ -94,14 +94,11 @@ def read_sealed(
     if not isinstance(found, dict): return {}
     return found if found.get('sha256') == own_hash(found) or set(found) == unsealed else {}
 
-_UNSEALED = {'kind', 'key', 'name', 'settings', 'code_version', 'seed', 'content', 'files', 'inputs', 'versions',
-             'host', 'started', 'seconds'}
-
 def read_manifest(
     path:Path, # folder of an artifact
 )->dict:
     "What made an artifact; empty if no manifest is there as it was written."
-    return read_sealed(path/MANIFEST, _UNSEALED)
+    return read_sealed(path/MANIFEST)
 
 def _is_whole(path:Path, m:dict, key:str)->bool:
     "Whether the files are those that the manifest records, and made for this key."
@@ -132,7 +129,9 @@ def _warn(text:str)->None: print(text, file=sys.stderr, flush=True)
 # %% ../../nbs/core/02_store.ipynb #b6628958
 _ELSEWHERE = 'another folder with --store or SOLAR_STORE'
 
-def _format(folder:Path)->int|None: return read_sealed(folder/'store.json', {'format'}).get('format')
+def _format(folder:Path)->int|None:
+    said = read_sealed(folder/'store.json', {'format'}).get('format')
+    return said if type(said) is int else None
 
 def _holds_artifacts(folder:Path)->bool: return any(read_manifest(p.parent) for p in folder.glob(f'*/*/{MANIFEST}'))
 
@@ -149,9 +148,15 @@ def _check_mark(folder:Path)->None:
 
 def _check_folder(folder:Path)->None:
     "Raise unless the folder is a store of this format, or empty, or absent."
-    if folder.is_file(): raise ValueError(f'store {folder}: is a file; expected a folder. Choose {_ELSEWHERE}.')
-    if (folder/'store.json').is_file(): return _check_mark(folder)
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'store {folder}: is no folder; expected one. Choose {_ELSEWHERE}.')
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    if (folder/'store.json').is_file():
+        if odd := [p.name for p in inside if '.' not in p.name and not p.is_dir()]:      # of a kind of stages, or locks
+            raise ValueError(f'store {folder}: {odd} in it is no folder; expected folders beside store.json. '
+                             f'Remove it, or choose {_ELSEWHERE}.')
+        return _check_mark(folder)
+    names = [p.name for p in inside]
     if any(n not in ('locks', 'building') and not n.startswith('.store.') for n in names) \
             and not _holds_artifacts(folder):
         raise ValueError(f'store {folder}: holds other files and no store.json; expected a store or an empty folder. '
@@ -193,10 +198,7 @@ class Store:
     def __init__(self,
         folder:Path, # where it lies
     ):
-        if os.path.expanduser(folder).startswith('~'):
-            raise ValueError(f'store {folder}: begins with ~ and names no user of this machine. '
-                             f'Choose {_ELSEWHERE}, as ./{folder} if it is meant so.')
-        self.folder, self._checked = Path(folder).expanduser().resolve(), {}
+        self.folder, self._checked = expanded(folder).resolve(), {}
         _check_folder(self.folder)
 
     def key(self,
@@ -220,6 +222,7 @@ def find(self:Store,
 )->Artifact|None:
     "The artifact under a key, checked against its hashes once per process; a damaged one is moved aside."
     path = self._at(kind, key)
+    if path.is_file() or path.is_symlink() and not path.exists(): return _set_aside(self.folder, path, {})
     if not path.is_dir(): return None
     m = read_manifest(path)
     if path not in self._checked or m.get('content') != self._checked[path]:

@@ -52,7 +52,8 @@ def limits_of(
     "Limits from the model's size and the memory of its device."
     c, size, free = model.config.get_text_config(), model.dtype.itemsize, free_bytes(model.device)
     kv = 2*math.prod(kv_shape(model))*size                                # bytes a token
-    work = kv + (12*c.hidden_size + 4*c.intermediate_size)*size
+    inner = getattr(c, 'intermediate_size', None) or 4*c.hidden_size      # GPT-J and others have no such word
+    work = kv + (12*c.hidden_size + 4*inner)*size
     on_cpu = model.device.type == 'cpu'
     most_tok, most_kv, logit_bytes = (min(4096, 2**28//work), 2**16, 2**28) if on_cpu else (2**16, 2**20, 2**32)
     power = lambda n, least: 1 << (max(n, least).bit_length() - 1)

@@ -164,7 +164,7 @@ def check_model(
                          'Load the model with one of them.')
     if slides and slides < window:
         raise ValueError(f'inference: attention slides over {slides} tokens; expected all {window} of the context. '
-                         f'Set max_length to {slides}.')
+                         'Choose a model whose attention reaches over its context.')
 
 # %% ../../nbs/inference/03_lm.ipynb #079ed3a8
 class SharedPrefixLM(TemplateLM):
@@ -237,6 +237,14 @@ def _score(lm:SharedPrefixLM, requests:tuple[Request,...], cache:AnswerCache)->l
     return [cache.known[i] for i in range(len(requests))]
 
 # %% ../../nbs/inference/03_lm.ipynb #e6ae343b
+_PLAIN = dict(
+    num_beams=1, num_beam_groups=1, repetition_penalty=1., encoder_repetition_penalty=1., no_repeat_ngram_size=0,
+    encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, guidance_scale=1., penalty_alpha=0.,
+    token_healing=False,
+    **dict.fromkeys(('bad_words_ids', 'suppress_tokens', 'begin_suppress_tokens', 'sequence_bias', 'stop_strings',
+                     'forced_bos_token_id', 'forced_eos_token_id', 'exponential_decay_length_penalty',
+                     'watermarking_config', 'dola_layers', 'constraints', 'force_words_ids'))) # what changes nothing
+
 def check_greedy(
     model:PreTrainedModel, # that generates
     kwargs:dict, # of lm-eval's requests
@@ -244,9 +252,8 @@ def check_greedy(
     "Raise unless these settings mean plain greedy decoding."
     odd = {k: v for k, v in kwargs.items() if k not in ('until', 'max_gen_toks', 'do_sample', 'temperature')}
     if kwargs.get('do_sample'): odd['do_sample'] = True
-    plain = dict(repetition_penalty=1., no_repeat_ngram_size=0, min_new_tokens=None, bad_words_ids=None)
-    of_model = {k: getattr(model.generation_config, k, None) for k in plain}
-    odd |= {k: v for k, v in of_model.items() if v not in (None, plain[k])}
+    of_model = {k: getattr(model.generation_config, k, None) for k in _PLAIN}
+    odd |= {k: v for k, v in of_model.items() if v not in (None, _PLAIN[k], [], {})}
     if odd:
         raise ValueError(f'inference: generation with {odd}; expected plain greedy decoding. '
                          'Remove these from the task or from generation_config.json.')

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -121,6 +121,7 @@ def _check_whole(folder:Path)->None:
         raise ValueError(f'base {folder}: lacks {len(missing)} of its weights, {missing[:3]}; expected all, or they '
                          'would be random. Save the model again, with its head.')
     _check_adaptable(folder, model)
+    _check_embedding(folder, model)
 
 # %% ../../nbs/models/05_base_models.ipynb #b0f1adae
 def _check_adaptable(folder:Path, model)->None: # model: without its weights
@@ -129,6 +130,11 @@ def _check_adaptable(folder:Path, model)->None: # model: without its weights
     if of_gpt2:
         raise ValueError(f'base {folder}: {of_gpt2[0]} is Conv1D, which holds its weight the other way round; '
                          'expected linear layers. Choose another base: adapters cannot be added to this one.')
+    odd = [n for n, w in model.named_parameters() if w.dim() > 2]
+    if odd:
+        raise ValueError(f'base {folder}: {odd[0]} ({len(odd)} such weights, as of experts or of convolutions) is no '
+                         'matrix; expected linear layers alone. Choose another base: adapters cannot be added to this '
+                         'one.')
     trained = [f'{n}.weight' for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     odd = [n for n in trained if n not in entries or entries[n].shape != tuple(model.get_parameter(n).shape)]
     if odd:
@@ -136,19 +142,27 @@ def _check_adaptable(folder:Path, model)->None: # model: without its weights
                          'adapters are added to; expected the names of transformers. Load it with transformers and '
                          'save it again with save_pretrained.')
 
+def _check_embedding(folder:Path, model)->None: # model: without its weights
+    n_rows, n_ids = len(model.get_input_embeddings().weight), 1 + max(load_tokenizer(folder).get_vocab().values())
+    if n_ids > n_rows:
+        raise ValueError(f'base {folder}: its tokenizer has {n_ids} tokens, its embedding {n_rows} rows; expected a '
+                         'row for each. Call resize_token_embeddings, and save the model again, or get its own '
+                         'tokenizer.')
+
 # %% ../../nbs/models/05_base_models.ipynb #c6a593cf
 def check_base(
     folder:Path, # of an external base
 )->None:
     "Raise unless it is a whole causal language model with finite weights and a tokenizer that can end a text."
     check_config(folder)
+    if (decoding := Path(folder)/'generation_config.json').is_file(): read_json(decoding) # transformers passes over it
     load_tokenizer(folder)
     _check_finite(folder)
     _check_whole(folder)
 
 # %% ../../nbs/models/05_base_models.ipynb #9e318fbc
 def _window(folder:Path)->int|None: # tokens
-    return read_json(Path(folder)/'config.json').get('max_position_embeddings')
+    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), 'max_position_embeddings', None)
 
 def check_fit(
     folder:Path, # of the base

@@ -251,7 +251,11 @@ SAVE_S = 600. # seconds between checkpoints, at most (and a step)
 SEAL = 'complete' # the file of a checkpoint with the hashes of the others
 
 def _checkpoints(scratch:Path)->list[Path]: # by step
-    return sorted(Path(scratch).glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))
+    return sorted((p for p in Path(scratch).glob('checkpoint-*') if _step(p) is not None), key=_step)
+
+def _step(checkpoint:Path)->int|None: # None: the name says none
+    n = checkpoint.name.removeprefix('checkpoint-')
+    return int(n) if n.isdecimal() else None
 
 def keep_only(
     checkpoint:Path, # just written by the trainer
@@ -260,8 +264,9 @@ def keep_only(
     seal(checkpoint, SEAL)
     for p in _checkpoints(checkpoint.parent):
         if p == checkpoint: continue
-        (p/SEAL).unlink(missing_ok=True)
-        sync(p)
+        if p.is_dir():
+            remove(p/SEAL)
+            sync(p)
         remove(p)
 
 class Watch(TrainerCallback):
@@ -289,6 +294,8 @@ def last_checkpoint(
     scratch:Path, # folder of the checkpoints; need not exist
 )->Path|None: # the newest complete one
     "The checkpoint to resume from; newer ones are removed if half-written, put aside if damaged."
+    for p in Path(scratch).glob('checkpoint-*'):
+        if _step(p) is None or not p.is_dir(): _put_aside(p)
     for p in reversed(_checkpoints(scratch)):
         if is_as_sealed(p, SEAL): return p
         if (p/SEAL).exists(): _put_aside(p)

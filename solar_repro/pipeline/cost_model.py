@@ -52,15 +52,17 @@ class Shape:
         "Parameters of an adapter of rank `r` on all linear layers: r (in + out) of each."
         return r*self.n_layers*(9*self.hidden + 2*self.kv + 3*self.intermediate)
 
+_OLD_WORDS = dict(hidden_size='n_embd', num_hidden_layers='n_layer', num_attention_heads='n_head') # as GPT-J has them
+
 def shape_of(
     base:Path, # folder of a checkpoint
 )->Shape:
     "The shape of a checkpoint, from its config."
     c = json.loads((Path(base)/'config.json').read_text(encoding='utf-8'))
-    heads = c['num_attention_heads']
-    kv = c.get('num_key_value_heads', heads)*(c.get('head_dim') or c['hidden_size']//heads)
-    return Shape(c['hidden_size'], c['intermediate_size'], c['num_hidden_layers'], heads, kv, c['vocab_size'],
-                 c.get('tie_word_embeddings', False))
+    hidden, layers, heads = (c[k] if k in c else c[old] for k, old in _OLD_WORDS.items())
+    kv = c.get('num_key_value_heads', heads)*(c.get('head_dim') or hidden//heads)
+    inner = c.get('intermediate_size') or c.get('n_inner') or 4*hidden
+    return Shape(hidden, inner, layers, heads, kv, c['vocab_size'], c.get('tie_word_embeddings', False))
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #94b7bde0
 SHAPES = {'upstage/SOLAR-10.7B-v1.0': Shape(4096, 14336, 48, 32, 1024, 32000, False),   # their config.json

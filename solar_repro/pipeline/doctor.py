@@ -34,7 +34,7 @@ def _to_go_on(exp:Experiment)->tuple[set[str],set[str]]:
 def _last_written(private:Path)->float:
     "When a file was last written; its lock does not count, since whoever asks for it touches it."
     files = (p for p in private.rglob('*') if p.is_file() and p != private/'lock')
-    return max((p.stat().st_mtime for p in files), default=private.stat().st_mtime)
+    return max((p.stat().st_mtime for p in files), default=private.lstat().st_mtime)
 
 def _is_free(lock:Path)->bool:
     "Whether no process holds a lock; one that cannot be asked for counts as held."
@@ -50,6 +50,9 @@ def left_over(
 )->dict[Path,Path]: # private folder -> its lock
     "Private folders of builds, merges and exports that are dead, and results that were set aside as damaged."
     if hours < 0: raise ValueError(f'clean: --hours {hours:g}; expected 0 or more.')
+    if not folder.is_dir():
+        raise ValueError(f'clean: {folder} is no folder; expected the one where merges and exports were written. '
+                         'Correct the path.')
     store, (names, kinds) = exp.store.folder, _to_go_on(exp)
     locks, found = store/'locks', {}
     for p in store.glob('building/*'):
@@ -78,7 +81,7 @@ def remove(
         try:
             with locked(lock):
                 said = told(private)
-                discard(private)
+                discard(private) if private.is_dir() else private.unlink()     # a file was set aside
         except (BlockingIOError, FileNotFoundError): continue
         gone.append(said)
     return gone

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES', 'DEQUANTIZED', 'OWN_ROWS', 'Stage',
-           'in_words', 'machine_settings', 'must_be_in', 'training_sets', 'benchmarks', 'custom_stages', 'bos_settings',
-           'task_settings', 'taught_by', 'build_graph']
+           'in_words', 'machine_settings', 'must_be_in', 'check_revisions', 'training_sets', 'benchmarks',
+           'custom_stages', 'bos_settings', 'task_settings', 'taught_by', 'build_graph']
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
 import json
@@ -15,8 +15,8 @@ from pathlib import Path
 from ..core.config import DpoRow, nearest, Numerics, Profile
 from ..core.data_files import own_fields
 from ..core.files import file_hash
-from ..data import BENCHMARKS, SETS
-from ..models.base_source import base_settings
+from ..data import BENCHMARKS, FILES, SETS
+from ..models.base_source import base_settings, check_revision
 from ..merging.methods import METHODS, row_settings
 from ..paper import H6_TASKS, MODELS, origin
 from .sources import source_of
@@ -91,6 +91,13 @@ def must_be_in(
     raise ValueError(f'profile: {where} names the {what} {name!r}; {f"did you mean {near!r}? " if near else ""}'
                      f'expected one of {list(names)}. Correct the name.')
 
+def check_revisions(
+    p:Profile, # with `base` and `data.revisions`
+)->None:
+    "Refuse a commit of what is not read from the Hub."
+    check_revision(p.base.source, p.base.revision)
+    for name in p.data.revisions: must_be_in('data.revisions', 'file', name, FILES)
+
 def _must_hold(where:str, given:dict, needed)->None:
     if missing := [n for n in needed if n not in given]:
         raise ValueError(f'profile: {where} has no {missing[0]!r}; expected a number for each of {list(needed)}, '
@@ -122,6 +129,7 @@ def benchmarks(
 
 # %% ../../nbs/pipeline/01_graph.ipynb #075d2294
 def _data_stages(p:Profile)->list[Stage]:
+    check_revisions(p)
     if p.base.source in ('tiny', 'random'): base = Stage('base', 'base', dict(source=p.base.source), {})
     else: base = _external_base(p)
     if p.base.source == 'tiny':

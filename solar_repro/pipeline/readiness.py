@@ -47,6 +47,14 @@ def check_askable(
     check_greedy(model, {})
 
 # %% ../../nbs/pipeline/19_readiness.ipynb #0de66f22
+def _check_lengths(base:Path, p:Profile, name:str, rows:list[dict], section:str)->None:
+    "Raise unless all rows of a set fit into what a section calls a row."
+    most = getattr(p, section).max_length
+    why_not = row_filter(base, p.template, most)
+    if n_long := sum(why_not(r) == 'too long' for r in rows):
+        raise ValueError(f'{name}: {n_long} of {len(rows)} rows are too long; expected at most {most} tokens with the '
+                         f'template. Raise max_length in [{section}] of the profile.')
+
 def check_before_training(
     p:Profile, # what is to run
     graph:dict[str,Stage], # of `build_graph`
@@ -56,6 +64,10 @@ def check_before_training(
     base, lengths = find('base').path, dict(completion=p.sft.max_length, chosen=p.dpo.max_length)
     check_fit(base, p.template, max(lengths.values()))
     if graph['base'].settings['source'] not in ('tiny', 'random'): check_askable(base)
+    for s in graph.values():
+        if s.kind != 'data' or s.file or s.inputs or not (a := find(s.name)): continue     # those fit already
+        rows = read_rows(a.path/'rows.jsonl')
+        _check_lengths(base, p, s.name, rows, 'dpo' if 'chosen' in rows[0] else 'sft')
     for name, own in p.sets.items():
         if not (a := find(f'data/{name}')): continue      # no row that is built now is trained on it
         rows = read_rows(a.path/'rows.jsonl')

@@ -26,6 +26,7 @@ from ..merging.methods import METHODS, numbers_of
 from ..models.adapters import AdaptedModel, average
 from ..models.base_models import check_fit, row_filter, write_base
 from ..models.divergence import dequantized
+from ..models.loading import quiet
 from .artifacts import (
     adapted_model, base_and_terms, BuildContext, merged_onto, write_adapted_model)
 from .quantization import build_quantization
@@ -37,7 +38,8 @@ from ..tiny.world import shipped_base
 # %% ../../nbs/pipeline/04_stages.ipynb #c4647159
 def build_base(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "A checkpoint: the shipped base, a toy with random weights, an external one, or a base as NF4 gives it back."
-    if settings['source'] == 'random': random_base(out)
+    if settings['source'] == 'random':
+        with quiet(): random_base(out)
     elif settings['source'] == 'dequantized':
         dequantized(inputs['base'].path, out, settings['compute_dtype'], settings['machine']['device'])
     elif settings['source'] == 'tiny':

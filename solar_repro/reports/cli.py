@@ -22,10 +22,14 @@ from typing import get_args, get_origin, Literal
 from fastcore.docments import docments
 
 from .. import __version__
+from ..core.files import expanded
 from .commands import COMMANDS, library, RENAMED
 
 # %% ../../nbs/reports/03_cli.ipynb #9fe2b897
-def _path(text:str)->Path: return Path(text).expanduser() # '~' in quotes is not the shell's
+def _path(text:str)->Path: # '~' in quotes is not the shell's
+    if not text: raise argparse.ArgumentTypeError("''; expected a path")
+    try: return expanded(text)
+    except ValueError as e: raise argparse.ArgumentTypeError(e) from None
 
 def _number(text:str)->float:
     "A number that is one: `nan` and `inf` are none."
@@ -151,7 +155,8 @@ def _can_be_mended(e:Exception)->bool:
     "Whether an error was raised by this library, or by the system, for a user to read."
     *_, (last, _) = traceback.walk_tb(e.__traceback__)
     ours = last.f_globals.get('__name__', '').split('.')[0] in ('solar_repro', '__main__')
-    return isinstance(e, OSError) or isinstance(e, (ValueError, ImportError)) and ours
+    told = ValueError, ImportError, FloatingPointError, MemoryError
+    return isinstance(e, OSError) or isinstance(e, told) and ours
 
 def _said(e:Exception)->str:
     "What an error says, in words: not by its number in the system, and with what it cost (`raise_failed`)."

@@ -127,6 +127,7 @@ def diff(exp, # the run: `Experiment`
 
     solar-repro diff "DPO v1" "DPO v2" --task gsm8k
     """
+    if a == b: raise ValueError(f'diff: {a!r} twice; expected two models. Name another.')
     found = exp.flips(a, b, task)
     print(f'{task}, {exp.label}: {(found["change"] > 0).sum()} items for {b}, {(found["change"] < 0).sum()} for {a}')
     for x in found.to_dict('records'):
@@ -221,6 +222,7 @@ def plan(exp, # the run: `Experiment`
     solar-repro plan --profile a100 --workers 8
     """
     planning = library('pipeline.plan')
+    if workers is not None and workers < 1: raise ValueError(f'plan: {workers} workers; expected 1 or more.')
     if price is not None and price < 0: raise ValueError(f'plan: a price of {price}; expected 0 or more.')
     if card and calibrate:
         raise ValueError('plan: --card and --calibrate name two machines; expected one. Leave one out.')
@@ -276,6 +278,7 @@ def fetch(profile, # that is to run: `Profile`
 
     solar-repro fetch --profile a100 --to data
     """
+    library('pipeline.graph').check_revisions(profile)
     library('core.data_files').fetch(to, library('data').FILES.values(), profile.data.revisions)
     print(f'{to} is filled. Use it: source = "{to}" in [data] of a profile, '
           f'or make tables PROFILE={profile.name} DATA={to}')
