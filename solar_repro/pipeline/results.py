@@ -185,9 +185,9 @@ def recorded(
     kinds = records(profile)
     found = next(iter(kinds.values()), {})
     if not found or seed not in (None, *found):
-        which = '' if seed is None else f' with seed {seed}'
-        raise ValueError(f'recorded: no run of profile {profile!r}{which} came with '
-                         f'the package; there are seeds {list(found)}. Run it: solar-repro run --profile {profile}')
+        which, more = ('', '') if seed is None else (f' with seed {seed}', f' --seed {seed}')
+        raise ValueError(f'recorded: no run of profile {profile!r}{which} came with the package; there are seeds '
+                         f'{list(found)}. Run it: solar-repro run --profile {profile}{more}')
     return found if seed is None else {seed: found[seed]}
 
 def evaluations_of(
