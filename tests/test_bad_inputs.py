@@ -372,6 +372,7 @@ def test_a_name_that_is_not_there(here, capsys, argv, says):
     ('extends = "smoke"\nsft = 3', 'sft = 3: must be a table, [sft]'),
     ('extends = "smoke"\nlabel = ""', 'label'),
     ('extends = "smoke"\nseeds = [0, 0]', 'each seed once'),
+    ('extends = "smoke"\n[machine]\nthreads = 1000000', 'machine.threads'),
     ('extends = "smoke"\nsets = 3', 'sets'),
     ('extends = "smoke"\n[base]\nsource = ""', 'base.source'),
     ('extends = "smoke"\n[base]\nsource = "~nouser/x"', 'names no user'),

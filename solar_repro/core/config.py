@@ -62,7 +62,7 @@ class Strict(BaseModel):
 class Machine(Strict):
     "What the run computes on."
     device: Literal['cpu', 'cuda'] # cuda: one card
-    threads: Positive # CPU threads of a stage; results depend on it
+    threads: Annotated[int, Field(gt=0, le=1024)] # CPU threads of a stage; results depend on it
     workers: Positive | None = None # stages built side by side, which changes no result; None: as many as fit
     ray: Text | None = None # build by Ray: 'local', or the address of a cluster; changes no result; None: without Ray
 

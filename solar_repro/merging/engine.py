@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from ..core.files import file_hash
+from ..core.files import expanded, file_hash
 from ..core.store import read_sealed, sealed
 from .arithmetic import fill, gram, Mix, mix_for, numbers_for, Pad, SLICE, smallest_kept
 from .config import MergeConfig, to_yaml
@@ -282,7 +282,7 @@ def locate(
     name:str, # a folder, or owner/name on the hub
 )->Path: # a folder on this machine
     "The folder of a model; one of the hub must have been fetched before."
-    if Path(name).is_dir(): return Path(name)
+    if (folder := expanded(name)).is_dir(): return folder
     try: return Path(snapshot_download(name, local_files_only=True))
     except Exception as e: # of several kinds, all meaning that it is not there
         raise FileNotFoundError(errno.ENOENT, f"merge: no folder {name} and nothing of that name in the hub's cache; "
