@@ -565,6 +565,7 @@ def compared(bench, **options):
                     items=2,
                     mmlu_items=4,
                     profile=None,
+                    leaderboard_shots=False,
                     hf_batch=[1],
                     hf_packed=False,
                     batch=8,

@@ -20,7 +20,7 @@ from solar_repro.models.adapters import AdaptedModel, materialize, read_adapter,
 from solar_repro.models.base_models import check_base
 from solar_repro.models.checkpoints import mapped, open_checkpoint, read_header
 from solar_repro.models.files import checkpoint_files
-from solar_repro.models.loading import encode, quiet, token_ids
+from solar_repro.models.loading import encode, load_tokenizer, quiet, token_ids
 from solar_repro.models.resident import Resident
 from solar_repro.tiny.base import random_base
 
@@ -61,10 +61,11 @@ def test_add_bos_says_otherwise():
 
 
 # ---- which files are the model ---------------------------------------------------------------------------------------
-def random_model(seed: int) -> LlamaForCausalLM:
+def random_model(seed: int, vocab_size: int = 16) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                        num_attention_heads=2, max_position_embeddings=16, tie_word_embeddings=False))
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=16, tie_word_embeddings=False,
+                                        **shape))
 
 
 def saved(model, folder, shards: bool = False):
@@ -146,8 +147,10 @@ def test_offsets_that_cannot_be_are_refused(first, second, tmp_path):
 # ---- bases and adapters that would be taken for others ---------------------------------------------------------------
 @pytest.mark.parametrize('name', ['lm_head.weight', 'model.layers.1.mlp.up_proj.weight'])
 def test_a_base_that_lacks_weights_is_refused_by_their_names(name, tmp_path):
-    base, weights = random_base(tmp_path/'base'), random_model(1).state_dict()
-    saved(random_model(1), base)                            # its head is not tied; the tokenizer stays
+    base = random_base(tmp_path/'base')
+    model = random_model(1, len(load_tokenizer(base)))
+    weights = model.state_dict()
+    saved(model, base)                                      # its head is not tied; the tokenizer stays
     check_base(base)
     save_file({n: w for n, w in weights.items() if n != name}, base/'model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(ValueError, match=f'lacks 1 of its weights.*{name}'): check_base(base)

@@ -471,7 +471,7 @@ def test_html_md_and_tex_hold_the_same_rows(n, published):
     for e in ('html', 'md', 'tex'):
         text = (published[0]/'tables'/f'table{n}.{e}').read_text(encoding='utf-8')
         assert [m for m in paper.models(n) if m not in text] == [], e
-        label = r'a <label> \& more' if e == 'tex' else 'a &lt;label&gt; &amp; more'
+        label = r'a \textless{}label\textgreater{} \& more' if e == 'tex' else 'a &lt;label&gt; &amp; more'
         assert label in text, e                              # says what the scores are of
     assert len(pd.read_html(published[0]/'tables'/f'table{n}.html')[0]) == COUNTS[n]
 
