@@ -229,6 +229,7 @@ def _counted(said:dict)->dict: return {k: v for k,v in said.items() if k not in 
 
 def _some(found:list[str])->str: return ', '.join(found[:4])+(f' and {len(found)-4} more' if len(found)>4 else '')
 
+# %% ../../nbs/models/04_checkpoints.ipynb #f4407543
 def _known(said:dict, known:dict)->dict: # `known`: what the kind of model knows, with defaults
     "The keys that count of a configuration, and of those within it."
     within = lambda k, v: isinstance(v, dict) and isinstance(known[k], dict) and 'model_type' in v
