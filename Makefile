@@ -6,7 +6,8 @@
 # make lab      explore in JupyterLab; ROOT=1 lets root start it, in a container
 # make docs     the documentation site, in _docs/, with the outputs of runs/PROFILE/ where that was run
 # make notebooks  make tables, then the machinery's notebooks, too; keeps the outputs of all in nbs/
-# make record   record the finished run of SEED=0; the tiny world's recorded runs go onto the front page and into README.md
+# make record   record the finished run of SEED=0; the tiny world's recorded runs go onto the front page and into README.md;
+#               KIND=NAME: the kind of processor, where its instructions alone do not tell it from one recorded before
 # make check    only: are notebooks, library and README in sync?
 # make clean    remove .venv, the site and caches; results in runs/ stay
 # Each sets up what it needs in .venv, on a machine with no more than make and a Python, 3.11 to 3.13.
@@ -16,6 +17,10 @@ PROFILE ?= tiny
 SEED    ?=
 DATA    ?=
 BIN     := .venv/bin
+
+# Set-up compiles nothing: what is imported is compiled then, and kept. Where the environment forbids to keep it, as
+# images of containers do, each process would compile torch and its like again, for a minute.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := tables
 .PHONY: setup tables demo test test-all lab docs notebooks record check clean
@@ -51,7 +56,7 @@ notebooks: tables
 	@$(BIN)/python tools/keep_outputs.py --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 
 record: setup
-	@$(BIN)/python tools/record_run.py --profile '$(PROFILE)' --seeds '$(or $(SEED),0)'
+	@$(BIN)/python tools/record_run.py --profile '$(PROFILE)' --seeds '$(or $(SEED),0)' $(if $(KIND),--kind '$(KIND)')
 	@[ '$(PROFILE)' != tiny ] || $(BIN)/python tools/record_answers.py --seed '$(or $(SEED),0)'
 
 check: setup

@@ -35,6 +35,14 @@ def test_importing_says_nothing():
     assert not logging.getLogger('bitsandbytes.backends.cpu.ops').isEnabledFor(logging.WARNING)
 
 
+def test_make_keeps_what_python_compiles(tmp_path):
+    "An image of a container forbade it, and set-up compiles nothing: each process compiled torch again, for a minute."
+    (tmp_path/'show.mk').write_text(f'include {ROOT}/Makefile\nshow: ; @echo "[$$PYTHONDONTWRITEBYTECODE]"\n')
+    done = subprocess.run(['make', '-f', tmp_path/'show.mk', 'show'], env=dict(os.environ, PYTHONDONTWRITEBYTECODE='1'),
+                          capture_output=True, text=True)
+    assert done.stdout == '[]\n', done.stdout + done.stderr
+
+
 def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeypatch, capsys):
     "It was one line of 21 columns, without marks and without what is best or resolved."
     monkeypatch.setenv('COLUMNS', '80')
@@ -89,7 +97,7 @@ def test_where_the_line_is_asked_at_the_papers_points_nothing_new_is_built(full,
     assert main(['sweep', 'Cand. 1', 'Cand. 2', '--points', '3', '--profile', 'smoke', '--store', str(full)]) == 0
     assert {a.path for a in exp.store.entries()} == before
     out = capsys.readouterr().out
-    assert 'told from' in out and Path(out.splitlines()[-1]).stat().st_size > 10_000
+    assert 'distinguished from it' in out and Path(out.splitlines()[-1]).stat().st_size > 10_000
     m, scores = sweep(exp, 'Cand. 1', 'Cand. 2', 3), exp.scores().set_index(['model', 'task'])['score']
     gsm8k = m[m['task'] == 'gsm8k'].set_index(['method', 'weight'])['score']
     theirs = {('linear', 0.): 'Cand. 2', ('linear', .5): 'Merge v1', ('slerp', .5): 'Merge v4',

@@ -69,7 +69,7 @@ fi
 rm -f "$venv/stamp"
 : >"$venv/making"
 echo "setup: installing the pinned libraries into $venv (a minute or more; progress in $log)"
-# what is imported is compiled then; all else of torch and its like would take half a minute for nothing
+# what is imported is compiled then (Makefile); all else of torch and its like would take a minute for nothing
 "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile -e '.[dev]' >>"$log" 2>&1 ||
     fail "pip install" "run the same command again once the cause is gone; what was downloaded is kept"
 rm -f "$venv/making"
