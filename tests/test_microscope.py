@@ -174,6 +174,8 @@ def test_both_ways_run_and_say_so(full, tmp_path):
     before = {a.key for a in one.store.entries()}
     one.quantization('SFT v3', 2)
     assert {a.key for a in one.store.entries()} == before                  # kept
+    for n in DEQUANTIZED, 'Merge v4', 'eval/SFT v3/hellaswag':               # whole for the next process, too
+        assert Experiment(two.profile, store=tmp_path/'store').find(n), n
 
 
 def test_table_by_hand():

@@ -179,6 +179,7 @@ def _private(folder:Path, kind:str, key:str)->Path:
 
 def _publish(private:Path, final:Path, manifest:dict)->None:
     "Give a finished build its manifest and its final name."
+    assert not (private/MANIFEST).exists(), 'the store writes the manifest: no build may bring one'
     (private/MANIFEST).write_text(json.dumps(manifest, indent=1))
     final.parent.mkdir(exist_ok=True)
     rename_whole(private, final)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import checkpoint_files
 from .loading import encode, load_base, load_tokenizer
 
 # %% ../../nbs/models/07_divergence.ipynb #e85c23aa
@@ -94,9 +95,9 @@ def dequantized(
     "The base rounded to NF4 with double quantization and read back (QLoRA, arXiv:2305.14314)."
     out, packed = Path(out), quantized_weights(base, compute_dtype, device)
     out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(Path(base).iterdir()):
+    for file in checkpoint_files(base).all:
         if file.suffix!='.safetensors':
-            if file.is_file(): shutil.copyfile(file, out/file.name)
+            shutil.copyfile(file, out/file.name)
             continue
         with safe_open(file, 'pt') as f: weights = {n: f.get_tensor(n) for n in f.keys()}
         for n in packed.keys() & weights.keys(): weights[n] = dequantize_4bit(*packed[n]).to('cpu', weights[n].dtype)
