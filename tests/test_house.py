@@ -146,3 +146,19 @@ def test_notebooks_mirror_the_modules():
 def test_numbers_have_no_gaps_and_no_twins(folder):
     numbers = [p.name[:2] for p in NOTEBOOKS if p.parent == folder and p.name != 'index.ipynb']
     assert numbers == [f'{k:02}' for k in range(len(numbers))], sorted(p.name for p in NOTEBOOKS if p.parent == folder)
+
+
+def test_checks_that_an_error_comes_are_entered():
+    "`expect_fail(f)` and `pytest.raises(X)` by themselves check nothing: both are for `with`, or are given a function."
+    texts = [(str(p.relative_to(ROOT)), ''.join(c['source'])) for p in NOTEBOOKS for c in cells(p)]
+    texts += [(p.name, p.read_text(encoding='utf-8')) for p in sorted((ROOT / 'tests').glob('*.py'))]
+    wrong, seen = [], 0
+    for where, text in texts:
+        plain = re.sub(r'^[%!].*', '', text, flags=re.M)
+        for node in ast.walk(ast.parse(plain)):
+            seen += isinstance(node, ast.With)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                name = ast.unparse(node.value.func)
+                if name in ('expect_fail', 'expect_warns') or name == 'pytest.raises' and len(node.value.args) < 2:
+                    wrong.append(f'{where}: {ast.unparse(node)}')
+    assert seen > 100 and not wrong, '\n'.join(wrong)

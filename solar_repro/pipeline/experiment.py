@@ -21,6 +21,7 @@ from ..core import display as view
 from ..core.config import load_profile, nearest, Profile, root
 from ..core.data_files import read_rows
 from ..core.store import Artifact, Store
+from ..models.base_source import check_wheel, wheel_path
 from ..paper import MODELS
 from ..publishing.text import as_text, Table
 from . import results
@@ -148,6 +149,7 @@ def _progress(self:Experiment, missing:list[str], n_slots:int)->Progress:
 @patch
 def _check(self:Experiment, missing:list[str])->None:
     "Raise if this machine, the data or an external base cannot do what is missing: before hours are spent."
+    if 'base' in missing and self.graph['base'].settings['source'] == 'wheel': check_wheel(wheel_path())
     if self.profile.machine.device == 'cuda' and self.profile.machine.ray in (None, 'local'):
         heavy().check_machine(self.profile, self.graph, self.find, self.store.folder, missing)
     if not any(self.graph[n].kind in ('sft', 'dpo') for n in missing): return
