@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.contamination import make_index
 from ..core.data_files import (
     check_rows, commit, File, file_digest, hub_rows, located, own_fields, present, read_file, read_own)
@@ -108,84 +110,97 @@ class Published:
     @property
     def place(self)->str: return str(self.path or 'hub')
 
-    def read(self, file:File)->list[tuple[str,dict]]: # (id, row)
-        "All rows of a file, with the columns that its entry names."
-        if self.path:
-            found = read_file(located(self.path, file), file.fields, file.blank, self.max_broken, file.check)
-            return [(i, {c: row[c] for c in file.columns}) for i, row in found]
-        rows = list(hub_rows(file, self.revisions))
-        if None in rows:
-            print(f'{file.hub}: left out {rows.count(None)} of {len(rows)} rows of {file.split}, with an empty field',
-                  file=sys.stderr)
-        return [(f'{file.hub}/{file.split}:{i}', row) for i, row in enumerate(rows, 1) if row is not None]
+# %% ../../nbs/pipeline/00_sources.ipynb #4b7ae17a
+@patch
+def read(self:Published, file:File)->list[tuple[str,dict]]: # (id, row)
+    "All rows of a file, with the columns that its entry names."
+    if self.path:
+        found = read_file(located(self.path, file), file.fields, file.blank, self.max_broken, file.check)
+        return [(i, {c: row[c] for c in file.columns}) for i, row in found]
+    rows = list(hub_rows(file, self.revisions))
+    if None in rows:
+        print(f'{file.hub}: left out {rows.count(None)} of {len(rows)} rows of {file.split}, with an empty field',
+              file=sys.stderr)
+    return [(f'{file.hub}/{file.split}:{i}', row) for i, row in enumerate(rows, 1) if row is not None]
 
-    def fingerprint(self, file:File)->str: # sha256 of a file in a folder, commit on the Hub
-        "What tells a file's rows from those of another version."
-        return file_digest(located(self.path, file)) if self.path else commit(file, self.revisions)
+@patch
+def fingerprint(self:Published, file:File)->str: # sha256 of a file in a folder, commit on the Hub
+    "What tells a file's rows from those of another version."
+    return file_digest(located(self.path, file)) if self.path else commit(file, self.revisions)
 
-    def files(self, entry:str)->list[File]:
-        "The files that a set or a benchmark is read from."
-        if entry in BENCHMARKS: return list(BENCHMARKS[entry].files)
-        s = SETS[known('training set', entry, SETS)]
-        if s.stand_in and self.path and present(self.path, METAMATH) is None:
-            return [FILES['math'], FILES['gsm8k/train']]
-        return [*s.files, *(_six() if s.from_benchmarks else [])]
+# %% ../../nbs/pipeline/00_sources.ipynb #bf8bf0ac
+@patch
+def files(self:Published, entry:str)->list[File]:
+    "The files that a set or a benchmark is read from."
+    if entry in BENCHMARKS: return list(BENCHMARKS[entry].files)
+    s = SETS[known('training set', entry, SETS)]
+    if s.stand_in and self.path and present(self.path, METAMATH) is None:
+        return [FILES['math'], FILES['gsm8k/train']]
+    return [*s.files, *(_six() if s.from_benchmarks else [])]
 
-    def settings(self, entry:str)->dict: # entry: name of a set or benchmark
-        "What decides rows or items, besides how many and the seed."
-        return dict(source='folder' if self.path else 'hub', max_broken=self.max_broken,
-                    files={f.name: self.fingerprint(f) for f in self.files(entry)})
+@patch
+def settings(self:Published, entry:str)->dict: # entry: name of a set or benchmark
+    "What decides rows or items, besides how many and the seed."
+    return dict(source='folder' if self.path else 'hub', max_broken=self.max_broken,
+                files={f.name: self.fingerprint(f) for f in self.files(entry)})
 
-    def candidates(self, name:str)->tuple[list[tuple[str,dict]],str]: # (id, row to train on); a note on them
-        "All rows of a training set as prompts with answers, or pairs."
-        s, files = SETS[known('training set', name, SETS)], self.files(name)
-        if METAMATH in s.files and METAMATH not in files:
-            first, others = [x for f in files for x in self.read(f)], []
-            convert, note = s.stand_in, STAND_IN
-        else:
-            first, *others = map(self.read, s.files)
-            convert, note = s.convert, ''
-        rows = [row for _, row in first]
-        made = convert(rows, *([row for _, row in other] for other in others))
-        if not note and s.note: note = s.note(rows, made)
-        return [(i, m) for (i, _), m in zip(first, made) if m is not None], note
+# %% ../../nbs/pipeline/00_sources.ipynb #f8bb6882
+@patch
+def candidates(self:Published, name:str)->tuple[list[tuple[str,dict]],str]: # (id, row to train on); a note on them
+    "All rows of a training set as prompts with answers, or pairs."
+    s, files = SETS[known('training set', name, SETS)], self.files(name)
+    if METAMATH in s.files and METAMATH not in files:
+        first, others = [x for f in files for x in self.read(f)], []
+        convert, note = s.stand_in, STAND_IN
+    else:
+        first, *others = map(self.read, s.files)
+        convert, note = s.convert, ''
+    rows = [row for _, row in first]
+    made = convert(rows, *([row for _, row in other] for other in others))
+    if not note and s.note: note = s.note(rows, made)
+    return [(i, m) for (i, _), m in zip(first, made) if m is not None], note
 
-    def rows(self, name:str, n:int, seed:int, fits:Fits|None=None, trained:list[dict]=[])->Sample:
-        "Sample rows of a training set; beside rows that were `trained` on, those that come after them."
-        found, rule = self.candidates(name)
-        seen = set(map(_texts, trained))
-        order = random.Random(f'{name} {seed}').sample(range(len(found)), len(found))
-        derived = self._derived() if SETS[name].from_benchmarks else lambda rows: [False]*len(rows)
-        kept, n_derived, unfit, size = [], 0, Counter(), max(n, 1000)
-        for first in range(0, len(order), size):
-            block = [found[i] for i in order[first:first + size]]
-            for (i, row), is_derived in zip(block, derived([row for _, row in block])):
-                if len(kept) == n: break
-                if _texts(row) in seen: continue
-                if is_derived: n_derived += 1
-                elif why := fits and fits(row): unfit[why] += 1
-                else: kept.append((i, row))
-        n_long = unfit.pop('too long', 0)
-        rule = '; '.join([rule]*bool(rule) + [f'{k} rows left out: {why}' for why, k in unfit.items()])
-        if len(kept) < n or not n:
-            raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(kept)}: {self.place} has '
-                             f'{len(found)}, of which {n_long} are too long and {n_derived} made from a benchmark'
-                             f'{f" ({rule})" if rule else ""}. '
-                             f"Lower {'n_own in [eval]' if trained else f'{name} in [data.rows]'} of the profile.")
-        return Sample([row for _, row in kept], [i for i, _ in kept], len(found), n_derived, n_long, rule)
+@patch
+def _derived(self:Published)->Callable[[list[dict]],list[bool]]: # which rows are of an item of the six
+    texts = [item_text(f.name.split('/')[0], row) for f in _six() for _, row in self.read(f)]
+    index = make_index(texts, ns=(13,))
+    return lambda rows: made_from_benchmarks(rows, index)
 
-    def _derived(self)->Callable[[list[dict]],list[bool]]: # which rows were made from an item of the six benchmarks
-        texts = [item_text(f.name.split('/')[0], row) for f in _six() for _, row in self.read(f)]
-        index = make_index(texts, ns=(13,))
-        return lambda rows: made_from_benchmarks(rows, index)
+# %% ../../nbs/pipeline/00_sources.ipynb #dfd8eccf
+@patch
+def rows(self:Published, name:str, n:int, seed:int, fits:Fits|None=None, trained:list[dict]=[])->Sample:
+    "Sample rows of a training set; beside rows that were `trained` on, those that come after them."
+    found, rule = self.candidates(name)
+    seen = set(map(_texts, trained))
+    order = random.Random(f'{name} {seed}').sample(range(len(found)), len(found))
+    derived = self._derived() if SETS[name].from_benchmarks else lambda rows: [False]*len(rows)
+    kept, n_derived, unfit, size = [], 0, Counter(), max(n, 1000)
+    for first in range(0, len(order), size):
+        block = [found[i] for i in order[first:first + size]]
+        for (i, row), is_derived in zip(block, derived([row for _, row in block])):
+            if len(kept) == n: break
+            if _texts(row) in seen: continue
+            if is_derived: n_derived += 1
+            elif why := fits and fits(row): unfit[why] += 1
+            else: kept.append((i, row))
+    n_long = unfit.pop('too long', 0)
+    rule = '; '.join([rule]*bool(rule) + [f'{k} rows left out: {why}' for why, k in unfit.items()])
+    if len(kept) < n or not n:
+        raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(kept)}: {self.place} has '
+                         f'{len(found)}, of which {n_long} are too long and {n_derived} made from a benchmark'
+                         f'{f" ({rule})" if rule else ""}. '
+                         f"Lower {'n_own in [eval]' if trained else f'{name} in [data.rows]'} of the profile.")
+    return Sample([row for _, row in kept], [i for i, _ in kept], len(found), n_derived, n_long, rule)
 
-    def items(self, task:str, n:int)->tuple[dict[str,list[dict]],list[str]|None]: # train and test; ids of the latter
-        "Sample the items of a benchmark."
-        *train, test = BENCHMARKS[known('benchmark', task, BENCHMARKS)].files
-        found = self.read(test)
-        at = sorted(random.Random(f'{task} {TEST_SEED}').sample(range(len(found)), min(n, len(found))))
-        shots = [row for f in train for _, row in self.read(f)]
-        return dict(train=shots, test=[found[i][1] for i in at]), [found[i][0] for i in at]
+# %% ../../nbs/pipeline/00_sources.ipynb #4df9230a
+@patch
+def items(self:Published, task:str, n:int)->tuple[dict[str,list[dict]],list[str]|None]: # train, test; ids of test
+    "Sample the items of a benchmark."
+    *train, test = BENCHMARKS[known('benchmark', task, BENCHMARKS)].files
+    found = self.read(test)
+    at = sorted(random.Random(f'{task} {TEST_SEED}').sample(range(len(found)), min(n, len(found))))
+    shots = [row for f in train for _, row in self.read(f)]
+    return dict(train=shots, test=[found[i][1] for i in at]), [found[i][0] for i in at]
 
 # %% ../../nbs/pipeline/00_sources.ipynb #38b0227c
 @dataclass(frozen=True)
