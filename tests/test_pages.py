@@ -268,6 +268,10 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='expected a whole run'):
         record_run.record('smoke', 0, tmp_path / 'empty', tmp_path)
     file = record_run.record('smoke', 0, full, tmp_path)
+    assert record_run.record('smoke', 0, full, tmp_path) == file
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match='is of .*, this run of another;.*--kind NAME'):
+        m.setattr(results, 'made_on', lambda made, here=results.made_on: here(made) | dict(processor='another'))
+        record_run.record('smoke', 0, full, tmp_path)
     monkeypatch.setattr(results, 'RECORDED', tmp_path)
     one, exp = Experiment('smoke', store=full), Experiment('smoke', store=tmp_path / 'none', recorded=True)
     assert file.stat().st_size < 30_000 and exp.label == 'smoke test, recorded, seed 0'

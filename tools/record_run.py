@@ -27,7 +27,7 @@ SHOWN = 4                                                   # the table whose pi
 def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = None) -> Path:
     "A finished run as one file."
     from solar_repro.pipeline.experiment import Experiment, USES_BASE
-    from solar_repro.pipeline.results import made_on, scale, taught, write_record
+    from solar_repro.pipeline.results import made_on, read_record, scale, taught, write_record
     exp = Experiment(profile, seed=seed, store=store)
     status = exp.status()
     missing = status.loc[status['state'] == 'missing', 'stage'].tolist()
@@ -45,6 +45,12 @@ def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = 
         stages=exp.provenance().to_dict('records'), taught=json.loads(taught(exp).to_json(orient='records')),
     )
     file = into / exp.profile.name / (kind or '-'.join(how) or 'cpu') / f'seed{seed}.json.gz'
+    there = read_record(file)['made_on'] if file.exists() else made
+    if there.get('processor') != made.get('processor'):
+        sys.exit(
+            f'record_run: {file.relative_to(into)} is of {there.get("processor")}, this run of {made.get("processor")};'
+            ' expected one processor a kind. Give this one a name of its own: --kind NAME, or make record KIND=NAME.'
+        )
     folders = {(m, t): exp.find(f'eval/{m}/{t}').path for m in exp.models for t in exp.tasks}
     return write_record(file, facts, folders)
 
