@@ -1,5 +1,5 @@
 """Published data and foreign bases: the folder layout, a stand-in for the Hub, strict reading, draws in the key,
-the ledger, any model."""
+contamination, any model."""
 
 import json
 import math
@@ -637,7 +637,7 @@ def test_data_from_a_folder_puts_the_wheel_in_the_hubs_place(tmp_path, monkeypat
     assert labels == ['SmolLM2-135M, from an instruction-tuned base, seed 0', 'SmolLM2-135M, seed 0']
 
 
-def test_the_ledger_finds_what_is_planted(folder, tmp_path):
+def test_contamination_finds_what_is_planted(folder, tmp_path):
     exp = Experiment(profile_of(tmp_path, model_of(tmp_path / 'base'), folder), store=tmp_path / 'store')
     from solar_repro.core.contamination import overlaps
 

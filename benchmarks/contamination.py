@@ -1,10 +1,10 @@
-"""The contamination ledger at the paper's size: the stage `ledger` itself, with 300K training rows in five sets
+"""Contamination at the paper's size: the stage itself, with 300K training rows in five sets
 against 28K items of six benchmarks.
 
-    python benchmarks/ledger.py [--data DIR] [--rows 300000] [--out NAME]
+    python benchmarks/contamination.py [--data DIR] [--rows 300000] [--out NAME]
 
-What is timed is `recipe.build_contamination` in a process of its own, from the files of its inputs to the table in the
-store: reading, normalising, runs of 13 and of 8 words, counting.
+What is timed is `pipeline.stages.build_contamination` in a process of its own, from the files of its inputs to the
+table in the store: reading, normalising, runs of 13 and of 8 words, counting.
 The five sets have the paper's shares of the rows, and the six benchmarks the leaderboard's numbers of items. With
 --data the texts are published ones of that folder, drawn with
 replacement up to these sizes; without it they are made of 60 000 words, drawn as English draws them (Zipf), as long as
@@ -130,10 +130,10 @@ def timed(folder: str, out: str, answer) -> None:
     answer.put((time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, before))
 
 
-PAGE = """# The contamination ledger at the paper's size
+PAGE = """# Contamination at the paper's size
 
-The stage `ledger` on two CPU cores that did nothing else: {rows:,} training rows in five sets against {items:,} \
-items of six benchmarks, from the files of its inputs to the table in the store. The promise
+The stage `contamination` on two CPU cores that did nothing else: {rows:,} training rows in five sets against \
+{items:,} items of six benchmarks, from the files of its inputs to the table in the store. The promise
 is 5 minutes and 4 GiB. One process does it, on one core; the memory is that of the whole process, {start} GiB of it \
 before the stage begins.
 
@@ -146,7 +146,8 @@ before the stage begins.
 rows and items of the folder of samples, drawn with replacement up to these sizes, so copies and
 common phrases are there as often as in the sets, but words fewer than in the whole sets. {verdict}
 
-Repeat: `python benchmarks/ledger.py --out ledger` and the same with `--data DIR` (each replaces its line).
+Repeat: `python benchmarks/contamination.py --out contamination` and the same with `--data DIR` (each replaces its \
+line).
 """
 
 
