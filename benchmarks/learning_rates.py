@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence                                     
 
 from solar_repro.core.config import load_profile                                # noqa: E402
 from solar_repro.dpo import completion_logps, reference_logps, train_dpo        # noqa: E402
-from solar_repro.eval import evaluate, h6_se                                    # noqa: E402
+from solar_repro.eval import evaluate                                           # noqa: E402
 from solar_repro.models.adapters import AdaptedModel, materialize               # noqa: E402
 from solar_repro.models.loading import encode, load_tokenizer                   # noqa: E402
 from solar_repro.paper import H6_TASKS                                          # noqa: E402

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LM_EVAL_TASKS', 'FEWSHOT_SEED', 'PROTOCOLS', 'true_mass', 'mc2', 'task_folder', 'Requests',
-           'build_requests', 'run_requests', 'request_hash', 'by_item', 'collect', 'mean_se', 'correct_2023',
-           'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'first_paragraph', 'answer_requests', 'answer_rows',
-           'h6_se', 'plot_scores']
+           'build_requests', 'run_requests', 'request_hash', 'by_item', 'collect', 'correct_2023', 'mean_of_groups',
+           'allowed', 'score_as', 'evaluate', 'first_paragraph', 'answer_requests', 'answer_rows', 'plot_scores']
 
 # %% ../nbs/05_eval.ipynb #2a353266
 import hashlib
@@ -25,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import lm_eval.utils
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from lm_eval.api.instance import Instance
@@ -33,6 +33,8 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 from .core.data_files import read_rows, write_rows
+from .core.figures import style
+from .core.stats import mean_se
 from .data import BENCHMARKS
 from .inference.lm import RequestEncoder, SharedPrefixLM
 from .models.adapters import materialize, AdaptedModel
@@ -240,16 +242,6 @@ def collect(
         samples += [_record(task, t, doc, ids[i], of[ids[i]]) for i, doc in t.doc_iterator()]
     return sorted(samples, key=lambda r: r['doc_id'])
 
-# %% ../nbs/05_eval.ipynb #1da6665d
-def mean_se(
-    xs:Sequence[float], # score of each item, in [0, 1]; two or more
-)->tuple[float,float]: # mean, standard error of the mean
-    "Mean over items and its error, for shares of right answers floored (doi:10.1080/00031305.1998.10480550)."
-    xs = np.asarray(xs, float)
-    se, padded = xs.std(ddof=1)/math.sqrt(len(xs)), np.array([*xs, 0, 0, 1, 1])
-    floor = padded.std()/math.sqrt(len(padded)) if set(xs) <= {0., 1.} else 0.
-    return float(xs.mean()), float(max(se, floor))
-
 # %% ../nbs/05_eval.ipynb #8532c5eb
 PROTOCOLS = 'modern', 'leaderboard-2023'
 
@@ -362,24 +354,13 @@ def answer_rows(
     return [dict(doc_id=i, asked=request_hash([r]), gold=gold, prediction=answer, text=t, score=float(answer == gold))
             for i, (r, (gold, answer, t)) in enumerate(zip(asked, said))]
 
-# %% ../nbs/05_eval.ipynb #c4fa1363
-def h6_se(
-    ses:dict[str,float], # benchmark -> standard error of its score
-)->float: # of the mean of six
-    "Standard error of H6: root of the sum of squares, over six."
-    missing = [t for t in H6_TASKS if t not in ses]
-    if missing:
-        raise ValueError(f'h6_se: no standard error for {missing}; expected one for each of {H6_TASKS}. '
-                         'Evaluate those first.')
-    return math.sqrt(sum(ses[t]**2 for t in H6_TASKS))/len(H6_TASKS)
-
 # %% ../nbs/05_eval.ipynb #b93fc5da
 def plot_scores(
     table:pd.DataFrame, # a row a benchmark, by title: score, se, chance; fractions
     label:str, # what the scores are of
 ): # matplotlib's axes
     "Scores with their standard errors, beside chance."
-    import matplotlib.pyplot as plt     # writes a cache in the home folder: only where something is plotted
+    style()
     fig, ax = plt.subplots(figsize=(6, 3))
     y = range(len(table))
     ax.errorbar(100*table.score, y, xerr=100*table.se, fmt='o', label='base (1 s.e.)')

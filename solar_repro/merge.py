@@ -163,16 +163,15 @@ def rounding_loss(
 
 def rounded(
     model:AdaptedModel, # a sum of adapters
-    dtype:torch.dtype=torch.bfloat16, # in which it would be stored
     device:str='cpu', # where to compute
 )->pd.DataFrame: # one row a changed tensor: tensor, and what `rounding_loss` gives
-    "What storing a model takes from its changes, tensor by tensor."
+    "What storing a model in bf16 takes from its changes, tensor by tensor."
     change, rows = deltas(model.adapters), []
     for file in open_checkpoint(model.base).files:
         with safe_open(file, 'pt') as f:
             for n in sorted(n for n in f.keys() if n in change):
-                w = f.get_tensor(n).to(device, dtype).float()    # the base as published in that dtype
-                rows.append(dict(tensor=n, **rounding_loss(add_delta(w, change[n]), w, dtype)))
+                w = f.get_tensor(n).to(device).bfloat16().float()    # the base as published in that dtype
+                rows.append(dict(tensor=n, **rounding_loss(add_delta(w, change[n]), w)))
     return pd.DataFrame(rows, columns=['tensor', 'n_params', 'change', 'lost', 'n_moved', 'n_back'])
 
 # %% ../nbs/04_merge.ipynb #34a9fd90
@@ -225,6 +224,7 @@ def matrix_figure(
     table = lambda column: grid.pivot(index='kind', columns='layer', values=column).reindex(kinds)
     dots = table('fell_back')
     named = _some_of(dots.columns)
+    style()
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
     panels = (('angle_deg', None, 'between weights'), ('angle_change_deg', 90, 'between changes from the base'))
     for ax,(column,most,title) in zip(axes, panels):
@@ -246,6 +246,7 @@ def apart_figure(
     label:str, # scale and seed
 )->Figure:
     "How far merges are from each other and from the candidates, in weights and in outputs."
+    style()
     fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.2), layout='constrained')
     panels = ((weights, '{:.3f}', "in weights (the candidates' distance is 1)"),
               (outputs*1e3, '{:.3g}', 'in outputs (KL, millinats a token)'))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['H6_TASKS', 'TITLES', 'N_ITEMS', 'MADE', 'ROWS', 'MODELS', 'TYPED', 'STATEMENTS', 'STRENGTHS', 'COUNTED', 'MEASURED',
-           'SPREADS', 'CLAIMS', 'h6', 'Row', 'models', 'scores', 'Origin', 'origin', 'nearest_shares', 'audit',
+           'SPREADS', 'CLAIMS', 'h6', 'h6_se', 'Row', 'models', 'scores', 'Origin', 'origin', 'nearest_shares', 'audit',
            'standard_errors', 'Measured', 'spread', 'Claim', 'claims_on']
 
 # %% ../nbs/00_paper.ipynb #2efa930d
+import math
 import operator
 import re
 from dataclasses import dataclass
@@ -31,6 +32,17 @@ def h6(
         raise ValueError(f'h6: no score for {missing}; expected one for each of {H6_TASKS}. '
                          'Run those benchmarks first, or leave the row out of the table.')
     return sum(scores[b] for b in H6_TASKS)/len(H6_TASKS)
+
+# %% ../nbs/00_paper.ipynb #eb162921
+def h6_se(
+    ses:dict[str,float], # benchmark -> standard error of its score
+)->float: # of the mean of six
+    "Standard error of H6: root of the sum of squares, over six."
+    missing = [t for t in H6_TASKS if t not in ses]
+    if missing:
+        raise ValueError(f'h6_se: no standard error for {missing}; expected one for each of {H6_TASKS}. '
+                         'Evaluate those first.')
+    return math.sqrt(sum(ses[t]**2 for t in H6_TASKS))/len(H6_TASKS)
 
 # %% ../nbs/00_paper.ipynb #dd4a7424
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def plot_quantization(
     label:str, # what was measured
 )->plt.Figure:
     "How far each way to full weights is from the model as trained, in outputs and in H6."
+    style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.3), layout='constrained')
     after = ways.iloc[1:]
     left.barh(after.index, 1e3*after.kl, color='C0', height=.5)

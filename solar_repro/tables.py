@@ -18,7 +18,7 @@ import pandas as pd
 from . import paper
 from .core.stats import (
     holm, interval, item_and_training_noise, over_trainings, Paired, paired, paired_mean, paired_se, resolvable)
-from .paper import Claim, CLAIMS, h6, H6_TASKS, models, TITLES
+from .paper import Claim, CLAIMS, h6, h6_se, H6_TASKS, models, TITLES
 
 # %% ../nbs/06_tables.ipynb #ef4550a2
 def with_h6(
@@ -30,8 +30,8 @@ def with_h6(
     six = s[s.index.get_level_values('task').isin(H6_TASKS)]
     rows = {}
     for m, g in six.groupby(level=0):
-        mean = h6(g.droplevel(0)['score'].to_dict())
-        rows[m, 'h6'] = dict(score=mean, se=(g['se']**2).sum()**.5/len(H6_TASKS))
+        of = g.droplevel(0)
+        rows[m, 'h6'] = dict(score=h6(of['score'].to_dict()), se=h6_se(of['se'].to_dict()))
     return pd.concat([s, pd.DataFrame.from_dict(rows, orient='index')]).rename_axis(['model', 'task'])
 
 # %% ../nbs/06_tables.ipynb #66b81c3a
@@ -281,12 +281,11 @@ def in_short(
 
 def in_words(
     verdicts:pd.DataFrame, # of `claims`
-    numbers:bool=True, # with the differences that decide
 )->pd.DataFrame: # claim, on the paper's numbers, on ours, our numbers
     "Verdicts for people."
     columns = {'claim': 'claim', 'on_paper': "on the paper's numbers (one training each: provisional)",
                'on_ours': f'on ours ({standing(verdicts["seeds"].iloc[0])})', 'our_numbers': 'our numbers'}
-    return verdicts[list(columns)[:4 if numbers else 3]].rename(columns=columns)
+    return verdicts[list(columns)].rename(columns=columns)
 
 # %% ../nbs/06_tables.ipynb #5ff572f0
 def over_seeds(

@@ -162,3 +162,14 @@ def test_checks_that_an_error_comes_are_entered():
                 if name in ('expect_fail', 'expect_warns') or name == 'pytest.raises' and len(node.value.args) < 2:
                     wrong.append(f'{where}: {ast.unparse(node)}')
     assert seen > 100 and not wrong, '\n'.join(wrong)
+
+
+def test_every_figure_has_the_one_style():
+    "A function that makes axes calls `style()` first: else a figure looks as the cells before it left matplotlib."
+    wrong = []
+    for m, p in MODULES.items():
+        for f in ast.walk(ast.parse(p.read_text(encoding='utf-8'))):
+            if not isinstance(f, ast.FunctionDef): continue
+            called = [ast.unparse(n.func) for n in ast.walk(f) if isinstance(n, ast.Call)]
+            if {'plt.subplots', 'plt.figure'} & set(called) and 'style' not in called: wrong.append(f'{m}: {f.name}')
+    assert not wrong, wrong

@@ -7,6 +7,7 @@ __all__ = ['NS', 'BREAK', 'words', 'Index', 'make_index', 'find_pairs', 'overlap
            'clean_scores']
 
 # %% ../../nbs/core/04_contamination.ipynb #b03e70b6
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from itertools import islice, repeat
 
 import numpy as np
 import pandas as pd
+
+from .stats import mean_se
 
 # %% ../../nbs/core/04_contamination.ipynb #c9710064
 NS = 13, 8 # lengths of runs that are looked for
@@ -154,6 +157,7 @@ def clean_scores(
     dirty = pd.MultiIndex.from_frame(found.loc[found['n'] == n, ['task', 'doc_id']].drop_duplicates())
     clean = samples[~pd.MultiIndex.from_frame(samples[['task', 'doc_id']]).isin(dirty)]
     of = lambda r: r.groupby(['model', 'task'], sort=False)['score']
-    out = pd.DataFrame(dict(score=of(samples).mean(), clean=of(clean).mean(), clean_se=of(clean).sem(),
+    se = of(clean).agg(lambda x: mean_se(x)[1] if len(x) > 1 else math.nan)
+    out = pd.DataFrame(dict(score=of(samples).mean(), clean=of(clean).mean(), clean_se=se,
                             n=of(samples).size(), n_clean=of(clean).size()))
     return out.fillna({'n_clean': 0}).astype({'n_clean': int}).reset_index()

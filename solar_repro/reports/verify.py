@@ -21,7 +21,8 @@ from ..core.display import lineage, View
 from ..core.files import content_hash, folder_files, whole
 from ..core.store import own_hash, Store
 from ..data import BENCHMARKS
-from ..eval import answer_requests, mean_se, METRICS, request_hash, score_as
+from ..core.stats import mean_se
+from ..eval import answer_requests, METRICS, request_hash, score_as
 from ..inference.lm import RequestEncoder
 from ..models.loading import load_tokenizer
 from ..paper import H6_TASKS, models

@@ -9,7 +9,6 @@ __all__ = ['EOS', 'UNK', 'HEAD_PAGES', 'vocabulary', 'build_tokenizer', 'BaseSet
 # %% ../../nbs/tiny/03_base.ipynb #f8b7cf59
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..core.files import whole
 from .texts import corpus, ROWS, training_rows
 from .world import make_world, shipped_base, World
 
@@ -138,8 +138,7 @@ def _optimizers(model:torch.nn.Module, s:BaseSettings, reading:int=1)->list[torc
 
 def _save(path:Path, state:dict)->None:
     "A checkpoint that is whole or absent."
-    tmp = path.with_suffix('.part')
-    torch.save(state, tmp); os.replace(tmp, path)
+    with whole(path) as private: torch.save(state, private)
 
 # %% ../../nbs/tiny/03_base.ipynb #ae61698d
 def train_step(
@@ -273,7 +272,7 @@ def random_base(
     out:Path, # folder to write
     seed:int=0, # of the weights
 )->Path: # `out`
-    "A minute, untrained base with the shipped tokenizer."
+    "A toy, an untrained base with the shipped tokenizer."
     s = BaseSettings(seed=seed, hidden_size=64, n_layers=2, n_heads=2, intermediate_size=128)
     tok = PreTrainedTokenizerFast.from_pretrained(shipped_base(), local_files_only=True)
     new_model(s, len(tok)).save_pretrained(out); tok.save_pretrained(out)

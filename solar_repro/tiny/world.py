@@ -69,9 +69,9 @@ def _names(rng:random.Random, n_first:int, n_last:int, taken:set[str])->list[str
     return rng.sample(pairs := [f'{a} {b}' for a in first for b in last], len(pairs))
 
 @cache
-def _zipf(n:int, shift:int=4)->tuple[float,...]:
-    "Cumulative weights of ranks 1 to n, which fall like 1/(rank + shift)."
-    return tuple(accumulate(1/(i + 1 + shift) for i in range(n)))
+def _zipf(n:int)->tuple[float,...]:
+    "Cumulative weights of ranks 1 to n, which fall like 1/(rank + 4)."
+    return tuple(accumulate(1/(i + 5) for i in range(n)))
 
 # %% ../../nbs/tiny/00_world.ipynb #f3cb4b52
 @dataclass(frozen=True)
