@@ -32,7 +32,7 @@ from solar_repro.dpo import completion_logps, reference_logps, train_dpo        
 from solar_repro.eval import evaluate                                           # noqa: E402
 from solar_repro.models.adapters import AdaptedModel, materialize               # noqa: E402
 from solar_repro.models.loading import encode, load_tokenizer                   # noqa: E402
-from solar_repro.paper import H6_TASKS                                          # noqa: E402
+from solar_repro.paper import h6_se, H6_TASKS                                   # noqa: E402
 from solar_repro.pipeline.graph import SFT_ROWS                                 # noqa: E402
 from solar_repro.pipeline.sources import source_of                              # noqa: E402
 from solar_repro.sft import train_sft                                           # noqa: E402

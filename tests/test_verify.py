@@ -19,9 +19,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from solar_repro import paper, tables
 from solar_repro.data import BENCHMARKS
-from solar_repro.core.stats import mean_se
 from solar_repro.eval import correct_2023, mean_of_groups
 from solar_repro.core import stats as ours
+from solar_repro.core.stats import mean_se
 from solar_repro.core.config import load_profile
 from solar_repro.reports.cli import main
 from solar_repro.reports.verify import export_results, judged, number, recounted, score_record, verify
@@ -32,7 +32,7 @@ from solar_repro.core.store import own_hash
 from solar_repro.publishing.figures import figure
 from solar_repro.publishing.text import printed, write_tables
 from solar_repro.core.display import explore
-from solar_repro.paper import H6_TASKS
+from solar_repro.paper import h6_se, H6_TASKS
 
 # ---- verify
 
