@@ -56,6 +56,7 @@ def test_kept_outputs_are_those_of_every_execution(tmp_path, monkeypatch):
         cell = nbformat.v4.new_code_cell('show()', id='a')
         cell.outputs = [
             new('stream', name='stderr', text=f'step {k}'),
+            new('display_data', {keep_outputs.WIDGET: dict(model_id=k), 'text/plain': 'Writing: 0%|'}),
             new(
                 'stream',
                 name='stdout',

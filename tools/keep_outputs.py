@@ -19,6 +19,7 @@ import nbformat
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDGET = 'application/vnd.jupyter.widget-view+json'     # a progress bar
 STYLED = re.compile(r'\bT_[0-9a-f]{5}(?=[_"\s])')
 TEMPORARY = re.compile(rf'{re.escape(tempfile.gettempdir())}/[\w.-]+')
 
@@ -40,7 +41,7 @@ def plain(text: str) -> str:
 
 def tidy(outputs: list) -> list:
     "Outputs as they are kept."
-    kept = [o for o in outputs if not (o.output_type == 'stream' and o.name == 'stderr')]
+    kept = [o for o in outputs if not (o.output_type == 'stream' and o.name == 'stderr' or WIDGET in o.get('data', {}))]
     for o in kept:
         if o.output_type == 'stream':
             o.text = plain(o.text)
