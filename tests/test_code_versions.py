@@ -45,6 +45,9 @@ REACHED = ( # file, old, new, kinds that it reaches, what is named
      'models.training.arguments'), # called by what the builder calls
     ('merging/methods.py', 'METHODS = ', 'METHODS = {} or ', {'merge'}, 'merging.methods.METHODS'), # a table
     ('models/resident.py', 'class Resident', 'class Resident(object)', {'eval'}, 'models.resident.Resident'),
+    ('eval.py', '== 1', '== 0', {'eval'}, 'eval.mc2'), # named by a task file
+    ('models/training.py', 'window_size=(-1, 0)', 'window_size=(-1, -1)', {'sft', 'dpo'},
+     'models.training.attend_in_runs'), # registered under a name
     ('eval.py', 'FEWSHOT_SEED = ', 'FEWSHOT_SEED = 1 + ', {'eval'}, 'eval.FEWSHOT_SEED'), # a constant
     ('tasks/arc.yaml', 'metadata', 'metadata ', {'eval'}, 'tasks/arc.yaml'), # a file that is read
     ('pipeline/builder.py', 'set_flush_denormal(True)', 'set_flush_denormal(False)', {'sft', 'eval', 'merge', 'base'},

@@ -49,6 +49,9 @@ def _module(name:str, text:str):
         if isinstance(node, ast.ClassDef):
             for m in node.body:
                 if isinstance(m, ast.FunctionDef): defined[f'{node.name}.{m.name}'] = [m]
+    for call in (n for n in tree.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)):
+        for n in {n.id for n in ast.walk(call) if isinstance(n, ast.Name)} & set(defined): # as of register(NAME, f)
+            defined[n].append(call)
     return defined, dict(_imports(tree, name)), patches
 
 
@@ -142,13 +145,16 @@ def reached(
         if at is None or '.'.join(at) in found: continue
         found['.'.join(at)], more = _definition(*at, text_of(at[0]))
         todo += more
-    return dict(sorted(found.items())) | _data(found)
+        for f in _files({'.'.join(at)}):
+            if f.suffix == '.yaml': todo += [_split(n) for n in re.findall(rf'!function {PACKAGE}\.(\S+)', f.read_text())]
+    return dict(sorted(found.items())) | {f.relative_to(ROOT/PACKAGE).as_posix(): _hash(f.read_bytes())
+                                          for f in _files(found)}
 
 
-def _data(found:dict[str,str])->dict[str,str]:
+def _files(found:set[str]|dict[str,str])->list[Path]:
+    "What functions read."
     folders = [ROOT/PACKAGE/folder for name, folder in DATA.items() if name in found]
-    files = [f for folder in folders for f in sorted(folder.rglob('*')) if f.is_file() and f.suffix[:3] != '.py']
-    return {f.relative_to(ROOT/PACKAGE).as_posix(): _hash(f.read_bytes()) for f in files}
+    return [f for folder in folders for f in sorted(folder.rglob('*')) if f.is_file() and f.suffix[:3] != '.py']
 
 
 def _hash(data:bytes)->str: return hashlib.sha256(data).hexdigest()[:8]
