@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RequestEncoder', 'encode_pairs', 'AnswerCache', 'scoring_requests', 'stopper', 'check_model', 'SharedPrefixLM',
-           'check_greedy']
+           'check_greedy', 'end_ids']
 
 # %% ../../nbs/inference/03_lm.ipynb #c386bbc4
 import hashlib
@@ -258,10 +258,13 @@ def check_greedy(
         raise ValueError(f'inference: generation with {odd}; expected plain greedy decoding. '
                          'Remove these from the task or from generation_config.json.')
 
-def _end_ids(lm:SharedPrefixLM)->set[int]:
+def end_ids(
+    model:PreTrainedModel, # for its generation_config
+    tokenizer:PreTrainedTokenizerBase, # of the model
+)->set[int]:
     "Tokens that end a text: the tokenizer's end-of-text, and those that the model names."
-    also = lm.model.generation_config.eos_token_id
-    return {lm.eot_token_id, *(also if isinstance(also, list) else [] if also is None else [also])}
+    also = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(also if isinstance(also, list) else [] if also is None else [also])}
 
 # %% ../../nbs/inference/03_lm.ipynb #964d0074
 def _generate(lm:SharedPrefixLM, contexts:tuple[str,...], kwargs:dict)->list[str]:
@@ -273,7 +276,7 @@ def _generate(lm:SharedPrefixLM, contexts:tuple[str,...], kwargs:dict)->list[str
         raise ValueError(f'inference: {room} tokens to generate; expected fewer than {lm.max_length}, '
                          'the context of the model. Lower max_gen_toks of the task.')
     until = [*kwargs['until'], *([end] if end not in kwargs['until'] else [])]
-    done = stopper(lm.tokenizer, until, _end_ids(lm))
+    done = stopper(lm.tokenizer, until, end_ids(lm.model, lm.tokenizer))
     ids = tuple(c[room - lm.max_length:] for c in _encoded_contexts(lm.encoder, contexts))
     cache = _answer_cache(lm, 'generate', contexts, kwargs)
     def work():

@@ -17,9 +17,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from ..core.config import Machine, Template
 from ..core.store import Artifact, Store
 from ..eval import build_requests, by_item
+from ..inference.lm import end_ids
 from ..models.adapters import AdaptedModel
 from ..models.base_models import check_prompts
-from ..models.loading import load_tokenizer, quiet, render
+from ..models.loading import load_tokenizer, quiet, render, token_ids
 from ..models.resident import Resident
 from .artifacts import adapted_model, BuildContext, merged_onto
 from .graph import CODE_VERSIONS, Stage
@@ -123,9 +124,9 @@ def generate(
 )->str: # the answer, greedy
     "A model's answer to a prompt."
     tok = load_tokenizer(base)
-    ids = tok(render(template, prompt, '')[0], return_tensors='pt', add_special_tokens=False).to(model.device)
+    ids = torch.tensor(token_ids(tok, [render(template, prompt)[0]]), device=model.device) # as it is trained and scored
     with torch.inference_mode():
-        out = model.generate(input_ids=ids['input_ids'], attention_mask=ids['attention_mask'], do_sample=False,
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
                              max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id,
-                             eos_token_id=tok.eos_token_id)
-    return tok.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).strip()
+                             eos_token_id=sorted(end_ids(model, tok)))
+    return tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()

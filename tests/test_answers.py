@@ -1,0 +1,22 @@
+"What a person asks of a model is put to it as benchmarks are: the same tokens, the same ends."
+import pytest
+from lm_eval.api.instance import Instance
+from test_sources import model_of
+
+from solar_repro.core.config import load_profile
+from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
+from solar_repro.models.adapters import AdaptedModel, materialize
+from solar_repro.models.loading import load_tokenizer, render
+from solar_repro.pipeline.builder import generate
+
+
+@pytest.mark.parametrize('adds_bos', [True, False])
+def test_an_answer_is_what_a_benchmark_would_read(tmp_path, adds_bos):
+    "A tokenizer that begins texts with a BOS did so in training and scoring, and not for `generate` and `demo`."
+    model_of(tmp_path, 'llama', False, 'byte', adds_bos, True)
+    template, model = load_profile('smoke').template, materialize(AdaptedModel(tmp_path))
+    lm = SharedPrefixLM(model, RequestEncoder(load_tokenizer(tmp_path)))
+    for prompt in ('Say river.', 'What is 6 times 7?', 'Name a colour of the sky.'):
+        text = render(template, prompt)[0]
+        asked = Instance('generate_until', {}, (text, dict(until=[], max_gen_toks=12, do_sample=False)), 0)
+        assert generate(model, tmp_path, template, prompt, 12) == lm.generate_until([asked])[0].strip()
