@@ -58,8 +58,8 @@ def rename_whole(
 def remove(
     path:Path, # a file or a folder, or nothing
 )->None:
-    "Remove a file or a folder."
-    if path.is_dir(): shutil.rmtree(path)
+    "Remove a file or a folder; of a link the link alone."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
 @contextmanager
@@ -145,4 +145,4 @@ def is_as_sealed(
 )->bool:
     "Whether a folder holds just the files that it was sealed with."
     try: return json.loads((folder/mark).read_text(encoding='utf-8')) == folder_files(folder, but=mark)
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError): return False
+    except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError, NotADirectoryError): return False

@@ -89,10 +89,11 @@ def read_sealed(
     unsealed:set[str]=frozenset(), # the fields of one that may be without its hash
 )->dict: # empty: the file is not there, or holds anything else
     "A JSON object as it was written (`sealed`)."
-    try: found = json.loads(file.read_text(encoding='utf-8'))
-    except (ValueError, FileNotFoundError): return {}
-    if not isinstance(found, dict): return {}
-    return found if found.get('sha256') == own_hash(found) or set(found) == unsealed else {}
+    try:
+        found = json.loads(file.read_text(encoding='utf-8'))
+        if not isinstance(found, dict): return {}
+        return found if found.get('sha256') == own_hash(found) or set(found) == unsealed else {}
+    except (ValueError, RecursionError, FileNotFoundError): return {}
 
 def read_manifest(
     path:Path, # folder of an artifact

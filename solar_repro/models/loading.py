@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging as hf_logging
 
+from .files import read_json
+
 # %% ../../nbs/models/01_loading.ipynb #93284eff
 def render(
     template, # the profile's template: `prompt` holds {prompt} once, `separator` stands before the answer
@@ -99,7 +101,11 @@ def load_tokenizer(
     base:Path, # folder of the base checkpoint
 )->PreTrainedTokenizerBase: # with a padding token
     "The base's tokenizer; padding is end-of-text where it has none."
-    try: tokenizer = AutoTokenizer.from_pretrained(base)
+    own = Path(base)/'tokenizer_config.json'
+    if code := own.is_file() and read_json(own).get('auto_map'):
+        raise ValueError(f"load_tokenizer: {own} needs code from its repository (auto_map {code}); expected a "
+                         "tokenizer that transformers has itself. Choose another base: remote code is not run.")
+    try: tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as e: # of several kinds, all meaning that its files are not there, damaged, or of another library
         said = ' '.join(str(e).split())[:200]
         raise ValueError(f"load_tokenizer: {base} holds no tokenizer that transformers loads ({said}); expected one. "
@@ -121,7 +127,7 @@ def load_base(
     dtype = getattr(torch, compute_dtype)
     q = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
                            bnb_4bit_compute_dtype=dtype) if nf4 else None
-    how = dict(dtype=dtype, quantization_config=q, device_map={'': device})
+    how = dict(dtype=dtype, quantization_config=q, device_map={'': device}, trust_remote_code=False)
     with quiet(): model = AutoModelForCausalLM.from_pretrained(base, **how)
     for m in model.modules():
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False

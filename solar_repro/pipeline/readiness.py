@@ -42,7 +42,7 @@ def check_askable(
     base:Path, # folder of an external base
 )->None:
     "Raise unless evaluation can compute with the base."
-    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, device_map={'': 'meta'})
+    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, device_map={'': 'meta'}, trust_remote_code=False)
     check_model(model, getattr(model.config, 'max_position_embeddings', 0) or 0)
     check_greedy(model, {})
 

@@ -123,17 +123,25 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/reports/03_cli.ipynb #533ceb47
+_NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?'
+
+def _kind(flag:str, kinds:dict): # what an option takes; its name may be cut short
+    meant = [flag] if flag in kinds else [k for k in kinds if flag.startswith('--') and k.startswith(flag)]
+    return kinds[meant[0]] if len(meant) == 1 else None
+
 def _join_numbers(
     words:list[str], # of a command
-    options:list[str], # that take numbers, such as --weights
-)->list[str]: # `--weights 1 3` as `--weights 1,3`
-    "Numbers that follow an option as words of their own, as one word."
-    out, joins = [], False
+    kinds:dict, # option -> its type for argparse
+)->list[str]: # `--weights -1 3` as `--weights=-1,3`, since argparse reads what begins with - as an option
+    "Numbers that follow an option as words of their own, as one word with it."
+    out, kind = [], None      # what the option before takes; None: no number belongs to it
     for w in words:
-        if joins and re.fullmatch(r'[-+]?[\d.]+(e[-+]?\d+)?', w, re.I): out[-1] += f',{w}'
+        if kind and re.fullmatch(f'{_NUMBER}(,{_NUMBER})*', w, re.I): out[-1] += (',' if '=' in out[-1] else '=') + w
         else:
-            joins = bool(out) and out[-1] in options and ',' not in w       # with commas, all is said
+            kind = _kind(w.partition('=')[0], kinds)
             out.append(w)
+        said = kind is _number and '=' in out[-1] or ',' in w       # with commas, all is said
+        if said or kind not in (_number, _numbers): kind = None
     return out
 
 def parse(
@@ -147,8 +155,8 @@ def parse(
     if given and not {'exp', 'profile'} & set(inspect.signature(f).parameters):
         top.error(f'{name} takes no --{next(iter(given))} before it')
     p = _parser_of(name)
-    lists = [flag for a in p._actions if a.type is _numbers for flag in a.option_strings]
-    return f, given | vars(p.parse_args(_join_numbers(words, lists)))
+    kinds = {flag: a.type for a in p._actions for flag in a.option_strings}
+    return f, given | vars(p.parse_args(_join_numbers(words, kinds)))
 
 # %% ../../nbs/reports/03_cli.ipynb #d0cb7310
 def _can_be_mended(e:Exception)->bool:

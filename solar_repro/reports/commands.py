@@ -396,6 +396,9 @@ def _from_options(models:list[Path], options:dict): # MergeConfig
     if not method:
         raise ValueError(f'merge: no --method for {[str(p) for p in models]}; expected one of {tuple(config.METHODS)}, '
                          'or CONFIG.yml OUT. Name one.')
+    if not models and options['weights']:
+        raise ValueError(f"merge: the weights {options['weights']} and no model; expected models between weights and "
+                         'OUT. Put commas between the weights, as 0.4,0.6, before folders that are called by numbers.')
     if t is not None and method != 'slerp':
         raise ValueError(f'merge: --t {t} with {method}; expected it with slerp only. Give --weights.')
     return config.merge_config(models=models, **options | dict(t=.5 if t is None else t))
@@ -423,7 +426,7 @@ def merge(
     solar-repro merge --method slerp --t 0.5 A B OUT
     solar-repro merge CONFIG.yml OUT
     """
-    *inputs, out = map(Path, paths)
+    *inputs, out = map(library('core.files').expanded, paths)
     in_file = len(inputs) == 1 and inputs[0].suffix in ('.yml', '.yaml')
     options = dict(method=method, weights=weights, t=t, base=base, density=density, lam=lambda_,
                    normalize=normalize or None, seed=seed, dtype=dtype)

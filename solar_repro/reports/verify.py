@@ -36,7 +36,7 @@ PROBLEM = ['where', 'what', 'recorded', 'found']
 
 def _read_manifest(path:Path)->dict:
     try: m = json.loads((path/'manifest.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
+    except (OSError, ValueError, RecursionError): return {}
     wanted = {'kind', 'key', 'name', 'files', 'inputs', 'content', 'settings', 'code_version'}
     return m if isinstance(m, dict) and wanted <= m.keys() else {}
 
