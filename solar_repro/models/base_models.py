@@ -243,11 +243,13 @@ def row_filter(
 )->Callable[[dict],str]: # row -> 'too long', or what else keeps it from being trained on; '': nothing
     "Why a row, laid out by the template, cannot be trained on."
     tokenizer = load_tokenizer(folder)
-    special = sorted(tokenizer.all_special_tokens)
+    unnamed = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special) # Llama 3's <|eot_id|> has no name
+    special = sorted({*tokenizer.all_special_tokens, *unnamed})
     def why_not(row):
         if held := [s for s in special if any(s in text for text in row.values())]:
             return f'holds {held[0]}, which the base reads as a mark'
         answers = [row[k] for k in ('completion', 'chosen', 'rejected') if k in row]
-        coded = encode(tokenizer, template, [(row['prompt'], a) for a in answers])
+        try: coded = encode(tokenizer, template, [(row['prompt'], a) for a in answers])
+        except ValueError: return 'has a prompt whose last token changes when its answer follows'
         return '' if all(len(p) + len(a) <= max_length for p, a in coded) else 'too long'
     return why_not

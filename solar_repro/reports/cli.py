@@ -9,6 +9,7 @@ __all__ = ['parse', 'main']
 import argparse
 import difflib
 import inspect
+import io
 import math
 import os
 import re
@@ -207,6 +208,8 @@ def main(
     argv:list[str]|None=None, # the words after `solar-repro`; None: those of this process
 )->int: # exit status: 0 done, 1 differences found, 2 a mistake of the user's, 3 one of ours, 130 interrupted
     "The `solar-repro` command."
+    for stream in (sys.stdout, sys.stderr):        # of an encoding that lacks ± it says ?
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
     try:
         status = _call(*parse(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

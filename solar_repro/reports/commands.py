@@ -194,7 +194,8 @@ def contamination(exp, # the run: `Experiment`
     of = seeds.get(exp.profile.seed, exp).label
     for n in (13, 8):
         print(f'items that share {n} words in a row with a training row, {of}')
-        print(library('core.contamination').overlap_counts(found, n, library('data').SETS, tasks).to_string())
+        sets = [*library('data').SETS, *exp.profile.sets]
+        print(library('core.contamination').overlap_counts(found, n, sets, tasks).to_string())
     done = [m for m in exp.models if all(e.find(f'eval/{m}/{t}') for e in seeds.values() or [exp] for t in tasks)]
     if not done: return
     c = exp.clean_scores(done)
