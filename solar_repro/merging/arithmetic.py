@@ -30,6 +30,11 @@ def round_into(
         torch.mul(x, 2.**45+1, out=spare)
         torch.sub(spare, x, out=x)
         torch.sub(spare, x, out=x)
+    elif out.dtype==torch.float16:
+        bits, rest = x.view(torch.int64), spare.view(torch.int64)
+        cut = (1<<29)-1   # bits that float64 has and float32 has not
+        torch.bitwise_and(bits, cut, out=rest).add_(cut)   # bit 29 is set where any was
+        bits.bitwise_or_(rest).bitwise_and_(~cut)
     out.copy_(x)
 
 # %% ../../nbs/merging/02_arithmetic.ipynb #e413018d

@@ -7,12 +7,14 @@ __all__ = ['Setting', 'DTYPES_OUT', 'setting', 'value_at', 'MergeConfig', 'merge
 
 # %% ../../nbs/merging/01_config.ipynb #7e880ccf
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
+from ..core.files import expanded
 from .methods import Method, METHODS
 
 # %% ../../nbs/merging/01_config.ipynb #fe3348cf
@@ -26,7 +28,7 @@ def _numbers(value, what:str)->tuple[float,...]:
     try:
         found = () if any(isinstance(v, bool) for v in values) else tuple(float(v) for v in values)
         if found and all(map(math.isfinite, found)): return found
-    except (TypeError, ValueError): pass
+    except (TypeError, ValueError, OverflowError): pass
     raise _refusal(what, value, 'a number, a list of numbers, or a list of {filter, value}')
 
 def setting(
@@ -195,7 +197,10 @@ def _inputs(said:dict, file:str)->tuple[list[dict],dict,int|None]: # models, par
     return models, parameters, layers
 
 # %% ../../nbs/merging/01_config.ipynb #4ab9afaa
-def _same(a:str, b:str|None)->bool: return b is not None and Path(a)==Path(b)
+def _same(a:str, b:str|None)->bool: # links are followed where there are folders
+    if b is None or Path(a)==Path(b): return b is not None
+    here = [os.path.realpath(p) for p in map(expanded, (a, b)) if os.path.isdir(p)]
+    return len(here)==2 and here[0]==here[1]
 
 def _in_order(models:list[dict], base:str|None, m:Method, method:str)->list[dict]:
     "The models to merge: without the base where changes are taken from it, else the base first."
@@ -206,15 +211,25 @@ def _in_order(models:list[dict], base:str|None, m:Method, method:str)->list[dict
     if base is not None and len(others)==len(models):
         raise ValueError(f"merge: base_model {base!r} is none of {[x['model'] for x in models]}; expected one of the "
                          f"models for {method}. Name one.")
-    return [x for x in models if _same(x['model'], base)]+others if m.takes('t') else models
+    return [x for x in models if x not in others]+others
+
+_TOKENIZER = 'tokenizer.json', 'vocab*', '*.model', '*.tiktoken'   # the files of one
 
 def _check_tokenizer(said:dict, sources:tuple[str,...], file:str)->None:
     "Files are copied from the first model (all have one vocabulary, which is checked); another source is refused."
-    source = said.get('tokenizer_source')
-    if 'tokenizer' in said: source = _dict(said['tokenizer'], f'{file}, tokenizer', ('source',)).get('source')
+    own, source = _dict(said.get('tokenizer'), f'{file}, tokenizer', ('source',)), said.get('tokenizer_source')
+    if own and source is not None:
+        raise ValueError(f"merge: {file} has tokenizer_source {source!r} and tokenizer {own}; expected one of them. "
+                         "Remove the other.")
+    source = own.get('source', source)
     if source not in (None, 'base', 'union') and not (isinstance(source, str) and _same(source, sources[0])):
         raise ValueError(f"merge: {file} takes the tokenizer of {source!r}; expected base, union or {sources[0]!r}, "
                          "whose files are copied. Remove it, or put that model first.")
+    here = [p for m in sources if os.path.isdir(p := expanded(m))] if source is not None else []
+    lacking = [p for p in here if not any(f for pattern in _TOKENIZER for f in p.glob(pattern))]
+    if expanded(sources[0]) in lacking and len(lacking)<len(sources):
+        raise ValueError(f"merge: {file} asks for a tokenizer, and {sources[0]}, whose files are copied, has none; "
+                         "expected one there. Put a model that has one first.")
 
 # %% ../../nbs/merging/01_config.ipynb #c02946ef
 def _rules(key:str, scopes:Sequence[dict], default:float|None=None)->Setting:
@@ -246,17 +261,35 @@ class _Loader(yaml.SafeLoader):
 def _read(text:str|bytes, file:str)->dict:
     "The YAML of a configuration, with known keys only."
     try: said = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as e:   # a ValueError: of a day that no calendar has
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as e:   # of !!int ""
         raise ValueError(f"merge: {file} is no YAML ({' '.join(str(e).split())}); expected mergekit's. Correct that "
                          "line.") from None
     if not isinstance(said, dict) or 'merge_method' not in said:
         raise ValueError(f"merge: {file} has no merge_method; expected mergekit's YAML. Write it with to_yaml.")
     return _dict(said, file, _KEYS)
 
-def _check_own(near:Sequence[dict], file:str)->None:
+def _scope(said, where:str, m:Method)->dict:
+    "Parameters of a method, at one place."
+    found = _dict(said, where, ('int8_mask', *m.parameters))
+    mask = found.get('int8_mask', False)
+    if not (isinstance(mask, bool|int) and mask in (0, 1)):
+        raise _refusal(f'{where}, int8_mask', mask, 'true or false')
+    return found
+
+def _check_own(near:Sequence[dict], file:str)->None: # also of a base, whose entry is not used
     odd = [k for p in near for k in p if k not in ('weight', 'density', 'int8_mask')]
     if odd:
         raise ValueError(f"merge: {file} has {odd[0]} with one model; expected it in parameters. Move it there.")
+    for p in near:
+        for k in p.keys()-{'int8_mask'}: setting(p[k], k)
+
+def _dtype(said:dict, file:str)->str|None: # mergekit's `torch.bfloat16` is bfloat16
+    found = {k: v.removeprefix('torch.') if isinstance(v, str) else v for k in ('out_dtype', 'dtype')
+             if (v := said.get(k)) is not None}
+    odd = [k for k,v in found.items() if v not in DTYPES_OUT]
+    if odd:
+        raise ValueError(f"merge: {file} has {odd[0]} {said[odd[0]]!r}; expected one of {DTYPES_OUT}. Correct it.")
+    return next(iter(found.values()), None)
 
 # %% ../../nbs/merging/01_config.ipynb #d72027c0
 def from_yaml(
@@ -268,17 +301,17 @@ def from_yaml(
     method, base, (models, in_slice, layers) = said['merge_method'], said.get('base_model'), _inputs(said, file)
     if not isinstance(method, str) or method not in METHODS: return MergeConfig(str(method), ())   # which says so
     m = METHODS[method]
-    scope = lambda p, where: _dict(p, f'{file}, {where}', ('int8_mask', *m.parameters))
+    scope = lambda p, where: _scope(p, f'{file}, {where}', m)
     shared, in_slice = scope(said.get('parameters'), 'parameters'), scope(in_slice, 'parameters of the slice')
-    models = _in_order(models, base, m, method)
-    near = [scope(x.get('parameters'), f"parameters of {x['model']}") for x in models]
-    _check_own(near, file)
+    own = lambda models: [scope(x.get('parameters'), f"parameters of {x['model']}") for x in models]
+    _check_own(own(models), file)
+    near = own(models := _in_order(models, base, m, method))
     each = lambda key, default=None: tuple(_rules(key, (p, in_slice, shared), default) for p in near if m.takes(key))
     every = lambda key, default=None: _rules(key, (in_slice, shared), default)
     r = MergeConfig(
         method, tuple(x['model'] for x in models), base if m.on_base else None, each('weight'), each('density', 1.),
         every('t') if m.takes('t') else (), every('lambda', 1.), **_constants(shared | in_slice, m),
-        dtype=said.get('out_dtype') or said.get('dtype'), layers=layers)
+        dtype=_dtype(said, file), layers=layers)
     _check_tokenizer(said, r.sources, file)
     return r
 

@@ -6,9 +6,12 @@
 __all__ = ['merge_adapters', 'export']
 
 # %% ../../nbs/merging/05_export.ipynb #dcece574
+import html
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -23,7 +26,7 @@ from .shards import (
     check_space, check_target, lay_out, MODEL, private_folder, publish, Shard, SHARD_BYTES)
 from ..models.adapters import (
     add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter, read_adapter_config)
-from ..models.checkpoints import mapped, open_checkpoint
+from ..models.checkpoints import layer_of, mapped, open_checkpoint
 
 # %% ../../nbs/merging/05_export.ipynb #5e6af14d
 def _check_method(r:MergeConfig)->None:
@@ -36,14 +39,13 @@ def _check_method(r:MergeConfig)->None:
                          "float32. Merge them into their base first.")
 
 # %% ../../nbs/merging/05_export.ipynb #c2bc032c
-_CACHED = re.compile(r'models--([^/]+)--([^/]+)/snapshots/([^/]+)')   # a folder of the hub's cache
+_CACHED = re.compile(r'models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)')   # a folder of the hub's cache
 
 def _base_of(folders:Sequence[Path])->tuple[str|None,str|None]: # None: they name none
     "The base that adapters name, and its revision."
     said = [c for f in folders if (c := read_adapter_config(f)).get('base_model_name_or_path')]
-    named = sorted({_name_of_base(c['base_model_name_or_path']) for c in said})
-    odd = [n for n in named[1:] if not _may_be_one(named[0], n)]
-    if odd:
+    named = sorted({_name_of_base(c['base_model_name_or_path']) for c in said}, key=lambda n: (not _is_id(n), n))
+    if not all(_may_be_one(a, b) for a,b in combinations(named, 2)):
         raise ValueError(f"merge: the adapters name the bases {named}; expected one. Merge adapters of one base.")
     revisions = {c.get('revision') or 'main' for c in said}
     commits = {m[3] for c in said if (m := _CACHED.search(c['base_model_name_or_path']))}
@@ -55,14 +57,20 @@ def _base_of(folders:Sequence[Path])->tuple[str|None,str|None]: # None: they nam
 
 def _name_of_base(name:str)->str: # a folder of the hub's cache by what it holds
     cached = _CACHED.search(name)
-    return f'{cached[1]}/{cached[2]}' if cached else name.rstrip('/')
+    return f'{cached[1]}/{cached[2]}' if cached else name.rstrip('/\\')
+
+def _is_id(name:str)->bool: # of the hub
+    return bool(re.fullmatch(r'\w[\w.-]*/[\w.-]+', name)) and not os.path.isdir(name)
 
 def _may_be_one(a:str, b:str)->bool:
-    is_id = lambda n: n.count('/')==1 and n[0] not in './~' and not Path(n).is_dir()
-    return a==b or not (is_id(a) and is_id(b)) and Path(a).name==Path(b).name
+    there = [os.path.realpath(p) for n in (a, b) if os.path.isdir(p := os.path.expanduser(n))]
+    if len(there)==2: return there[0]==there[1]
+    if _is_id(a) and _is_id(b): return a==b
+    last = lambda n: re.split(r'[/\\]', n)[-1]
+    return last(a)==last(b)
 
 # %% ../../nbs/merging/05_export.ipynb #e0c2c31b
-def _check_same_weights(folders:Sequence[Path])->None:
+def _check_same_weights(folders:Sequence[Path], upto:int|None)->None: # upto: layers of a slice
     shapes = [{n: (B.shape[0], A.shape[1]) for n,(A,B) in read_adapter(f).factors.items()} for f in folders]
     first = shapes[0]
     for f,s in zip(folders[1:], shapes[1:]):
@@ -72,6 +80,10 @@ def _check_same_weights(folders:Sequence[Path])->None:
             raise ValueError(f"merge: {odd[0]} is {a} in {folders[0]} and {b} in {f} ({len(odd)} such weights); "
                              "expected adapters of the same weights. Merge adapters of one base, with the same target "
                              "modules.")
+    layers = 1+max(map(layer_of, first))
+    if upto is not None and upto<layers:
+        raise ValueError(f"merge: layer_range [0, {upto}] of adapters of {layers} layers; expected all of them. "
+                         "Correct layer_range, or write models instead of slices.")
 
 # %% ../../nbs/merging/05_export.ipynb #6312a131
 def merge_adapters(
@@ -83,7 +95,7 @@ def merge_adapters(
     folders = [locate(m) for m in r.models]
     named, revision = _base_of(folders)
     base = r.base or named
-    _check_same_weights(folders)
+    _check_same_weights(folders, r.layers)
     weights = mix_for(r, 'the adapters', 0.).weights
     one = [AdaptedModel(Path(base or 'base'), ((f, 1.),)) for f in folders]
     model = AdaptedModel(one[0].base, tuple(zip(folders, weights[1:]))) if r.rule.on_base else average(one, weights)
@@ -121,10 +133,13 @@ def _write_checkpoint(folder:Path, model:AdaptedModel)->None:
     write_beside(folder, base, shards)
 
 # %% ../../nbs/merging/05_export.ipynb #6b79cfa1
+def _as_text(words:str)->str: # on one line of Markdown, with neither HTML nor the end of a cell in it
+    return re.sub(r'([\\|*_`\[\]$#])', r'\\\1', html.escape(' '.join(words.split()), quote=False))
+
 def _card(name:str, model:AdaptedModel, kind:str, about:str)->str:
-    file = 'adapter_model.safetensors'
+    file, (name, about) = 'adapter_model.safetensors', map(_as_text, (name, about))
     adapters = [f'| {w:g} | `{file_hash(Path(f)/file)}` |' for f,w in model.adapters] or ['| none | |']
-    base = [f'| {f.name} | `{file_hash(f)}` |' for f in open_checkpoint(model.base).files]
+    base = [f'| {_as_text(f.name)} | `{file_hash(f)}` |' for f in open_checkpoint(model.base).files]
     return '\n'.join([
         f"---\nlibrary_name: {'peft' if kind=='adapter' else 'transformers'}\ntags: [solar_repro]\n---\n",
         f'# {name}\n', f'{about}\n', f'Written by `solar-repro export` as {kind}: the base plus weight times adapter, '
