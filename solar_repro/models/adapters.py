@@ -234,7 +234,8 @@ def materialize(
 )->PreTrainedModel: # full weights in the base's own dtype, eval mode
     "The unquantized base plus its adapters. Evaluation, SLERP and export all see these weights."
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(adapted.base, dtype='auto', device_map={'': device}).eval()
+        model = AutoModelForCausalLM.from_pretrained(adapted.base, dtype='auto', device_map={'': device},
+                                                     trust_remote_code=False).eval()
     change, params = deltas(adapted.adapters), dict(model.named_parameters())
     check_fits(change, {n: tuple(w.shape) for n,w in params.items()}, adapted.base)
     with torch.no_grad():
