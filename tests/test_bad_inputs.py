@@ -273,7 +273,7 @@ def test_a_recipe_that_cannot_be_followed(here, capsys, text, says):
     ('merge --method slerp --t 1.5 A B out', 't=1.5'),
     ('merge --method slerp --weights 1,1 A B out', 'expected t'),
     ('merge --method ties A B out', 'Give --base'),
-    ('merge --method linear --base A A B out', 'expected neither'),
+    ('merge --method linear --base A A B out', 'expected neither base nor lambda'),
     ('merge --method ties --base A --density 0 B out', 'density=0'),
     ('merge --method linear --device xyz A B out', "device 'xyz' cannot be used"),
     ('merge --method linear --device mps A B out', "device 'mps' cannot be used for a merge; expected cpu"),

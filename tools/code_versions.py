@@ -146,7 +146,8 @@ def reached(
         found['.'.join(at)], more = _definition(*at, text_of(at[0]))
         todo += more
         for f in _files({'.'.join(at)}):
-            if f.suffix == '.yaml': todo += [_split(n) for n in re.findall(rf'!function {PACKAGE}\.(\S+)', f.read_text())]
+            named = re.findall(rf'!function {PACKAGE}\.(\S+)', f.read_text()) if f.suffix == '.yaml' else []
+            todo += [_split(n) for n in named]
     return dict(sorted(found.items())) | {f.relative_to(ROOT/PACKAGE).as_posix(): _hash(f.read_bytes())
                                           for f in _files(found)}
 

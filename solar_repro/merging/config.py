@@ -100,8 +100,8 @@ def _wrong_inputs(r:MergeConfig, m:Method)->str|None:
         return f"{r.method} of {n} model; expected {least} or more. Name the models and then the folder to write."
     if not m.on_base and (r.base is not None or any(g!=(1.,) for _,g in r.lam)):
         given = [f'base {r.base}']*(r.base is not None)+['a lambda']*any(g!=(1.,) for _,g in r.lam)
-        return (f"{r.method} with {' and '.join(given)}; expected neither base nor lambda, since it adds up no changes. "
-                "Leave them out.")
+        return (f"{r.method} with {' and '.join(given)}; expected neither base nor lambda, since it adds up no "
+                "changes. Leave them out.")
 
 # %% ../../nbs/merging/01_config.ipynb #5013e1d8
 def _wrong_parameters(r:MergeConfig, m:Method)->str|None:

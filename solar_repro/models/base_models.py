@@ -243,7 +243,8 @@ def row_filter(
 )->Callable[[dict],str]: # row -> 'too long', or what else keeps it from being trained on; '': nothing
     "Why a row, laid out by the template, cannot be trained on."
     tokenizer = load_tokenizer(folder)
-    unnamed = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special) # Llama 3's <|eot_id|> has no name
+    # Llama 3's <|eot_id|> has no name
+    unnamed = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
     special = sorted({*tokenizer.all_special_tokens, *unnamed})
     def why_not(row):
         if held := [s for s in special if any(s in text for text in row.values())]:
