@@ -120,7 +120,7 @@ def moved_to_index(text):
 
 
 @pytest.mark.parametrize('change,says', [
-    (lambda d: shutil.rmtree(d/'B'), ('no folder B', 'hf download')),
+    (lambda d: shutil.rmtree(d/'B'), ('no folder B', 'Correct the path.')),
     (lambda d: (d/'B'/'config.json').unlink(), 'no config.json'),
     (write('B/config.json', '{"a": '), 'config.json is no JSON object'),
     (write('B/config.json', '[]'), 'config.json is no JSON object'),

@@ -43,6 +43,7 @@ def read_json(
 # %% ../../nbs/models/00_files.ipynb #a3ddffb0
 def _shards(
     index:Path, # model.safetensors.index.json, or the one of pickles
+    folder:Path, # of the checkpoint, where the files lie wherever the index does
 )->tuple[Path,...]: # sorted, as transformers reads them
     "The weight files that an index names."
     said = read_json(index).get('weight_map')
@@ -50,15 +51,15 @@ def _shards(
     if not names or any(Path(n).name!=n for n in names):
         raise ValueError(f"checkpoint: {index} has no weight_map of files beside it ({names[:3]}); expected one that "
                          "names a file for each tensor. Fetch or save it again.")
-    lacking = [n for n in names if not (index.parent/n).is_file()]
+    lacking = [n for n in names if not (folder/n).is_file()]
     if lacking:
-        raise FileNotFoundError(f"checkpoint: {index.parent} lacks {lacking[:3]}, which its index names; "
+        raise FileNotFoundError(f"checkpoint: {folder} lacks {lacking[:3]}, which its index names; "
                                 "expected every file. Fetch them again.")
     totals = {int(m[1]) for n in names if (m := re.search(r'-of-(\d+)\.', n))}
     if totals - {len(names)}:
         raise ValueError(f"checkpoint: {index} names {len(names)} files, {names[:3]}; "
                          "expected all of those that they say there are. Fetch or save it again.")
-    return tuple(index.parent/n for n in names)
+    return tuple(folder/n for n in names)
 
 # %% ../../nbs/models/00_files.ipynb #d783e45e
 def _named_weights(
@@ -86,4 +87,4 @@ def checkpoint_files(
                                 f"expected {' or '.join(names)}. Save the model with save_pretrained.")
     index = found if found.name.endswith('.index.json') else None
     companions = {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
-    return CheckpointFiles(_shards(index) if index else (found,), index, tuple(sorted(companions)))
+    return CheckpointFiles(_shards(index, folder) if index else (found,), index, tuple(sorted(companions)))
