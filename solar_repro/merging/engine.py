@@ -215,7 +215,7 @@ def card_text(
     text:str, # such as the name of a folder
 )->str: # Markdown
     "Text for a card: nothing in it is markup, HTML, or the end of a cell or a line."
-    sign = lambda c: {'<': '&lt;', '>': '&gt;', '&': '&amp;'}.get(c, '\\'+c if c in '\\|*_`[]$' else c)
+    sign = lambda c: {'<': '&lt;', '>': '&gt;', '&': '&amp;'}.get(c, '\\'+c if c in '\\|*_`[]$#~' else c)
     return ''.join(map(sign, ' '.join(str(text).split())))
 
 def _title(source:str)->str: # whole for a model of the hub

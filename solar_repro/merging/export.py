@@ -6,7 +6,6 @@
 __all__ = ['merge_adapters', 'export']
 
 # %% ../../nbs/merging/05_export.ipynb #dcece574
-import html
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..core.files import file_hash
 from .arithmetic import mix_for
 from .config import MergeConfig, to_yaml
-from .engine import locate, model_card, versions, write_beside
+from .engine import card_text, locate, model_card, versions, write_beside
 from .methods import METHODS
 from .shards import (
     check_space, check_target, lay_out, MODEL, private_folder, publish, Shard, SHARD_BYTES)
@@ -133,13 +132,10 @@ def _write_checkpoint(folder:Path, model:AdaptedModel)->None:
     write_beside(folder, base, shards)
 
 # %% ../../nbs/merging/05_export.ipynb #6b79cfa1
-def _as_text(words:str)->str: # on one line of Markdown, with neither HTML nor the end of a cell in it
-    return re.sub(r'([\\|*_`\[\]$#])', r'\\\1', html.escape(' '.join(words.split()), quote=False))
-
 def _card(name:str, model:AdaptedModel, kind:str, about:str)->str:
-    file, (name, about) = 'adapter_model.safetensors', map(_as_text, (name, about))
+    file, (name, about) = 'adapter_model.safetensors', map(card_text, (name, about))
     adapters = [f'| {w:g} | `{file_hash(Path(f)/file)}` |' for f,w in model.adapters] or ['| none | |']
-    base = [f'| {_as_text(f.name)} | `{file_hash(f)}` |' for f in open_checkpoint(model.base).files]
+    base = [f'| {card_text(f.name)} | `{file_hash(f)}` |' for f in open_checkpoint(model.base).files]
     return '\n'.join([
         f"---\nlibrary_name: {'peft' if kind=='adapter' else 'transformers'}\ntags: [solar_repro]\n---\n",
         f'# {name}\n', f'{about}\n', f'Written by `solar-repro export` as {kind}: the base plus weight times adapter, '
