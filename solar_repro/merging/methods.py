@@ -45,8 +45,8 @@ class Method:
 
 # %% ../../nbs/merging/00_methods.ipynb #258a7fb8
 def _total(x:Numbers)->float:
-    if max(map(abs, x.weight))>3e38:
-        raise ValueError(f"the weights {x.weight} are too large; expected such as float32 holds. Change them.")
+    if max(map(abs, x.weight))>1e300:                # their sum may be no number
+        raise ValueError(f"the weights {x.weight} are too large; expected numbers up to 1e300. Change them.")
     total = math.fsum(x.weight)
     if x.normalize and abs(total)<1e-8:
         raise ValueError(f"the weights {x.weight} sum to {total:.3g}; expected another sum to divide by. "
