@@ -23,6 +23,7 @@ def style()->None:
         'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e5e7eb', 'grid.linewidth': .7,
         'axes.axisbelow': True, 'axes.edgecolor': '#9ca3af', 'legend.frameon': False,
         'axes.prop_cycle': plt.cycler(color=COLORS), 'figure.constrained_layout.use': True,
+        'text.parse_math': False, # names and labels are as somebody wrote them, dollars included
         'svg.hashsalt': 'solar_repro'}) # the same picture is the same file
 
 # %% ../../nbs/core/07_figures.ipynb #b392f983

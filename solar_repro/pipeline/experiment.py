@@ -27,7 +27,7 @@ from ..publishing.text import as_text, Table
 from . import results
 from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import (
-    benchmarks, build_graph, CODE_VERSIONS, DEQUANTIZED, MODEL_KINDS, Stage, USES_BASE)
+    benchmarks, build_graph, CODE_VERSIONS, DEQUANTIZED, MODEL_KINDS, must_be_in, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
 from .plan import make_plan
 from .progress import headline, Progress, relative_costs, say_interrupted
@@ -308,6 +308,9 @@ def items(self:Experiment,
 def _evaluated(self:Experiment, names:list[str]|None, tasks:list[str]|None=None)->results.Evaluations:
     "The evaluations of some models, recorded or built where missing; None: of all models, on all benchmarks."
     wanted = [(m, t) for m in (self.models if names is None else names) for t in tasks or self.tasks]
+    for m, t in wanted:
+        must_be_in('this call', 'model', m, self.models, 'experiment')
+        must_be_in('this call', 'benchmark', t, self.tasks, 'experiment')
     if self.records:
         found = results.evaluations_of(self.records[self.profile.seed])
         return {k: found[k] for k in wanted}

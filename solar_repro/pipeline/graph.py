@@ -84,11 +84,12 @@ def must_be_in(
     what:str, # kind of thing that is named
     name:str, # as it is written there
     names, # that there are
+    of:str='profile', # begins the error
 )->None:
     "Refuse a name that is none of `names`, with the nearest one."
     if name in names: return
     near = nearest(name, names)
-    raise ValueError(f'profile: {where} names the {what} {name!r}; {f"did you mean {near!r}? " if near else ""}'
+    raise ValueError(f'{of}: {where} names the {what} {name!r}; {f"did you mean {near!r}? " if near else ""}'
                      f'expected one of {list(names)}. Correct the name.')
 
 def check_revisions(
@@ -228,6 +229,19 @@ def _custom_row(p:Profile, name:str)->list[Stage]:
     return steps
 
 # %% ../../nbs/pipeline/01_graph.ipynb #3b2bd1b1
+def _by_need(p:Profile)->list[str]: # names of rows
+    "The profile's rows, each behind those that it builds on: tables of TOML have no order."
+    order = []
+    def place(name, above=()): # above: the rows that build on it
+        if name in above:
+            raise ValueError(f'profile: rows.{name!r} builds on itself, by way of {above[-1]!r}; expected models that '
+                             'do without it. Name another.')
+        for m in p.rows[name].weights or [p.rows[name].start]:
+            if m in p.rows and m not in order: place(m, (*above, name))
+        if name not in order: order.append(name)
+    for name in p.rows: place(name)
+    return order
+
 def custom_stages(
     p:Profile, # with `rows` and `sets`
 )->list[Stage]: # to stand behind the paper's models
@@ -235,7 +249,7 @@ def custom_stages(
     sets = {d: _custom_set(p, d) for d in p.sets}
     pairs = {**{d: SETS[d].is_pairs for d in training_sets(p)}, **{d: is_pairs for d, (_, is_pairs) in sets.items()}}
     stages, models = [s for s, _ in sets.values()], ['base', *MODELS]
-    for name in p.rows:
+    for name in _by_need(p):
         _check_row(p, name, pairs, models)
         stages += _custom_row(p, name)
         models.append(name)

@@ -272,6 +272,10 @@ def find_flips(
     requests:dict[int,list], # doc_id -> lm-eval's requests
 )->pd.DataFrame: # doc_id, change (b - a), score of each, gold, what each says, prompt; the largest change first
     "Items on which two models score differently, with prompts and answers in words."
+    columns = ['doc_id', 'change', a, b, 'gold', f'{a} says', f'{b} says', 'prompt']
+    if len(set(columns)) < len(columns):
+        raise ValueError(f'diff: {a!r} and {b!r} give two columns one name in {columns}; expected two models that are '
+                         'named otherwise. Name another, or rename the row.')
     x, y = (items[m].set_index('doc_id') for m in (a, b))
     assert x['asked'].equals(y['asked']), f'{a} and {b} were asked different items of {task}'
     change = y['score'] - x['score']
@@ -280,7 +284,7 @@ def find_flips(
     for i, d in change.items():
         (of_a, gold), (of_b, _) = (answer_in_words(task, docs[i], s.loc[i]) for s in (x, y))
         rows.append([i, d, x.loc[i, 'score'], y.loc[i, 'score'], gold, of_a, of_b, requests[i][0].args[0]])
-    return pd.DataFrame(rows, columns=['doc_id', 'change', a, b, 'gold', f'{a} says', f'{b} says', 'prompt'])
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/pipeline/13_results.ipynb #82173b6d
 def _tally(exp, status:pd.DataFrame)->str:

@@ -16,6 +16,7 @@ from ..core.figures import COLORS, PAPER, style
 from ..core.stats import holm
 from ..paper import TITLES
 from .experiment import Experiment
+from .graph import must_be_in
 from ..tables import ALPHA, answers, pair, with_h6
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #9438b15b
@@ -25,11 +26,13 @@ def between(
     exp:Experiment, # over whose store
     a:str, # a model, whose share the weight is
     b:str, # another
-    points:int=11, # weights from 0 to 1, the even one among them: odd
+    points:int=11, # weights from 0 to 1, the even one among them: odd, at most 1001
 )->tuple[Experiment,pd.DataFrame]: # with the merges as rows; method, weight, model
     "The line between two models as rows of an experiment over the same store; nothing is built."
-    if points < 3 or points % 2 == 0:
-        raise ValueError(f'sweep: {points} weights; expected an odd number from 3 on, so that the even average is one.')
+    if points not in range(3, 1002, 2):
+        raise ValueError(f'sweep: {points} weights; expected an odd number from 3 to 1001, so that the even average is '
+                         'one. Choose another.')
+    for m in (a, b): must_be_in('this call', 'model', m, exp.models, 'sweep')
     if a == b: raise ValueError(f'sweep: {a!r} twice; expected two models. Name another.')
     inner = [round(k/(points - 1), 4) for k in range(1, points - 1)]
     line = [dict(method=m, weight=w, model=f'{m} {w:g} {a} + {1 - w:.4g} {b}') for m in METHODS for w in inner]

@@ -46,8 +46,9 @@ def _in_markup(sign:str, markup:str)->str:
 
 _IN_TEX = _SIGNS | {c: '\\' + c for c in '&%$#_{}'} | {
     '\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
-    '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}'}     # OT1 has other signs in their places
-_IN_MD = {c: '\\' + c for c in '\\|*_`[]$'} | {'<': '&lt;', '>': '&gt;', '&': '&amp;'}
+    '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}',      # OT1 has other signs in their places
+    '[': '{[}', '*': '{*}'}                                             # arguments of the \\ that ends the row above
+_IN_MD = {c: '\\' + c for c in '\\|*_`[]$~'} | {'<': '&lt;', '>': '&gt;', '&': '&amp;'}
 
 def _tex(text:str)->str:
     "Text for LaTeX: nothing in it is a command."

@@ -216,9 +216,17 @@ def _made(exp:Experiment, since:float)->dict[str,str]: # file in the run's folde
     files = {p.relative_to(exp.folder): p for p in exp.folder.rglob('*') if p.is_file() and p.stat().st_mtime >= since}
     return {n.as_posix(): _digest(p) for n, p in files.items() if n.parts[0] not in aside}
 
+def _read(file:Path)->dict: # notebook -> what it was executed as, what it saw and what it made
+    "What is recorded of a run; an entry that cannot be read is none."
+    try: found = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError): return {}
+    wanted = dict(fingerprint=str, output=str, results=dict, made=dict)
+    whole = lambda x: isinstance(x, dict) and all(isinstance(x.get(k), t) for k, t in wanted.items())
+    return {n: x for n, x in found.items() if whole(x)} if isinstance(found, dict) else {}
+
 def _unchanged(record:dict|None, nb:Path, target:Path, exp:Experiment, have:dict)->bool:
     "Was this notebook executed as it is, on results that are still there, and is its output intact?"
-    if not record or record.get('fingerprint') != fingerprint(nb, exp): return False
+    if not record or record['fingerprint'] != fingerprint(nb, exp): return False
     intact = {target: record['output']} | {exp.folder/f: h for f, h in record['made'].items()}
     return record['results'].items() <= have.items() and all(_digest(f) == h for f, h in intact.items())
 
@@ -229,7 +237,7 @@ class _Run:
         self.profile, self.seed, self.follow, self.exp = profile, seed, follow, exp
         self.out, self.file = exp.folder/'notebooks', exp.folder/'notebooks.json'
         self.kernels, self.lock, self.have = [], threading.Lock(), results(exp)
-        self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.done = _read(self.file)
 
     def one(self, nb:Path, title:str)->None:
         "Run a notebook, unless it is unchanged."

@@ -75,14 +75,21 @@ def _follows_from(exp:Experiment)->str: # sha256, hex
     results = [e.provenance().to_json() for e in swept.repeated().values() or [swept]]
     return hashlib.sha256(json.dumps([results, exp.label, exp.custom, said]).encode()).hexdigest()
 
+def _read(record:Path)->dict:
+    "What was published before; nothing where that cannot be read."
+    try: have = json.loads(record.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError): return {}
+    return have if isinstance(have, dict) and isinstance(have.get('files'), dict) else {}
+
 def published(
     exp:Experiment, # what it lacks is built
 )->list[Path]: # files
     "Tables, figures and report of a run; written unless they are there, whole, and made from the same."
     record, source = exp.folder/'published.json', _follows_from(exp)
     hashes = lambda names: {n: file_hash(exp.folder/n) if (exp.folder/n).is_file() else '' for n in names}
-    have = json.loads(record.read_text()) if record.is_file() else dict(source='', files={})
-    if have['source'] == source and have['files'] == hashes(have['files']): return [exp.folder/n for n in have['files']]
+    have = _read(record)
+    if have.get('source') == source and have['files'] == hashes(have['files']):
+        return [exp.folder/n for n in have['files']]
     made = publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom, exp.samples(), made_by(exp),
                    line_found(exp), recorded_beside(exp))
     names = [f.relative_to(exp.folder).as_posix() for f in made]

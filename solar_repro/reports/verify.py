@@ -7,6 +7,8 @@ __all__ = ['PROBLEM', 'store_problems', 'judged', 'evaluated', 'recounted', 'rec
            'score_record', 'number', 'export_results']
 
 # %% ../../nbs/reports/00_verify.ipynb #4c4284da
+import html
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -18,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.display import lineage, View
-from ..core.files import content_hash, folder_files, whole
+from ..core.files import content_hash, folder_files, rename_whole
 from ..core.store import own_hash, Store
 from ..data import BENCHMARKS
 from ..core.stats import mean_se
@@ -341,7 +343,7 @@ def number(
     tree = lineage(f'eval/{model}/{task}', lambda n: graph[n].inputs, lambda n: _in_short(graph[n], s['made_from'][n]))
     head = (f"{model}, {task}: {100*s['score']:.2f} % ± {100*s['se']:.2f} of {s['n']} items "
             f"({s['metric']}, {s['protocol']}; {s['label']})")
-    return View(f'<p>{head}</p>{tree.html}', f'{head}\n{tree.text}')
+    return View(f'<p>{html.escape(head)}</p>{tree.html}', f'{head}\n{tree.text}')
 
 # %% ../../nbs/reports/00_verify.ipynb #f3aa596a
 def _results(exp:Experiment, model:str, scores:pd.DataFrame, stages:dict[str,dict])->dict: # stages: task -> manifest
@@ -374,6 +376,26 @@ def _samples_text(exp:Experiment, model:str, task:str, metric:str, docs:list[dic
     rows = [_sample(task, metric, docs[x['doc_id']], x, requests[x['doc_id']]) for x in items]
     return ''.join(json.dumps(r, ensure_ascii=False, allow_nan=False) + '\n' for r in rows)
 
+def _texts(exp:Experiment, model:str, scores:pd.DataFrame, requests:dict)->dict[str,str]: # name of a file -> text
+    "A model's files."
+    stages = {t: exp.show(f'eval/{model}/{t}') for t in exp.tasks}
+    when = max(m['started'] for m in stages.values()).replace(':', '-').rstrip('Z')
+    text = {f'results_{when}.json': json.dumps(_results(exp, model, scores, stages), indent=1, allow_nan=False)}
+    for t in exp.tasks:
+        metric = scores.loc[(model, t), 'metric']
+        text[f'samples_{t}_{when}.jsonl'] = _samples_text(exp, model, t, metric, *requests[t])
+    return text
+
+def _folder_names(models:list[str])->dict[str,str]: # model -> name
+    "Names of folders, no two of them alike, capitals or not."
+    names = {}
+    for m in models:
+        plain = re.sub(r'[^\w.+-]+', '_', m)
+        numbered = (f'{plain}-{k}' for k in itertools.count(2))
+        taken = {n.lower() for n in names.values()}
+        names[m] = next(n for n in itertools.chain([plain], numbered) if n.lower() not in taken)
+    return names
+
 def export_results(
     exp:Experiment, # of the run
     out:Path, # new folder, or empty
@@ -387,16 +409,12 @@ def export_results(
     out.mkdir(parents=True, exist_ok=True)
     scores = exp.scores(names).set_index(['model', 'task'])
     requests = {t: exp.requests(t) for t in exp.tasks}
-    for model in scores.index.unique('model'):
-        stages = {t: exp.show(f'eval/{model}/{t}') for t in exp.tasks}
-        when = max(m['started'] for m in stages.values()).replace(':', '-').rstrip('Z')
-        text = {f'results_{when}.json': json.dumps(_results(exp, model, scores, stages), indent=1, allow_nan=False)}
-        for t in exp.tasks:
-            metric = scores.loc[(model, t), 'metric']
-            text[f'samples_{t}_{when}.jsonl'] = _samples_text(exp, model, t, metric, *requests[t])
-        folder = out/re.sub(r'[^\w.+-]+', '_', model)
-        with whole(folder) as private:
-            private.mkdir()
-            for n, x in text.items(): (private/n).write_text(x, encoding='utf-8')
-        files += [folder/n for n in text]
+    folders = _folder_names(list(scores.index.unique('model')))
+    with TemporaryDirectory(dir=out, prefix='.') as private:
+        for model, folder in folders.items():
+            (Path(private)/folder).mkdir()
+            for n, x in _texts(exp, model, scores, requests).items():
+                (Path(private)/folder/n).write_text(x, encoding='utf-8')
+                files.append(out/folder/n)
+        for folder in folders.values(): rename_whole(Path(private)/folder, out/folder) # all of them, or none
     return files
