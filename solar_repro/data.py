@@ -142,9 +142,17 @@ MATH_SUBJECTS = ('algebra', 'counting_and_probability', 'geometry', 'intermediat
                  'prealgebra', 'precalculus')
 MATH = File('math', 'EleutherAI/hendrycks_math', MATH_SUBJECTS, 'train', '21a5633873b6a120296cce3e2df9d5550074f4a3',
             'MIT', 'math', _STEMS, dict(problem=str, solution=str))
+def _talk_check(row:dict)->str: # '': nothing
+    for k in ('chosen', 'rejected'):
+        for m in row[k]:
+            if not isinstance(m, dict) or not isinstance(m.get('role'), str|None):
+                return f'has {str(m)[:60]!r} in {k}; expected messages, each with a role and its content'
+    return ''
+
 ULTRAFEEDBACK = File('ultrafeedback', 'allenai/ultrafeedback_binarized_cleaned', (None,), 'train_prefs',
                      'fd249d3c129bd99dbd97f5f162c35dcff04316a6', 'MIT', 'ultrafeedback_binarized_cleaned', _STEMS,
-                     {'prompt': str, 'chosen.-1.content': str, 'rejected.-1.content': str})
+                     {'prompt': str, 'chosen.-1.content': str, 'rejected.-1.content': str, 'chosen': list,
+                      'rejected': list}, check=_talk_check)
 
 # %% ../nbs/01_data.ipynb #59a81c2d
 MATH_TYPES = 'MATH_Rephrased', 'MATH_AnsAug'    # of MetaMathQA: made from MATH, asking for the same number
@@ -249,25 +257,43 @@ def bench_files(
 def _endings(item:dict)->list[str]: # of HellaSwag; lm-eval's documents hold cleaned ones as choices
     return item.get('choices', item['endings'])
 
+def _arc_check(row:dict)->str:
+    labels = row['choices']['label']
+    return '' if all(isinstance(x, str) for x in labels) else f'the labels {labels}; expected text'
+
+_MARKS = re.compile(r'\[.*?\]')   # what lm-eval takes out of HellaSwag
+
+def _hellaswag_check(row:dict)->str: # begins as `EMPTY`
+    bare = [e for e in row['endings'] if not _MARKS.sub('', e).strip()]
+    return f"nothing in field 'endings' besides marks ({bare[0]!r}); expected some words" if bare else ''
+
 def _winogrande_check(row:dict)->str:
     if row['sentence'].count('_') != 1: return f"the sentence {row['sentence']!r}; expected one _ in it"
+    if not row['sentence'].partition('_')[2].strip():
+        return f"the sentence {row['sentence']!r}; expected words after _, which are scored"
     return f"{row['option1']!r} twice; expected two options" if row['option1'].strip() == row['option2'].strip() else ''
 
 def _mmlu_check(row:dict)->str:
-    n = len(row['choices'])
+    n, subject = len(row['choices']), row['subject']
+    if not re.fullmatch('[a-z_]{1,80}', subject):
+        return f'the subject {subject[:80]!r}; expected a name of MMLU, such as world_religions'
     return '' if n == 4 else f'{n} choices; expected four, which the prompt names A, B, C and D'
 
 def _truthfulqa_check(row:dict)->str:
     for k in ('mc1_targets', 'mc2_targets'):
         labels, n = row[k]['labels'], len(row[k]['choices'])
+        if odd := [c for c in row[k]['choices'] if not isinstance(c, str)]: return f'{odd[0]!r} in {k}; expected text'
         if len(labels) != n: return f'{len(labels)} labels for {n} choices in {k}; expected one for each'
         if any(type(x) is not int for x in labels) or set(labels) != {0, 1}:
             return f'labels {labels} in {k}; expected true (1) and false (0) choices'
+    true, false = ({c for c, x in zip(row[k]['choices'], labels) if x == is_true} for is_true in (1, 0))    # of mc2
+    if both := true & false: return f'{min(both)!r} as a true choice and a false one; expected it once'
     return ''
 
 def _gsm8k_check(row:dict)->str:
-    found = re.search(r'#### -?[.,]*\d', row['answer'])
-    return '' if found else f"the answer {row['answer'][-40:]!r}; expected a last line '#### number'"
+    *before, last = row['answer'].split('#### ')       # lm-eval takes what stands behind the last
+    found = before and re.fullmatch(r'-?[.,]*\d[\d.,]*', last, re.ASCII)
+    return '' if found else f"the answer {row['answer'][-40:]!r}; expected a last line '#### number', of digits"
 
 # %% ../nbs/01_data.ipynb #504c0cc0
 BENCHMARKS = dict(
@@ -279,7 +305,7 @@ BENCHMARKS = dict(
                     train=('train', 'train'), test=('test', 'test')),
         'arc/arc_challenge.yaml', ItemSizes(N_ITEMS['arc'], 43, 34.4, 27.3, 0), 1e6,
         choices=lambda item: item['choices']['text'],
-        answer='answerKey', answers=lambda item: item['choices']['label']),
+        answer='answerKey', answers=lambda item: item['choices']['label'], check=_arc_check),
     hellaswag=Benchmark(
         TITLES['hellaswag'], 'acc_norm',
         bench_files('hellaswag', 'Rowan/hellaswag', None, '218ec52e09a7e7462a5400043bb9a69a41d06b76', 'MIT',
@@ -288,7 +314,7 @@ BENCHMARKS = dict(
                     train=('train', 'train', 'train_sample'),
                     test=('validation', 'validation', 'validation_representative_preprocessed', 'validation_sample')),
         'hellaswag/hellaswag.yaml', ItemSizes(N_ITEMS['hellaswag'], 87.7, 54.2, 126.1, 0), 40e6,
-        choices=_endings, answer='label', answers=lambda item: range(len(item['endings'])),
+        choices=_endings, answer='label', answers=lambda item: range(len(item['endings'])), check=_hellaswag_check,
         text=lambda item: BREAK.join([item['ctx'], *_endings(item)])),
     mmlu=Benchmark(
         TITLES['mmlu'], 'acc',

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LM_EVAL_TASKS', 'FEWSHOT_SEED', 'PROTOCOLS', 'true_mass', 'mc2', 'task_folder', 'Requests',
-           'build_requests', 'run_requests', 'request_hash', 'by_item', 'collect', 'correct_2023', 'mean_of_groups',
-           'allowed', 'score_as', 'evaluate', 'first_paragraph', 'answer_requests', 'answer_rows', 'plot_scores']
+           'build_requests', 'check_window', 'run_requests', 'request_hash', 'by_item', 'collect', 'correct_2023',
+           'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'first_paragraph', 'answer_requests', 'answer_rows',
+           'plot_scores']
 
 # %% ../nbs/05_eval.ipynb #2a353266
 import hashlib
@@ -27,12 +28,14 @@ import lm_eval.utils
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from .core.data_files import read_rows, write_rows
+from .core.data_files import read_rows
 from .core.figures import style
 from .core.stats import mean_se
 from .data import BENCHMARKS
@@ -89,12 +92,17 @@ def _published_config(task:str, name:str, where:dict[str,str])->dict:
                          'Correct the field subject of the items.')
     data = {dict(train=shots, test=split)[k]: v for k, v in where.items()}
     read = dict(data_files=data, keep_in_memory=True, cache_dir=str(Path(where['test']).parent/'cache'))
-    out = dict(include=str(yaml), dataset_path='json', dataset_name=None, dataset_kwargs=read)
+    out = dict(include=str(yaml), dataset_name=None, dataset_kwargs=read)
     if split == 'test' and task == 'arc': out['validation_split'] = None
     if 'train' in where: return out | dict(fewshot_split=shots)
     return out if task == 'truthfulqa' else out | dict(training_split=None)
 
 # %% ../nbs/05_eval.ipynb #8edbc9f4
+def _as_parquet(rows:list[dict], path:Path)->str: # JSON's reader would make dates of what looks like some
+    columns = {k: [r.get(k) for r in rows] for k in dict.fromkeys(k for r in rows for k in r)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
 def task_folder(
     task:str, # one of `H6_TASKS`
     bench:dict[str,list[dict]], # 'train' and 'test' rows, the Hub's columns
@@ -102,7 +110,7 @@ def task_folder(
     out:Path, # folder to write
     tasks:str='tiny', # 'tiny': our task files; 'lm-eval': its own
 )->dict[str,list[int]]: # lm-eval's name of each task -> which test items are its own
-    "Write a benchmark as lm-eval task files over JSON lines."
+    "Write a benchmark as lm-eval task files over parquet."
     if task not in METRICS:
         raise ValueError(f'eval: no task {task!r}; expected one of {list(METRICS)}. Correct the name.')
     if len(bench['test']) < 2:
@@ -113,8 +121,9 @@ def task_folder(
         if len(part['train']) < num_fewshot:
             raise ValueError(f"eval: {name} has {len(part['train'])} rows for {num_fewshot} examples; "
                              f'expected at least as many. Lower {task} in [eval.num_fewshot].')
-        where = {k: str(write_rows(part[k], Path(out)/f'{name}.{k}.jsonl')) for k in ('train', 'test') if part[k]}
+        where = {k: _as_parquet(part[k], Path(out)/f'{name}.{k}.parquet') for k in ('train', 'test') if part[k]}
         config = dict(task=name, include=str(files('solar_repro')/'tasks'/f'{task}.yaml'), num_fewshot=num_fewshot,
+                      dataset_path='parquet',
                       dataset_kwargs=dict(data_files=where, cache_dir=str(Path(out)/'cache'), keep_in_memory=True))
         if tasks == 'lm-eval': config |= _published_config(task, name, where)
         (Path(out)/f'{name}.yaml').write_text(json.dumps(config, indent=1))   # JSON is YAML
@@ -164,7 +173,12 @@ def build_requests(
     return _requests(task, num_fewshot, json.dumps(bench), tasks)
 
 # %% ../nbs/05_eval.ipynb #624b5c32
-def _check_window(lm:SharedPrefixLM, task:str, requests:list, remedy:str)->None:
+def check_window(
+    lm:SharedPrefixLM, # to be asked
+    task:str, # for the message
+    requests:list[Instance], # all of one type
+    remedy:str, # what to do
+)->None:
     "Raise if the longest request does not fit."
     n_tok = lm.longest(requests)
     if n_tok > lm.max_length:
@@ -178,7 +192,7 @@ def run_requests(
 )->None:
     "Put all requests to a model; the answers stay in the requests."
     requests = [r for t in asked.tasks for r in t.instances]
-    _check_window(lm, task, requests, f'Lower {task} in [eval.num_fewshot].')
+    check_window(lm, task, requests, f'Lower {task} in [eval.num_fewshot].')
     ask = getattr(lm, requests[0].request_type)
     for r, got in zip(requests, ask(requests, disable_tqdm=True), strict=True): r.resps, r.filtered_resps = [got], {}
     bad = [r for r in requests if r.request_type == 'loglikelihood' and not math.isfinite(r.resps[0][0])]
@@ -348,7 +362,7 @@ def answer_rows(
     with _lm_eval():
         lm = SharedPrefixLM(model, _encoder(base, None), batch_size, scratch=scratch, on_progress=on_progress)
         asked = answer_requests(lm.encoder, rows, template)
-        _check_window(lm, 'held-out rows', asked, 'Lower max_length in [sft].')
+        check_window(lm, 'held-out rows', asked, 'Lower max_length in [sft].')
         texts = lm.generate_until(asked, disable_tqdm=True)
     said = [(first_paragraph(r['completion']), first_paragraph(t), t) for r, t in zip(rows, texts)]
     return [dict(doc_id=i, asked=request_hash([r]), gold=gold, prediction=answer, text=t, score=float(answer == gold))

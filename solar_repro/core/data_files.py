@@ -45,6 +45,14 @@ class File:
         "The columns that are read, whatever else the file holds."
         return list(dict.fromkeys(path.split('.')[0] for path in self.fields))
 
+    def only(self,
+        row:dict, # as read
+    )->dict: # with the columns that are read, and of an object in one of them the keys that are
+        "A row without what else the file holds."
+        known = {c: {p.split('.')[1] for p in self.fields if p.startswith(f'{c}.')} for c in self.columns}
+        return {c: {k: x for k, x in row[c].items() if k in keys} if keys and isinstance(row[c], dict) else row[c]
+                for c, keys in known.items()}
+
 # %% ../../nbs/core/03_data_files.ipynb #aa8a1423
 @dataclass(frozen=True)
 class Lengths:
@@ -119,8 +127,8 @@ def field(
 # %% ../../nbs/core/03_data_files.ipynb #d4a7ba1a
 EMPTY = 'has nothing in field'
 
-def _is_text(x:str)->bool:
-    try: x.encode()
+def _is_text(x)->bool: # a string, or what holds strings
+    try: (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False, default=str)).encode()
     except UnicodeEncodeError: return False
     return True
 
@@ -143,7 +151,7 @@ def problem(
                     'Convert the column, or remove the row.')
         if not (x.strip() if kind is str else x or kind is int) and path not in blank:
             return f'{EMPTY} {path!r}; expected some {kind.__name__}', 'Remove the row, or fill it in.'
-        if kind is str and not _is_text(x):
+        if not _is_text(x):
             return f'has half a character in field {path!r} ({ascii(x)[:60]}); expected text', 'Remove the row.'
     if wrong := check and check(row): return wrong, 'Correct the row, or remove it.'
 
@@ -180,10 +188,11 @@ def _json_lines(path:Path, max_broken:int|None)->Iterator[tuple[int,dict]]: # No
             except KeyError as e:
                 raise ValueError(f'{path}: line {i} has the key {e} more than once in an object; expected each once. '
                                  'Remove one, or the row.') from None
-            except (json.JSONDecodeError, RecursionError) as e:
+            except (ValueError, RecursionError) as e:        # ValueError: a number too long for Python
+                said = getattr(e, 'msg', 'too deep, or a number too long')
                 broken.append(i)
                 if len(broken) > (max_broken or 0):
-                    raise ValueError(f'{path}: line {i} is no JSON ({getattr(e, "msg", "too deep")}: {text[:40]!r}); '
+                    raise ValueError(f'{path}: line {i} is no JSON ({said}: {text[:40]!r}); '
                                      f'expected one object a line. Make the file again{hint}.') from None
     if broken:
         print(f'{path.parent.name}/{path.name}: left out the broken lines {broken}, as max_broken of the profile '
@@ -194,7 +203,7 @@ def _parquet(path:Path, columns:list[str])->Iterator[tuple[int,dict]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         yield from _parquet_rows(path, file, columns)
-    except (pyarrow.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as e:
         said = ' '.join(str(e).split())
         raise ValueError(f'{path}: is no whole parquet file ({said}); expected one. Make the file again.') from None
 
@@ -211,7 +220,7 @@ def read_file(
     path:Path, # .jsonl or .parquet
     fields:dict[str,type], # path -> type
     blank:tuple[str,...]=(), # paths of text that may be empty
-    max_broken:int=0, # lines that may be no JSON; they are left out, and named on stderr
+    max_broken:int|None=0, # lines that may be no JSON; left out, and named on stderr; None: no profile can allow any
     check:Callable[[dict],str]|None=None, # of a `File`
 )->list[tuple[str,dict]]: # (id of the row, row)
     "All rows of a file, each checked."
@@ -249,7 +258,7 @@ def read_own(
         if set(row) != set(fields): return f'has the keys {sorted(row)}; expected {list(fields)}, as in the first row'
         if 'chosen' in row and row['chosen'].strip() == row['rejected'].strip():
             return f"has {row['chosen'][:40]!r} in fields 'chosen' and 'rejected'; expected two different answers"
-    return read_file(path, dict.fromkeys(fields, str), check=check)
+    return read_file(path, dict.fromkeys(fields, str), max_broken=None, check=check)
 
 # %% ../../nbs/core/03_data_files.ipynb #fe0c7bfc
 def write_rows(
@@ -307,7 +316,7 @@ def hub_rows(
             wrong = problem(row, file.fields, file.blank, file.check)
             if wrong and not wrong[0].startswith(EMPTY):
                 raise ValueError(f'{file.hub}: row {i} of {file.split} {wrong[0]}. {wrong[1]}')
-            yield None if wrong else row
+            yield None if wrong else file.only(row)
 
 # %% ../../nbs/core/03_data_files.ipynb #a2daee99
 RECORD = 'fetched.json'

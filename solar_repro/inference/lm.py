@@ -39,6 +39,9 @@ class RequestEncoder:
 
     def __post_init__(self):
         t = self.tokenizer
+        if getattr(t, 'backend_tokenizer', None) is None:
+            raise ValueError(f'inference: the tokenizer {type(t).__name__} is written in Python; expected one of the '
+                             'library tokenizers, which has a tokenizer.json. Choose another base.')
         self.ids = list(range(len(t)))
         text = t.backend_tokenizer.to_str() + repr((t.bos_token_id, t.eos_token_id))
         self.digest = hashlib.sha256(text.encode()).hexdigest()

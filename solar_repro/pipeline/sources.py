@@ -116,7 +116,7 @@ def read(self:Published, file:File)->list[tuple[str,dict]]: # (id, row)
     "All rows of a file, with the columns that its entry names."
     if self.path:
         found = read_file(located(self.path, file), file.fields, file.blank, self.max_broken, file.check)
-        return [(i, {c: row[c] for c in file.columns}) for i, row in found]
+        return [(i, file.only(row)) for i, row in found]
     rows = list(hub_rows(file, self.revisions))
     if None in rows:
         print(f'{file.hub}: left out {rows.count(None)} of {len(rows)} rows of {file.split}, with an empty field',
@@ -157,7 +157,8 @@ def candidates(self:Published, name:str)->tuple[list[tuple[str,dict]],str]: # (i
         convert, note = s.convert, ''
     rows = [row for _, row in first]
     made = convert(rows, *([row for _, row in other] for other in others))
-    if not note and s.note: note = s.note(rows, made)
+    if note and None in made: note += f'; {made.count(None)} rows left out, without a bare result'
+    elif not note and s.note: note = s.note(rows, made)
     return [(i, m) for (i, _), m in zip(first, made) if m is not None], note
 
 @patch
