@@ -25,7 +25,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import lm_eval.utils
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pyarrow
@@ -36,7 +35,6 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 from .core.data_files import read_rows
-from .core.figures import style
 from .core.stats import mean_se
 from .data import BENCHMARKS
 from .inference.lm import RequestEncoder, SharedPrefixLM
@@ -374,6 +372,8 @@ def plot_scores(
     label:str, # what the scores are of
 ): # matplotlib's axes
     "Scores with their standard errors, beside chance."
+    import matplotlib.pyplot as plt     # writes a cache in the home folder: only where something is plotted
+    from solar_repro.core.figures import style # as does all that imports it
     style()
     fig, ax = plt.subplots(figsize=(6, 3))
     y = range(len(table))

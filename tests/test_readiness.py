@@ -98,3 +98,9 @@ def test_no_model_is_trained_for_held_out_rows_that_cannot_be_read(tmp_path, fol
     path = profile_of(tmp_path, model_of(tmp_path/'base', window=512), data)
     path.write_text(path.read_text().replace('[eval]', '[eval]\nn_own = 8', 1) + '[sft]\nmax_length = 400\n')
     refused(Experiment(path, store=tmp_path/'store'), 'longest request of held-out rows.*Lower max_length')
+
+
+def test_a_base_is_probed_for_evaluations_alone(tmp_path, folder, tokenizer):
+    exp = Experiment(profile_of(tmp_path, base_of(tmp_path/'base', 'GPTNeo', tokenizer), folder), store=tmp_path/'store')
+    with pytest.raises(ValueError, match="'gpt_neo' cannot be asked"): exp.scores(['base'])
+    assert not any(a.kind == 'eval' for a in exp.store.entries())

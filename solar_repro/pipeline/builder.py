@@ -26,7 +26,7 @@ from .artifacts import adapted_model, BuildContext, merged_onto
 from .graph import CODE_VERSIONS, Stage
 from .machine import check_machine
 from .quantization import quantization
-from .readiness import check_before_training
+from .readiness import check_askable, check_before_training
 from .stages import BUILDERS
 
 # %% ../../nbs/pipeline/09_builder.ipynb #a5d533fe

@@ -104,8 +104,7 @@ def find(self:Experiment,
     "The stage's artifact, if it and all its inputs are there."
     s = self.graph[name]
     if name not in self._built and all(self.find(i) for i in s.inputs.values()):
-        a = self.store.find(s.kind, self.key(s))
-        if a: self._built[name] = a
+        if a := self.store.find(s.kind, self.key(s)): self._built[name] = a
     return self._built.get(name)
 
 @patch
@@ -149,13 +148,15 @@ def _progress(self:Experiment, missing:list[str], n_slots:int)->Progress:
 @patch
 def _check(self:Experiment, missing:list[str])->None:
     "Raise if this machine, the data or an external base cannot do what is missing: before hours are spent."
-    if 'base' in missing and self.graph['base'].settings['source'] == 'wheel': check_wheel(wheel_path())
+    kinds, source = {self.graph[n].kind for n in missing}, self.graph['base'].settings['source']
+    if 'base' in missing and source == 'wheel': check_wheel(wheel_path())
     if self.profile.machine.device == 'cuda' and self.profile.machine.ray in (None, 'local'):
         heavy().check_machine(self.profile, self.graph, self.find, self.store.folder, missing)
-    if not any(self.graph[n].kind in ('sft', 'dpo') for n in missing): return
+    trains, ours = kinds & {'sft', 'dpo'}, source in ('tiny', 'random')
+    if 'eval' in kinds and not (trains or ours): heavy().check_askable(self.build('base').path)
+    if not trains: return
     self.run([n for n in missing if self.graph[n].kind in ('base', 'data', 'bench')])     # data first
     heavy().check_before_training(self.profile, self.graph, self.find)
-    ours = self.graph['base'].settings['source'] in ('tiny', 'random')     # asked only what is asked for
     for t in (t for t in self.tasks if not ours or any(n.endswith(f'/{t}') for n in missing)):
         if t in self._fit or self.find(f'eval/base/{t}'): continue
         heavy().check_requests(self._built['base'].path, t, self.requests(t)[1])

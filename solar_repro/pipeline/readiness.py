@@ -51,7 +51,7 @@ MOST_NATS = 1e-2 # by which log-likelihoods of one request may differ; float32 a
 
 def _small(base:Path)->PreTrainedModel: # random, float32
     "A model of a base's kind and width with few layers and few words."
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     c = config.get_text_config()
     n = c.num_hidden_layers
     for k, v in list(vars(c).items()):
@@ -93,7 +93,7 @@ def _check_shares(base:Path, encoder:RequestEncoder)->None:
     except Exception as e: # of any kind: a model that takes no mask, positions or cache of ours
         said = f'a small model of its kind is not computed: {" ".join(str(e).split())[:200]}'
     if said:
-        kind = AutoConfig.from_pretrained(base).model_type
+        kind = AutoConfig.from_pretrained(base, trust_remote_code=False).model_type
         raise ValueError(f'base: {kind!r} cannot be asked with shared prefixes ({said}); expected a model whose '
                          'attention follows mask and positions, as that of Llama, Mistral or Qwen2. Choose another '
                          'base.')
@@ -134,7 +134,8 @@ def _check_lengths(base:Path, p:Profile, name:str, rows:list[dict], section:str)
 
 def _check_held(base:Path, p:Profile, rows:list[dict])->None:
     "Raise unless the base can read rows that are held out, with room for the longest answer."
-    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, device_map={'': 'meta'})
+    how = dict(device_map={'': 'meta'}, trust_remote_code=False)
+    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, **how)
     lm = SharedPrefixLM(model, RequestEncoder(load_tokenizer(base)))
     check_window(lm, 'held-out rows', answer_requests(lm.encoder, rows, p.template), 'Lower max_length in [sft].')
 
