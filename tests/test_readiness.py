@@ -101,6 +101,7 @@ def test_no_model_is_trained_for_held_out_rows_that_cannot_be_read(tmp_path, fol
 
 
 def test_a_base_is_probed_for_evaluations_alone(tmp_path, folder, tokenizer):
-    exp = Experiment(profile_of(tmp_path, base_of(tmp_path/'base', 'GPTNeo', tokenizer), folder), store=tmp_path/'store')
+    path = profile_of(tmp_path, base_of(tmp_path/'base', 'GPTNeo', tokenizer), folder)
+    exp = Experiment(path, store=tmp_path/'store')
     with pytest.raises(ValueError, match="'gpt_neo' cannot be asked"): exp.scores(['base'])
     assert not any(a.kind == 'eval' for a in exp.store.entries())
