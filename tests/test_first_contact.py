@@ -38,8 +38,9 @@ def test_importing_says_nothing():
 def test_make_keeps_what_python_compiles(tmp_path):
     "An image of a container forbade it, and set-up compiles nothing: each process compiled torch again, for a minute."
     (tmp_path/'show.mk').write_text(f'include {ROOT}/Makefile\nshow: ; @echo "[$$PYTHONDONTWRITEBYTECODE]"\n')
-    done = subprocess.run(['make', '-f', tmp_path/'show.mk', 'show'], env=dict(os.environ, PYTHONDONTWRITEBYTECODE='1'),
-                          capture_output=True, text=True)
+    env = dict(os.environ, PYTHONDONTWRITEBYTECODE='1')
+    words = ['make', '--no-print-directory', '-f', tmp_path/'show.mk', 'show']
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.stdout == '[]\n', done.stdout + done.stderr
 
 
