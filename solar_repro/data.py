@@ -254,6 +254,7 @@ def bench_files(
     return tuple(File(f'{task}/{part}', *where, split, revision, licence, folder, tuple(names), fields, blank,
                       check=check) for part, (split, *names) in parts.items())
 
+# %% ../nbs/01_data.ipynb #2f6e7d1d
 def _endings(item:dict)->list[str]: # of HellaSwag; lm-eval's documents hold cleaned ones as choices
     return item.get('choices', item['endings'])
 
@@ -273,6 +274,7 @@ def _winogrande_check(row:dict)->str:
         return f"the sentence {row['sentence']!r}; expected words after _, which are scored"
     return f"{row['option1']!r} twice; expected two options" if row['option1'].strip() == row['option2'].strip() else ''
 
+# %% ../nbs/01_data.ipynb #0de08d47
 def _mmlu_check(row:dict)->str:
     n, subject = len(row['choices']), row['subject']
     if not re.fullmatch('[a-z_]{1,80}', subject):

@@ -237,6 +237,7 @@ class Eval(Strict):
         "How many items of a benchmark are asked."
         return self.n_items[task] if isinstance(self.n_items, dict) else self.n_items
 
+# %% ../../nbs/core/00_config.ipynb #40292213
 class Profile(Strict):
     "All settings of a run."
     name: Name # of the folder of a run
@@ -285,6 +286,7 @@ def _with_own_base(below:dict, above:dict)->dict:
     if not isinstance(base, dict) or not isinstance(own, dict) or 'source' not in own: return below
     return below | dict(base={k: v for k, v in base.items() if k not in ('revision', 'offline')})
 
+# %% ../../nbs/core/00_config.ipynb #a2b84072
 def _located(raw:dict, folder:Path)->dict: # folder: of the document
     "A document whose own paths are absolute."
     def at(section, key, is_path):

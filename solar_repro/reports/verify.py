@@ -225,6 +225,7 @@ def _record_problems(where:str, task:str, docs:list[dict], asked:str, e:dict)->l
     close = lambda x, y: abs(x - y) < 1e-6 if isinstance(y, float) else x == y       # shares keep seven digits
     return out + [(where, k, str(a.get(k))[:24], str(b[k])[:24]) for k in b if not close(a.get(k), b[k])]
 
+# %% ../../nbs/reports/00_verify.ipynb #c07b5b8e
 def record_problems(
     exp:Experiment, # of the profile; its benchmarks are made where missing
 )->tuple[int,pd.DataFrame]: # recorded runs; problems: where, what, recorded, found
@@ -396,6 +397,7 @@ def _folder_names(models:list[str])->dict[str,str]: # model -> name
         names[m] = next(n for n in itertools.chain([plain], numbered) if n.lower() not in taken)
     return names
 
+# %% ../../nbs/reports/00_verify.ipynb #a67729c9
 def export_results(
     exp:Experiment, # of the run
     out:Path, # new folder, or empty
