@@ -25,7 +25,6 @@ import yaml
 from fastcore.basics import patch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..core.files import expanded, file_hash
@@ -41,7 +40,7 @@ from ..models.checkpoints import (
     check_same_architecture, check_same_shape, Checkpoint, DTYPES, Entry, layer_of, mapped, one_thread_each,
     open_checkpoint, REAL, without_copies)
 from ..models.files import checkpoint_files
-from ..models.loading import quiet
+from ..models.loading import load_empty
 
 # %% ../../nbs/merging/04_engine.ipynb #874ea64c
 def places(
@@ -77,9 +76,7 @@ def _check_whole(m:Checkpoint)->None:
     "Raise unless a checkpoint has all weights of its architecture, if that is a causal one of transformers."
     made, causal = m.config.get('architectures'), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(m.config.get('model_type'))
     if not isinstance(made, list) or causal not in made: return
-    how = dict(device_map={'': 'meta'}, output_loading_info=True, trust_remote_code=False)   # no weight is read
-    try:
-        with quiet(): lacking = sorted(AutoModelForCausalLM.from_pretrained(m.folder, **how)[1]['missing_keys'])
+    try: _, lacking = load_empty(m.folder)
     except ImportError: return   # of a package that this kind of model needs
     except Exception as e: # of several kinds, all meaning that configuration and weights are not of one model
         raise ValueError(f"merge: transformers does not load {m.folder} ({' '.join(str(e).split())[:200]}); expected a "

