@@ -330,6 +330,17 @@ def test_the_command_fetches_what_a_profile_pins(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize('note', ['{', '[]', '{"math": {}}', '{"math": 3}', '{"math": {"revision": "%s"}}'])
+def test_a_damaged_note_of_what_was_fetched_counts_as_none(note, tmp_path, monkeypatch):
+    "Every later fetch ended in a traceback; now what the note does not name is got again."
+    asked = []
+    monkeypatch.setattr(data_files, 'hub_rows', lambda f, *a: asked.append(f.name) or iter(rows_of(f.name)))
+    get = lambda: fetch(tmp_path, [FILES['math']], say=lambda line: None)
+    whole = get()
+    (tmp_path/'fetched.json').write_text(note.replace('%s', FILES['math'].revision))
+    assert (get(), get(), asked) == (whole, whole, ['math', 'math'])
+
+
 def test_an_interrupted_fetch_leaves_nothing_half_written(tmp_path, monkeypatch):
     def cut(*a):
         yield from rows_of('gsm8k/test')[:3]

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from .files import file_hash, whole, write_whole
+from .files import file_hash, json_object, whole, write_whole
 
 # %% ../../nbs/core/03_data_files.ipynb #0eff8af5
 @dataclass(frozen=True)
@@ -355,8 +355,9 @@ def fetch_file(
 
 # %% ../../nbs/core/03_data_files.ipynb #1f744a42
 def _is_there(to:Path, have:dict|None, revision:str)->bool: # have: what was recorded of the file
-    if have is None or have['revision'] != revision: return False
-    return (to/have['file']).is_file() and file_digest(to/have['file']) == have['sha256']
+    if not isinstance(have, dict) or have.get('revision') != revision: return False
+    there = to/str(have.get('file', ''))
+    return there.is_file() and file_digest(there) == have.get('sha256')
 
 def fetch(
     to:Path, # folder to fill
@@ -367,7 +368,7 @@ def fetch(
 )->dict: # name -> what was recorded
     "Fill a folder with files from the Hub; those that are there and whole stay."
     to, files = Path(to), list(files)
-    record = json.loads((to/RECORD).read_text(encoding='utf-8')) if (to/RECORD).is_file() else {}
+    record = json_object(to/RECORD)
     for k, file in enumerate(files, 1):
         where, revision = f'{k} of {len(files)}', 'local' if hub else commit(file, revisions)
         if _is_there(to, record.get(file.name), revision):

@@ -29,7 +29,7 @@ from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
 from ..core.config import default_profile, Profile, root
-from ..core.files import file_hash, write_whole
+from ..core.files import file_hash, json_object, write_whole
 from ..pipeline.cost_model import fetched
 from ..pipeline.experiment import Experiment
 from ..pipeline.progress import show_progress
@@ -218,11 +218,9 @@ def _made(exp:Experiment, since:float)->dict[str,str]: # file in the run's folde
 
 def _read(file:Path)->dict: # notebook -> what it was executed as, what it saw and what it made
     "What is recorded of a run; an entry that cannot be read is none."
-    try: found = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError): return {}
     wanted = dict(fingerprint=str, output=str, results=dict, made=dict)
     whole = lambda x: isinstance(x, dict) and all(isinstance(x.get(k), t) for k, t in wanted.items())
-    return {n: x for n, x in found.items() if whole(x)} if isinstance(found, dict) else {}
+    return {n: x for n, x in json_object(file).items() if whole(x)}
 
 def _unchanged(record:dict|None, nb:Path, target:Path, exp:Experiment, have:dict)->bool:
     "Was this notebook executed as it is, on results that are still there, and is its output intact?"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..core.config import root
-from ..core.files import file_hash, write_whole
+from ..core.files import file_hash, json_object, write_whole
 from ..pipeline.experiment import Experiment
 from ..pipeline.results import manifests, records
 from ..pipeline.sweep import between, finding, is_built, measured
@@ -77,9 +77,8 @@ def _follows_from(exp:Experiment)->str: # sha256, hex
 
 def _read(record:Path)->dict:
     "What was published before; nothing where that cannot be read."
-    try: have = json.loads(record.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError): return {}
-    return have if isinstance(have, dict) and isinstance(have.get('files'), dict) else {}
+    have = json_object(record)
+    return have if isinstance(have.get('files'), dict) else {}
 
 def published(
     exp:Experiment, # what it lacks is built

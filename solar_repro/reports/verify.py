@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from ..core.display import lineage, View
-from ..core.files import content_hash, folder_files, rename_whole
+from ..core.files import content_hash, folder_files, json_object, rename_whole
+from ..core.stats import mean_se
 from ..core.store import own_hash, Store
 from ..data import BENCHMARKS
-from ..core.stats import mean_se
 from ..eval import answer_requests, METRICS, request_hash, score_as
 from ..inference.lm import RequestEncoder
 from ..models.loading import load_tokenizer
@@ -37,10 +37,9 @@ from ..tables import over_seeds
 PROBLEM = ['where', 'what', 'recorded', 'found']
 
 def _read_manifest(path:Path)->dict:
-    try: m = json.loads((path/'manifest.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError): return {}
+    m = json_object(path/'manifest.json')
     wanted = {'kind', 'key', 'name', 'files', 'inputs', 'content', 'settings', 'code_version'}
-    return m if isinstance(m, dict) and wanted <= m.keys() else {}
+    return m if wanted <= m.keys() else {}
 
 def _problems_of(
     store:Store, # that holds it
