@@ -247,10 +247,13 @@ def bench_files(
     folder:str, # in a folder of data
     fields:dict[str,type], # path of a column -> its type
     blank:tuple[str,...]=(), # columns that may be empty
-    **parts:tuple[str,...], # train, test -> split on the Hub, then file names in the folder, the best first
+    *,
+    train:tuple[str,...]=(), # split on the Hub, then file names in the folder, the best first; none: no examples
+    test:tuple[str,...], # the same of the items
 )->tuple[File,...]:
     "The files of a benchmark."
     where, check = (hub, (config,)), lambda row: item_problem(task, row)   # which is defined below
+    parts = {part: said for part, said in dict(train=train, test=test).items() if said}
     return tuple(File(f'{task}/{part}', *where, split, revision, licence, folder, tuple(names), fields, blank,
                       check=check) for part, (split, *names) in parts.items())
 
