@@ -119,6 +119,9 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     for k, q in needs.items():
         if k in ('exp', 'profile'): _add_common(p)
         else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, **how)
+    if 'format_' in needs:
+        p.add_argument('--json', dest='format_', action='store_const', const='json', default=argparse.SUPPRESS,
+                       help='the same as --format json')
     if name in _BUILD: p.add_argument('--yes', action='store_true', default=argparse.SUPPRESS,
                                         help='build what takes more than a minute, outside a clone, too')
     return p

@@ -72,7 +72,7 @@ def status(exp, # the run: `Experiment`
     """Say what is built and what is missing.
 
     solar-repro status
-    solar-repro status --profile smoke --format json
+    solar-repro status --profile smoke --json
     """
     s = exp.status()
     if format_ == 'json':
