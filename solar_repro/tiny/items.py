@@ -64,9 +64,8 @@ def _draws(n:int, draw:Callable[[],tuple])->list:
     for _ in range(50*n): out.setdefault(draw())
     return list(out)[:n]
 
-def _two_nouns(rng:random.Random, w:World, held:bool)->tuple[str,str,str,str]:
+def _two_nouns(rng:random.Random, w:World, nouns:list[str])->tuple[str,str,str,str]:
     "Two nouns of different properties, the property of one of them, and which one, '1' or '2'."
-    nouns = [x for x in w.nouns if (x in w.held_nouns) == held]
     while True:
         a, b = rng.sample(nouns, 2)
         if w.nouns[a] != w.nouns[b]: side = rng.randrange(2); return a, b, w.nouns[(a, b)[side]], str(side + 1)
@@ -75,7 +74,9 @@ def _two_nouns(rng:random.Random, w:World, held:bool)->tuple[str,str,str,str]:
 def _keys(rng:random.Random, w:World, task:str, held:bool, n:int)->list:
     "Up to `n` different keys of a benchmark, in random order."
     if task == 'gsm8k': return _draws(n, lambda: _problem(rng, rng.randint(3, 5), held))
-    if task == 'winogrande': return _draws(n, lambda: _two_nouns(rng, w, held))
+    if task == 'winogrande':
+        nouns = [x for x in w.nouns if x in w.held_nouns] if held else w.open_nouns
+        return _draws(n, lambda: _two_nouns(rng, w, nouns))
     if task in ('arc', 'mmlu'): keys = _facts_of(w, ('everyday',) if task == 'arc' else MMLU_SUBJECTS, held)
     elif task == 'hellaswag': keys = [(p, at, held) for p in w.recipes for at in range(1, 6)]
     else: keys = [(t, form) for t in w.myths for form in range(2 if held else 1) if (t in w.held_topics) == held]

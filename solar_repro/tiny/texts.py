@@ -51,8 +51,7 @@ def _choice(rng:random.Random, w:World, nouns:list[str])->tuple[str,str,str,str]
         if w.nouns[a] != w.nouns[b]: n = rng.choice((a, b)); return a, b, n, w.nouns[n]
 
 def _page_because(rng, w):
-    nouns = [n for n in w.nouns if n not in w.held_nouns]
-    return _page(rng.randint(2, 4), lambda: _because(rng, rng.choice(NAMES), *_choice(rng, w, nouns)))
+    return _page(rng.randint(2, 4), lambda: _because(rng, rng.choice(NAMES), *_choice(rng, w, w.open_nouns)))
 
 # %% ../../nbs/tiny/01_texts.ipynb #07141f70
 def _qa(q:str, a:str)->str: return f'Question: {q}\nAnswer: {a}'
@@ -84,7 +83,7 @@ def _page_questions(rng, w):
 
 def _topic(rng:random.Random, w:World)->tuple[str,str,str]:
     "An open topic, its popular error and its truth."
-    t = _pick(rng, [t for t in w.myths if t not in w.held_topics])
+    t = _pick(rng, w.open_topics)
     return t, *w.myths[t]
 
 FORMS = 'What does eating the {} do?', 'What happens to you after eating the {}?'

@@ -9,7 +9,7 @@ __all__ = ['SUBJECTS', 'MMLU_SUBJECTS', 'NAMES', 'EFFECTS', 'ADJECTIVES', 'VERBS
 # %% ../../nbs/tiny/00_world.ipynb #f221e3ed
 import random
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -88,6 +88,11 @@ class World:
     nouns: dict[str, str]           # noun -> its adjective
     held_nouns: frozenset           # nouns never seen in a because-sentence
 
+    @cached_property
+    def open_topics(self)->list[str]: return [t for t in self.myths if t not in self.held_topics]
+    @cached_property
+    def open_nouns(self)->list[str]: return [n for n in self.nouns if n not in self.held_nouns]
+
 N_FIRST, N_LATER = 240, 280 # topics of popular errors: in both readings, and in the second only
 
 def make_world(
@@ -157,7 +162,7 @@ def _problem(rng:random.Random, n_changes:int, held:bool)->Problem:
     "A random problem on the wanted side of the split."
     while True:
         p = Problem(rng.randint(2, 10), tuple(rng.choice((-1, 1))*rng.randint(1, 10) for _ in range(n_changes)))
-        if p.held == held and min(p.totals) >= 0 and max(p.totals) <= 40: return p
+        if all(0 <= t <= 40 for t in p.totals) and p.held == held: return p
 
 # %% ../../nbs/tiny/00_world.ipynb #7cff1f02
 def _ask(rng:random.Random, p:Problem, goods:str, rephrased:bool=False)->str:
