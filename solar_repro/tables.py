@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import paper
 from .core.stats import (
-    holm, interval, item_and_training_noise, over_trainings, Paired, paired, paired_mean, paired_se, resolvable)
+    holm, interval, item_and_training_noise, over_trainings, Paired, paired, paired_mean, resolvable)
 from .paper import Claim, CLAIMS, h6, h6_se, H6_TASKS, models, TITLES
 
 # %% ../nbs/06_tables.ipynb #ef4550a2
@@ -212,20 +212,13 @@ def paper_scores()->pd.DataFrame: # indexed by (model, task): score, se
     return s.assign(se=paper.standard_errors(s)).set_index(['model', 'task'])[['score', 'se']]
 
 # %% ../nbs/06_tables.ipynb #c9385464
-def _noise(found:Answers, task:str, a:str, b:str)->tuple[float,float]: # se, df
-    "Of the difference of two models' answers: over items, and over trainings where there are several."
-    x, y = _of(found, task, a), _of(found, task, b)
-    if len(next(iter(x.values()))) == 1: return paired_se(*({t: v[0] for t, v in z.items()} for z in (x, y))), math.inf
-    both = pair(found, task, a, b)
-    return both.se, both.df
-
 def _compare(c:Claim, s:pd.DataFrame, found:Answers|None=None)->pd.DataFrame:
     "A claim's comparisons on indexed scores: what, difference and standard error in points, verdict."
     rows = []
     for task, a, op, b in c.parts:
         x, y = s.loc[(a, task)], s.loc[(b, task)]
         d, se, df = x['score'] - y['score'], math.hypot(x['se'], y['se']), math.inf
-        if found is not None: se, df = _noise(found, task, a, b)
+        if found is not None: se, df = (both := pair(found, task, a, b)).se, both.df
         what = f'{TITLES[task]}, {a} {op} {b}'
         rows.append(dict(compares=what, difference=100*d, se=100*se, verdict=judge(op, d, se, df, len(c.parts))))
     return pd.DataFrame(rows)

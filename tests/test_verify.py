@@ -341,21 +341,19 @@ DARWIN = [
     -48,
 ]  # cross- less self-fertilised maize, eighths of an inch
 
-def test_swapped_signs_give_fishers_result():
-    "The Design of Experiments (1935), section 21: of 32768 ways to give signs, 863 have a sum of 314 or more."
-    x = np.array(DARWIN, float)
-    assert x.sum() == 314
-    assert ours._swapped(x.tobytes(), 2**16) == pytest.approx(2*863/2**15)
-    assert ours._swapped(x.tobytes()) == pytest.approx(2*863/2**15, abs=4*math.sqrt(.0527*.947/9999))
+def test_a_t_test_gives_fishers_result():
+    "The Design of Experiments (1935), section 17: t is 2.148 with 14 degrees of freedom, just beyond 2.145."
+    x = np.array(DARWIN)/800
+    got = ours.paired(.5 + x, np.full(15, .5))
+    assert got.difference/got.se == pytest.approx(2.148, abs=5e-4) and got.df == pytest.approx(14)
+    assert .049 < got.p < .05 and got.p == pytest.approx(stats.ttest_1samp(x, 0).pvalue)
 
-def test_swapped_signs_agree_with_scipy():
-    rng = np.random.default_rng(3)
-    x = rng.normal(.3, 1, 10)
-    exact = stats.permutation_test(
-        (x, np.zeros(10)), lambda a, b, axis: np.sum(a - b, axis=axis), permutation_type='samples', n_resamples=np.inf
-    )
-    assert ours._swapped(x.tobytes()) == pytest.approx(exact.pvalue)
-    assert ours._swapped(np.zeros(5).tobytes()) == 1.
+def test_a_difference_by_rounding_alone_is_none():
+    "Two merges that differ in the seventh digit of their shares, always to one side."
+    rng = np.random.default_rng(0)
+    a = {t: rng.random(80) if t == 'truthfulqa' else (rng.random(80) < .6).astype(float) for t in H6_TASKS}
+    b = a | dict(truthfulqa=a['truthfulqa'] + 1e-7*rng.random(80))
+    assert ours.paired_mean(a, b).p > .99
 
 def test_mcnemar_on_agrestis_table():
     "Categorical Data Analysis, approval of the prime minister: 794, 150, 86, 570; z² is (86 - 150)²/(86 + 150)."

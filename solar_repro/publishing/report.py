@@ -156,7 +156,7 @@ def _more(scores:pd.DataFrame, samples:pd.DataFrame|None, beside:Run|None,
                       shown(_side_by_side(scores, beside), float_format='%.2f')))
     if samples is not None:
         found.append(('Paired tests', "Differences in points on the same items; McNemar's exact test for right or "
-                      'wrong, swapped signs for TruthfulQA and H6. <i>p_holm</i> is corrected over a table; '
+                      'wrong, a paired t test for TruthfulQA and H6. <i>p_holm</i> is corrected over a table; '
                       '<i>resolvable</i> is the true difference that so many items would show four times in five.',
                       shown(all_comparisons(samples), float_format='%.2g')))
     if 'seeds' in scores:
