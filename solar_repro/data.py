@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPACA', 'OPENORCA', 'METAMATH', 'MATH_SUBJECTS', 'MATH', 'ULTRAFEEDBACK', 'MATH_TYPES', 'SETS', 'BENCHMARKS',
            'FILES', 'from_alpaca', 'from_openorca', 'from_metamath', 'from_ultrafeedback', 'join_math', 'boxed',
-           'worked_problem', 'problems_as_answers', 'problems_as_pairs', 'DataSet', 'Benchmark', 'bench_files', 'known',
+           'worked_problem', 'problems_as_answers', 'problems_as_pairs', 'DataSet', 'Benchmark', 'bench_files',
            'item_problem', 'check_items', 'item_text', 'row_text', 'made_from_benchmarks', 'leaked']
 
 # %% ../nbs/01_data.ipynb #801843a3
@@ -121,7 +121,7 @@ class DataSet:
     stand_in: Callable[[list[dict]], list[dict|None]]|None = None # `convert` of MATH and GSM8K, in MetaMathQA's place
     note: Callable[[list[dict], list[dict|None]], str]|None = None # of the first file's rows and what became of them
     from_benchmarks: bool = False   # rows made from benchmark items are in it, and are left out
-    tiny: Callable[[random.Random, World], dict]|None = None # writes a row of the first file; None: `tiny.texts` has it
+    tiny: Callable[[random.Random, World], dict]|None = None # writes a row of the first file; None: `tiny.texts` does
 
     @property
     def is_pairs(self)->bool:
@@ -227,8 +227,8 @@ class Benchmark:
     check: Callable[[dict], str]|None = None # what is wrong with an item besides; '': nothing
     text: Callable[[dict], str]|None = None  # what would give an item away; None: its question and its choices
     max_shots: int|None = None      # worked examples at most
-    tiny: Callable[[World, int, int], dict]|None = None # (world, items, seed) -> train, test; None: `tiny.texts` has it
-    leaks: Callable[[dict], list[str]]|None = None # what no training text may hold; None: `tiny.world` knows
+    tiny: Callable[[World, int, int], dict]|None = None # (world, items, seed) -> train, test; None: `tiny.items` has it
+    leaks: Callable[[dict], list[str]]|None = None # what no training text may hold; None: `tiny.items` knows
 
     def gold(
         self,
@@ -357,16 +357,6 @@ BENCHMARKS = dict(
 
 # %% ../nbs/01_data.ipynb #265e001f
 FILES = {f.name: f for entry in (*SETS.values(), *BENCHMARKS.values()) for f in entry.files} # of all entries
-
-def known(
-    kind:str, # 'training set' or 'benchmark'
-    name:str, # asked for
-    names, # all that there are
-)->str: # the name
-    "Raise unless there is an entry of that name."
-    if name not in names:
-        raise ValueError(f'data: no {kind} {name!r}; expected one of {list(names)}. Correct the name.')
-    return name
 
 # %% ../nbs/01_data.ipynb #c016148c
 def _choices_problem(choices:list)->str: # '': none

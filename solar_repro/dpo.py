@@ -238,7 +238,7 @@ def answer_lengths(
 # %% ../nbs/03_dpo.ipynb #bedc828f
 def check_start(
     trainer:PairTrainer, # built, not run
-    compute_dtype:str, # 'float32' or 'bfloat16'
+    compute_dtype:str, # 'float32', 'bfloat16' or 'float16'
 )->float: # the loss, ln 2 up to rounding
     "Raise unless policy and reference agree and the loss is ln 2 (arXiv:2305.18290, equation 7 at a margin of 0)."
     n = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)

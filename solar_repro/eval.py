@@ -102,7 +102,7 @@ def _as_parquet(rows:list[dict], path:Path)->str: # JSON's reader would make dat
     return str(path)
 
 def task_folder(
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
     bench:dict[str,list[dict]], # 'train' and 'test' rows, the Hub's columns
     num_fewshot:int, # examples before each item
     out:Path, # folder to write
@@ -161,7 +161,7 @@ def _requests(task:str, num_fewshot:int, bench:str, tasks:str)->Requests:
 
 # %% ../nbs/05_eval.ipynb #a4131f08
 def build_requests(
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
     bench:dict[str,list[dict]]|Path, # 'train' and 'test' rows, or a folder with train.jsonl and test.jsonl
     num_fewshot:int, # examples before each item
     tasks:str='tiny', # 'tiny': our task files; 'lm-eval': its own
@@ -245,7 +245,7 @@ def by_item(
     return out
 
 def collect(
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
     asked:Requests, # answered requests
 )->list[dict]: # one record per item: doc_id, asked, gold, prediction, loglikelihoods or text, score
     "Records of all items, in the order of the test items."
@@ -292,7 +292,7 @@ def allowed(
 # %% ../nbs/05_eval.ipynb #5d29f0c5
 def score_as(
     protocol:str, # one of `PROTOCOLS`
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
     samples:list[dict], # of all items
 )->tuple[float,float]: # score, standard error; fractions
     "The score of a benchmark from the samples of its items."
@@ -309,7 +309,7 @@ def _encoder(base:Path, add_bos:bool|None)->RequestEncoder: return RequestEncode
 
 def evaluate(
     point:AdaptedModel, # the model: base and adapters
-    task:str, # one of `H6_TASKS`
+    task:str, # one of `BENCHMARKS`
     bench:dict[str,list[dict]]|Path, # 'train' and 'test' rows, or a folder with train.jsonl and test.jsonl
     num_fewshot:int, # examples before each item
     batch_size:int, # items a forward pass at most

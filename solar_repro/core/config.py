@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Positive', 'Count', 'Epochs', 'Beta', 'Share', 'Rate', 'Dtype', 'Seed', 'Text', 'Name', 'Commit', 'DPO_ROWS', 'Items',
            'root', 'Strict', 'Machine', 'Base', 'Template', 'Data', 'Numerics', 'Training', 'Sft', 'DpoRow', 'DpoStep',
-           'Dpo', 'Merge', 'CustomSet', 'CustomRow', 'Eval', 'Profile', 'profiles', 'nearest', 'default_profile',
-           'load_profile']
+           'Dpo', 'Merge', 'CustomSet', 'CustomRow', 'Eval', 'Profile', 'profiles', 'nearest', 'must_be_in',
+           'default_profile', 'load_profile']
 
 # %% ../../nbs/core/00_config.ipynb #918e79ca
 import configparser
@@ -360,6 +360,19 @@ def nearest(
     known = {n.lower(): n for n in reversed(list(names))}
     near = difflib.get_close_matches(name.lower(), known, 1, .6)
     return known[near[0]] if near else None
+
+def must_be_in(
+    where:str, # part of the profile
+    what:str, # kind of thing that is named
+    name:str, # as it is written there
+    names, # that there are
+    of:str='profile', # begins the error
+)->str: # the name
+    "Refuse a name that is none of `names`, with the nearest one."
+    if name in names: return name
+    near = nearest(name, names)
+    raise ValueError(f'{of}: {where} names the {what} {name!r}; {f"did you mean {near!r}? " if near else ""}'
+                     f'expected one of {list(names)}. Correct the name.')
 
 # %% ../../nbs/core/00_config.ipynb #5d138bf3
 _RENAMED = dict(pass_tokens='max_tokens_per_microbatch', passes='microbatches', handover='merge_onto',

@@ -10,12 +10,13 @@ __all__ = ['NS', 'BREAK', 'words', 'Index', 'make_index', 'find_pairs', 'overlap
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import chunked
 
 from .stats import mean_se
 
@@ -83,10 +84,6 @@ def make_index(
     return Index(codes, runs, flags)
 
 # %% ../../nbs/core/04_contamination.ipynb #16a653f2
-def _blocks(rows:Iterable[str], size:int)->Iterator[list[str]]:
-    rows = iter(rows)
-    while block := list(islice(rows, size)): yield block
-
 def find_pairs(
     index:Index, # of test items
     rows:Iterable[str], # texts of training rows
@@ -94,7 +91,7 @@ def find_pairs(
 )->dict[int,np.ndarray]: # n -> (pairs, 2): item, row; each pair once, in order
     "Every pair of a test item and a training row with a run of words in common."
     found, first = {n: [np.empty(0, np.int64)] for n in index.runs}, 0
-    for texts in _blocks(rows, block):
+    for texts in chunked(rows, block):
         flat, row = _coded(texts, index.codes)
         for n, (hashes, item) in index.runs.items():
             h, at = _runs(flat, n)

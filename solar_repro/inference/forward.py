@@ -8,13 +8,11 @@ __all__ = ['PACK_BYTES', 'BLOCK', 'WHOLE', 'free_bytes', 'kv_shape', 'limits_of'
 
 # %% ../../nbs/inference/01_forward.ipynb #d8f16adf
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,9 +30,7 @@ def free_bytes(
     if device.type == 'cuda':
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    try: return 1024*int(re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())[1])
-    except FileNotFoundError:                                      # not Linux: half of what there is
-        return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//2
+    return psutil.virtual_memory().available
 
 def kv_shape(
     model:PreTrainedModel, # for its configuration

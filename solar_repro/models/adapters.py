@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .checkpoints import read_header
+from .files import read_json
 from .loading import quiet
 
 # %% ../../nbs/models/02_adapters.ipynb #2bb255e5
@@ -93,11 +94,7 @@ def read_adapter_config(
 )->dict: # with rank `r` and `lora_alpha`
     "The configuration of a plain LoRA adapter."
     file = Path(folder)/'adapter_config.json'
-    try: config = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError: config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"read_adapter: {file} is no JSON object; expected PEFT's configuration. Save the adapter "
-                         "again.")
+    config = read_json(file)
     odd = {k: v for k,v in config.items() if v and k not in HARMLESS and v not in HARMLESS_VALUES.get(k, ())}
     if config.get('peft_type')!='LORA' or odd:
         raise ValueError(f"read_adapter: {folder} is {config.get('peft_type')} with {odd}; expected plain LoRA with "

@@ -6,7 +6,6 @@
 __all__ = ['Resident']
 
 # %% ../../nbs/models/03_resident.ipynb #1027c4d1
-import json
 from pathlib import Path
 
 import torch
@@ -18,8 +17,7 @@ from .adapters import add_delta, AdaptedModel, check_fits, deltas, materialize
 from .checkpoints import open_checkpoint
 
 # %% ../../nbs/models/03_resident.ipynb #1b5891a3
-def _shape_of(base:Path)->dict:
-    config = json.loads((Path(base)/'config.json').read_text())
+def _shape_of(config:dict)->dict: # of a base
     return {k: v for k, v in config.items() if k not in ('_name_or_path', 'transformers_version')}
 
 # %% ../../nbs/models/03_resident.ipynb #13ba7d33
@@ -36,13 +34,13 @@ class Resident:
     )->PreTrainedModel: # the same object as before, where the architecture is
         "The model in evaluation mode; the last one is gone."
         if adapted == self.adapted: return self.model
-        shape, self.adapted = _shape_of(adapted.base), None        # until all is written, it is no model
+        base, self.adapted = open_checkpoint(adapted.base), None        # until all is written, it is no model
+        shape, entries = _shape_of(base.config), base.entries
         if shape != self._shape:
             self.model = None
             self.model = materialize(AdaptedModel(adapted.base), self.device)
             self._shape, self._base, self._stale = shape, adapted.base, set()
         params, change = dict(self.model.named_parameters()), deltas(adapted.adapters)
-        entries = open_checkpoint(adapted.base).entries
         check_fits(change, {n: e.shape for n, e in entries.items()}, adapted.base)
         if adapted.base != self._base: self._base, self._stale = adapted.base, set(entries) & set(params)
         self._stale |= set(change)

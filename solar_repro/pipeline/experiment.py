@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .. import tables
 from ..core import contamination
 from ..core import display as view
-from ..core.config import load_profile, nearest, Profile, root
+from ..core.config import load_profile, must_be_in, nearest, Profile, root
 from ..core.data_files import read_rows
 from ..core.store import Artifact, Store
 from ..models.base_source import check_wheel, wheel_path
@@ -27,7 +27,7 @@ from ..publishing.text import as_text, Table
 from . import results
 from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import (
-    benchmarks, build_graph, CODE_VERSIONS, DEQUANTIZED, MODEL_KINDS, must_be_in, Stage, USES_BASE)
+    benchmarks, build_graph, CODE_VERSIONS, DEQUANTIZED, MODEL_KINDS, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
 from .plan import make_plan
 from .progress import headline, Progress, relative_costs, say_interrupted
@@ -268,7 +268,7 @@ def model(self:Experiment,
     if self._stage(name).kind not in MODEL_KINDS:
         raise ValueError(f'experiment: {name!r} is a {self.graph[name].kind}, not a model; models are {self.models}.')
     base = self.build(DEQUANTIZED) if DEQUANTIZED in self.graph else None
-    return heavy().adapted_model_on(self.build(name), self.store, base)
+    return heavy().adapted_model(self.build(name), self.store, base)
 
 @patch
 def quantization(self:Experiment,

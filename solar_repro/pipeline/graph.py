@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES', 'DEQUANTIZED', 'OWN_ROWS', 'Stage',
-           'in_words', 'machine_settings', 'must_be_in', 'check_revisions', 'training_sets', 'benchmarks',
-           'custom_stages', 'bos_settings', 'task_settings', 'taught_by', 'build_graph']
+           'in_words', 'machine_settings', 'check_revisions', 'training_sets', 'benchmarks', 'custom_stages',
+           'bos_settings', 'task_settings', 'taught_by', 'build_graph']
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.config import DpoRow, nearest, Numerics, Profile
+from ..core.config import DpoRow, must_be_in, Numerics, Profile
 from ..core.data_files import own_fields
 from ..core.files import file_hash
 from ..data import BENCHMARKS, FILES, SETS
@@ -79,19 +79,6 @@ def _external_base(p:Profile)->Stage:
     return Stage('base', 'base', settings, {}, file)
 
 # %% ../../nbs/pipeline/01_graph.ipynb #c942bafc
-def must_be_in(
-    where:str, # part of the profile
-    what:str, # kind of thing that is named
-    name:str, # as it is written there
-    names, # that there are
-    of:str='profile', # begins the error
-)->None:
-    "Refuse a name that is none of `names`, with the nearest one."
-    if name in names: return
-    near = nearest(name, names)
-    raise ValueError(f'{of}: {where} names the {what} {name!r}; {f"did you mean {near!r}? " if near else ""}'
-                     f'expected one of {list(names)}. Correct the name.')
-
 def check_revisions(
     p:Profile, # with `base` and `data.revisions`
 )->None:

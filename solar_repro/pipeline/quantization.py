@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.config import Numerics, Profile, Template
+from ..core.config import must_be_in, Numerics, Profile, Template
 from ..core.data_files import read_rows
 from ..core.store import Artifact
 from ..dpo import load_policy
@@ -22,7 +22,7 @@ from ..models.adapters import AdaptedModel
 from ..models.divergence import dequantized, kl_summary, log_probs, probe_of
 from ..paper import h6_se, H6_TASKS
 from .artifacts import adapted_model, BuildContext
-from .graph import bos_settings, machine_settings, must_be_in, task_settings, build_graph, Stage
+from .graph import bos_settings, machine_settings, task_settings, build_graph, Stage
 from .progress import Progress
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #c324c985

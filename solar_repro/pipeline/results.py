@@ -65,12 +65,16 @@ def read_protocols(
     return pd.DataFrame([dict(model=m, task=t, **{p: s['score'] for p, s in _score(e)['protocols'].items()})
                          for (m, t), e in evaluations.items()])
 
+def _item_scores(e:Path|dict)->pd.DataFrame: # doc_id, score; without what else `read_items` reads
+    if isinstance(e, Path): return pd.read_parquet(e/'items.parquet', columns=['doc_id', 'score'])
+    return pd.DataFrame(dict(doc_id=range(len(e['gold'])), score=e['items']['score']))
+
 def read_samples(
     evaluations:Evaluations, # of some models
 )->pd.DataFrame: # model, task, doc_id, score; one row an item
     "What each item scored, for paired tests."
-    return pd.concat([read_items(e)[['doc_id', 'score']].assign(model=m, task=t) for (m, t), e in evaluations.items()],
-                     ignore_index=True)
+    every = pd.concat({k: _item_scores(e) for k, e in evaluations.items()}, names=['model', 'task', None])
+    return every.reset_index(['model', 'task']).reset_index(drop=True)
 
 # %% ../../nbs/pipeline/13_results.ipynb #2d192d8f
 _SAME = 'processor', 'capability', 'threads', 'ATEN_CPU_CAPABILITY', 'MKL_CBWR' # of a manifest's host

@@ -18,10 +18,11 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.contamination import make_index
+from ..core.config import must_be_in
 from ..core.data_files import (
     check_rows, commit, File, file_digest, hub_rows, located, own_fields, present, read_file, read_own)
 from ..core.files import file_hash
-from ..data import BENCHMARKS, check_items, FILES, item_text, known, made_from_benchmarks, METAMATH, SETS
+from ..data import BENCHMARKS, check_items, FILES, item_text, made_from_benchmarks, METAMATH, SETS
 from ..paper import H6_TASKS
 from ..tiny.world import make_world
 from ..tiny.texts import training_rows
@@ -74,7 +75,7 @@ class TinyWorld:
 
     def rows(self, name:str, n:int, seed:int, fits:Fits|None=None, trained:list[dict]=[])->Sample:
         "Sample rows of a training set; beside rows that were `trained` on, others of its writer, all different."
-        s = SETS[known('training set', name, SETS)]
+        s = SETS[must_be_in('this call', 'training set', name, SETS, 'data')]
         which = (POOL, HELD_SEED if trained else 0)
         files = [list(_tiny_file(f.name, s.tiny if f is s.files[0] else None, *which)) for f in s.files]
         for f, rows in zip(s.files, files): check_rows(f'{name}/{f.name}', rows, f)
@@ -89,7 +90,7 @@ class TinyWorld:
 
     def items(self, task:str, n:int)->tuple[dict[str,list[dict]],list[str]|None]: # as `Published.items`, without ids
         "Sample the items of a benchmark."
-        b = BENCHMARKS[known('benchmark', task, BENCHMARKS)]
+        b = BENCHMARKS[must_be_in('this call', 'benchmark', task, BENCHMARKS, 'data')]
         found = b.tiny(_world(), n, TEST_SEED) if b.tiny else benchmark(_world(), task, n, seed=TEST_SEED)
         return {part: check_items(task, rows) for part, rows in found.items()}, None
 
@@ -133,7 +134,7 @@ def fingerprint(self:Published, file:File)->str: # sha256 of a file in a folder,
 def files(self:Published, entry:str)->list[File]:
     "The files that a set or a benchmark is read from."
     if entry in BENCHMARKS: return list(BENCHMARKS[entry].files)
-    s = SETS[known('training set', entry, SETS)]
+    s = SETS[must_be_in('this call', 'training set', entry, SETS, 'data')]
     if s.stand_in and self.path and present(self.path, METAMATH) is None:
         return [FILES['math'], FILES['gsm8k/train']]
     return [*s.files, *(_six() if s.from_benchmarks else [])]
@@ -148,7 +149,7 @@ def settings(self:Published, entry:str)->dict: # entry: name of a set or benchma
 @patch
 def candidates(self:Published, name:str)->tuple[list[tuple[str,dict]],str]: # (id, row to train on); a note on them
     "All rows of a training set as prompts with answers, or pairs."
-    s, files = SETS[known('training set', name, SETS)], self.files(name)
+    s, files = SETS[must_be_in('this call', 'training set', name, SETS, 'data')], self.files(name)
     if METAMATH in s.files and METAMATH not in files:
         first, others = [x for f in files for x in self.read(f)], []
         convert, note = s.stand_in, STAND_IN
@@ -197,7 +198,7 @@ def rows(self:Published, name:str, n:int, seed:int, fits:Fits|None=None, trained
 @patch
 def items(self:Published, task:str, n:int)->tuple[dict[str,list[dict]],list[str]|None]: # train, test; ids of test
     "Sample the items of a benchmark."
-    *train, test = BENCHMARKS[known('benchmark', task, BENCHMARKS)].files
+    *train, test = BENCHMARKS[must_be_in('this call', 'benchmark', task, BENCHMARKS, 'data')].files
     found = self.read(test)
     at = sorted(random.Random(f'{task} {TEST_SEED}').sample(range(len(found)), min(n, len(found))))
     shots = [row for f in train for _, row in self.read(f)]

@@ -28,7 +28,7 @@ from ..models.base_models import check_fit, row_filter, write_base
 from ..models.divergence import dequantized
 from ..models.loading import quiet
 from .artifacts import (
-    adapted_model, base_and_terms, BuildContext, merged_onto, write_adapted_model)
+    adapted_model, base_and_terms, BuildContext, write_adapted_model)
 from .quantization import build_quantization
 from .sources import stage_source
 from ..sft import train_sft
@@ -119,14 +119,14 @@ def build_merge(out:Path, settings:dict, inputs:dict[str,Artifact], context:Buil
         base = [replace(parts[0], adapters=())] if method.on_base else []
         merged = average(base+parts, method.weigh(x))
         return write_adapted_model(out, json.loads(merged.base), [[json.loads(ref), w] for ref, w in merged.adapters])
-    parts = [merged_onto(adapted_model(a, context.store), inputs.get('merge_onto')) for a in models]
+    parts = [adapted_model(a, context.store, inputs.get('merge_onto')) for a in models]
     merge_models(parts, settings['method'], x, out/'checkpoint').to_csv(out/'angles.csv', index=False)
     write_adapted_model(out, None, [])
 
 # %% ../../nbs/pipeline/04_stages.ipynb #bfaec03b
 def build_eval(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "score.json and items.parquet, one row an item."
-    adapted = merged_onto(adapted_model(inputs['model'], context.store), inputs.get('merge_onto'))
+    adapted = adapted_model(inputs['model'], context.store, inputs.get('merge_onto'))
     score, items = evaluate(adapted, settings['task'], inputs['bench'].path, settings['num_fewshot'],
                             settings['batch_size'], settings['machine']['device'], context.materialize(adapted),
                             settings.get('add_bos'), out/'scratch', context.on_progress, settings.get('tasks', 'tiny'))
@@ -136,7 +136,7 @@ def build_eval(out:Path, settings:dict, inputs:dict[str,Artifact], context:Build
 # %% ../../nbs/pipeline/04_stages.ipynb #5cb436bd
 def build_own(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "items.parquet, one row a held-out row: what the model answers, and whether that is the row's own answer."
-    adapted = merged_onto(adapted_model(inputs['model'], context.store), inputs.get('merge_onto'))
+    adapted = adapted_model(inputs['model'], context.store, inputs.get('merge_onto'))
     rows, template = read_rows(inputs['data'].path/'rows.jsonl'), Template.model_validate(settings['template'])
     items = answer_rows(context.materialize(adapted), adapted.base, rows, template, settings['batch_size'],
                         out/'scratch', context.on_progress)

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from ..core.config import CustomRow
+from ..core.config import CustomRow, must_be_in
 from ..core.figures import COLORS, PAPER, style
 from ..core.stats import holm
 from ..paper import TITLES
 from .experiment import Experiment
-from .graph import must_be_in
 from ..tables import ALPHA, answers, pair, with_h6
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #9438b15b

@@ -209,7 +209,7 @@ def contamination(exp, # the run: `Experiment`
 # %% ../../nbs/reports/02_commands.ipynb #2c527d1c
 def plan(exp, # the run: `Experiment`
     *,
-    card:str|None=None, # a recorded card, A100-80GB or A100-40GB (default: A100-80GB)
+    card:str|None=None, # a recorded card: A100-80GB, A100-40GB, T4 or CPU (default: by the profile)
     calibrate:bool=False, # measure the present machine instead, for a minute
     price:float|None=None, # of an hour
     actual:bool=False, # after a run: planned beside measured
@@ -301,7 +301,7 @@ def base(
         again = json.loads((tiny.pretrain(folder, tiny.BaseSettings(), on_progress=step)/'record.json').read_text())
     corpus = 'equal' if again['corpus'] == record['corpus'] else 'DIFFERENT'
     same = again['weights'] == record['weights']
-    weights = 'equal' if same else 'not bitwise equal (other processor, thread count or torch)'
+    weights = 'equal' if same else 'other ones (the shipped base did its first reading with fewer words: tiny/03_base)'
     print(f"trained again in {folder}: corpus {corpus}, weights {weights}, "
           f"last loss {again['loss'][-1][1]} (shipped: {record['loss'][-1][1]})")
 

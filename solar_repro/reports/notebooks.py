@@ -18,13 +18,13 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import papermill
 from fastcore.basics import patch
+from fastcore.xtras import modified_env
 from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
@@ -157,18 +157,6 @@ def kernel_env(
     offline = {} if needs_hub(p) else dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
     return QUIET_ENV | offline | dict(SOLAR_PROFILE=name)
 
-# %% ../../nbs/reports/01_notebooks.ipynb #9dbd2e72
-@contextmanager
-def _environment(extra:dict):
-    "Variables set for the kernels started inside."
-    old = {k: os.environ.get(k) for k in extra}
-    os.environ.update(extra)
-    try: yield
-    finally:
-        for k, v in old.items():
-            if v is None: del os.environ[k]
-            else: os.environ[k] = v
-
 # %% ../../nbs/reports/01_notebooks.ipynb #b33229f8
 class Follower:
     "Prints what the kernels report, until closed."
@@ -298,7 +286,7 @@ def run_notebooks(
     (exp.folder/'notebooks').mkdir(parents=True, exist_ok=True)
     named = [(nb, f"[{k}/{len(nbs)}] {nb.relative_to(root()/'nbs').as_posix()}") for k, nb in enumerate(nbs, 1)]
     env = kernel_env(exp.profile, profile)
-    with Follower(exp.folder/'progress.jsonl') as follow, _environment(env | dict(SOLAR_PROGRESS=str(follow.file))):
+    with Follower(exp.folder/'progress.jsonl') as follow, modified_env(**env, SOLAR_PROGRESS=str(follow.file)):
         run = _Run(profile, seed, follow, exp)
         run.stages()
         for story in (True, False):

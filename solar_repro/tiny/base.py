@@ -21,7 +21,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..core.files import whole
+from ..core.files import file_hash, whole
 from .texts import corpus, ROWS, training_rows
 from .world import make_world, shipped_base, World
 
@@ -251,8 +251,6 @@ def _curve(log:list[float])->list[list[float]]: # [step, mean loss from there on
     every = max(1, len(log)//100)
     return [[i + 1, round(float(np.mean(log[i:i + every])), 4)] for i in range(0, len(log), every)]
 
-def _sha(path:Path)->str: return hashlib.sha256(path.read_bytes()).hexdigest()
-
 def _finish(out, model, tok, s, first, again, seconds)->Path:
     "Write model, tokenizer and record."
     model.save_pretrained(out); tok.save_pretrained(out)
@@ -262,8 +260,8 @@ def _finish(out, model, tok, s, first, again, seconds)->Path:
                    corpus_head_again=corpus_hash(s, head(s.n_again), 2), corpus_again=corpus_hash(s, s.n_again, 2))
     record = dict(settings=asdict(s), n_steps=n_steps, n_tokens=n_steps*s.batch_size*s.seq_len,
                   seconds=first['seconds'] + round(seconds), loss=(second if again else first)['loss'],
-                  first=first, second=second, **corpora, weights=_sha(out/'model.safetensors'),
-                  tokenizer=_sha(out/'tokenizer.json'), torch=torch.__version__)
+                  first=first, second=second, **corpora, weights=file_hash(out/'model.safetensors'),
+                  tokenizer=file_hash(out/'tokenizer.json'), torch=torch.__version__)
     (out/'record.json').write_text(json.dumps(record, indent=1))
     return out
 
