@@ -51,7 +51,7 @@ def remaining_path(
     return out
 
 # %% ../../nbs/pipeline/10_executor.ipynb #5fd28aa8
-MISTAKES = ValueError, OSError, ImportError, FloatingPointError, MemoryError # of user or machine: would be the same at a second try
+MISTAKES = ValueError, OSError, ImportError, FloatingPointError, MemoryError # would be the same at a second try
 TRIES = 3       # of a stage whose worker died, or that failed for another reason
 LOOK_AGAIN_S = 1. # after which a stage that another run builds is looked for again
 
