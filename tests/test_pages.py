@@ -193,6 +193,8 @@ def test_the_report_can_be_read_on_a_phone(models, chrome):
     chrome.look(390, 844)
     chrome.open((models / 'runs' / 'smoke' / 'report.html').as_uri())
     assert chrome.js('document.documentElement.scrollWidth') <= 390
+    h6 = "[...document.querySelectorAll('#table3 ~ .wide th')].find(e => e.textContent.startsWith('H6'))"
+    assert chrome.js(f'{h6}.getBoundingClientRect().right') <= 390, 'no number of Table 3 is seen before scrolling'
     pushed = "(b => [b.scrollLeft = 250, b.scrollLeft, b.querySelector('td').getBoundingClientRect().left])"
     _, moved, left = chrome.js(f"{pushed}(document.querySelector('.wide'))")
     assert moved > 100 and 0 <= left < 60

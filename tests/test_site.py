@@ -208,6 +208,19 @@ CUT = '''[...document.querySelectorAll('main *')].filter(e => {
   return true; }).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 30)).slice(0, 3).join(', ')'''
 
 
+@pytest.mark.parametrize('width', [390, 1280])
+def test_tables_are_small_and_their_captions_are_read_without_scrolling(site, chrome, width):
+    "The site's own rules for tables hold against those of the theme, and a caption is as wide as what is seen."
+    chrome.look(width, 844)
+    chrome.open((site[0] / 'index.html').as_uri())
+    cells = ''.join(f'<td>{n}.00 ± 2.0</td>' for n in range(40))
+    table = f'<table class="dataframe"><caption>{"word " * 60}</caption><tr>{cells}</tr></table>'
+    chrome.js(f"document.querySelector('main.content').insertAdjacentHTML('beforeend', '{table}')")
+    caption = "(c => [parseFloat(getComputedStyle(c.parentElement).fontSize), c.getBoundingClientRect().right])"
+    size, right = chrome.js(f"{caption}(document.querySelector('main.content > table.dataframe caption'))")
+    assert size < 13 and right <= width and chrome.js('document.documentElement.scrollWidth') <= width
+
+
 @FORMS
 def test_pages_fit_a_phone(site, pages, chrome, which):
     "Nothing makes the page wider than the screen; the menu opens."

@@ -83,7 +83,7 @@ th:first-child,td:first-child{position:sticky;left:0;background:var(--back);whit
 details.more{margin:.8rem 0;border-top:1px solid var(--line);padding-top:.6rem}
 details.more>summary{font-weight:bold}
 @media(max-width:700px){body{margin:1rem auto}h1{font-size:1.3rem}.hint{display:block;margin:0}
-.wide img{max-width:none;width:52rem}}
+.wide img{max-width:none;width:52rem}table{font-size:.74rem;hyphens:auto}th,td{padding:.3rem .25rem}}
 """
 
 # %% ../../nbs/publishing/02_report.ipynb #6a2c5bdf
