@@ -2,6 +2,7 @@
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 from forked import forked
 
@@ -117,6 +118,25 @@ for x in exp.items('base', 'directions').to_dict('records'):
     assert again == {k: x[k] for k in ('gold', 'prediction', 'score')}, (again, x)
 assert 'bench/directions' in exp.graph['contamination'].inputs
 ''')
+
+
+def test_the_page_of_the_data_holds_with_further_entries(package):
+    "The notebook that the entries stand in, with a set and a benchmark more."
+    nb = nbformat.read(ROOT/'nbs'/'01_data.ipynb', 4)
+    for before, functions, entry in (('SETS', SET, SET_ENTRY), ('BENCHMARKS', BENCH, BENCH_ENTRY)):
+        add(package, 'data.py', before, functions, entry)
+        cell, = (c for c in nb.cells if f'\n{before} = dict(\n' in c.source)
+        cell.source = cell.source.replace(f'\n{before} = dict(\n', f'\n{functions}\n{before} = dict(\n{entry}')
+    (package/'solar_repro'/'tasks'/'directions.yaml').write_text(TASK)
+    (package/'nbs').mkdir()
+    nbformat.write(nb, package/'nbs'/'01_data.ipynb')
+    env = dict(PYTHONPATH=str(package), SOLAR_STORE=str(package/'store'), SOLAR_PROFILE='smoke')
+    done = forked("""
+from pathlib import Path
+from nbdev.test import test_nb
+assert test_nb(Path('01_data.ipynb').resolve(), do_print=True)[0]
+""", env=env, cwd=package/'nbs')
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_a_merge_method_is_one_entry(package):

@@ -360,7 +360,10 @@ def test_own_rows_cost_only_what_is_new_and_stand_in_the_tables(full, tmp_path):
     from solar_repro.publishing.report import publish
     publish(exp.scores(), tmp_path / 'out', exp.label, exp.provenance(), exp.custom)
     text = (tmp_path / 'out' / 'report.html').read_text()
-    assert 'SFT v5' in text and 'nan' not in (tmp_path / 'out' / 'tables' / 'table3.md').read_text()
+    table3, table7 = ((tmp_path / 'out' / 'tables' / f'table{n}.md').read_text() for n in (3, 7))
+    assert 'SFT v5' in text and 'nan' not in table3
+    own, merged = (next(x for x in y.splitlines() if m in x) for y, m in ((table3, 'SFT v5'), (table7, 'Merge v5')))
+    assert len([c for c in own if c in '○✗']) == 3 and 'Average (' in merged, 'what a row of its own is made of'
     # the same bytes elsewhere are the same set; other bytes are another
     other = Experiment(own_profile(tmp_path / 'elsewhere'), store=store)
     assert set(other.status()['state']) == {'built'}

@@ -27,7 +27,7 @@ from ..publishing.text import as_text, Table
 from . import results
 from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import (
-    benchmarks, build_graph, CODE_VERSIONS, DEQUANTIZED, MODEL_KINDS, Stage, USES_BASE)
+    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, MODEL_KINDS, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
 from .plan import make_plan
 from .progress import headline, Progress, relative_costs, say_interrupted
@@ -256,9 +256,9 @@ def tasks(self:Experiment)->list[str]:
     return benchmarks(self.profile)
 
 @patch(as_prop=True)
-def custom(self:Experiment)->dict[int,list[str]]:
-    "The profile's own rows, by the table that shows them."
-    return {n: [r for r, row in self.profile.rows.items() if row.shown_in == n] for n in range(3, 8)}
+def custom(self:Experiment)->dict[int,dict[str,dict[str,str]]]:
+    "The profile's own rows, by the table that shows them, and what they are made of (`pipeline.graph.custom_rows`)."
+    return custom_rows(self.profile, self.graph)
 
 @patch
 def model(self:Experiment,

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES', 'DEQUANTIZED', 'OWN_ROWS', 'Stage',
            'in_words', 'machine_settings', 'check_revisions', 'training_sets', 'benchmarks', 'custom_stages',
-           'bos_settings', 'task_settings', 'taught_by', 'build_graph']
+           'bos_settings', 'task_settings', 'taught_by', 'build_graph', 'custom_rows']
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.config import DpoRow, must_be_in, Numerics, Profile
+from ..core.config import CustomRow, DpoRow, must_be_in, Numerics, Profile
 from ..core.data_files import own_fields
 from ..core.files import file_hash
 from ..data import BENCHMARKS, FILES, SETS
@@ -336,3 +336,23 @@ def _checked(stages:list[Stage])->dict[str,Stage]: # name -> stage
         if graph.setdefault(s.name, s) != s:
             raise ValueError(f'profile: rows.{s.name!r} has the name of another stage; expected a new one. Rename it.')
     return graph
+
+# %% ../../nbs/pipeline/01_graph.ipynb #0084b51e
+def _sets_behind(name:str, graph:dict[str,Stage])->set[str]: # training sets among the inputs of a stage, and theirs
+    if name.startswith('data/'): return {name.removeprefix('data/')}
+    return set().union(*(_sets_behind(i, graph) for i in graph[name].inputs.values()))
+
+def _made_of(name:str, row:CustomRow, graph:dict[str,Stage])->dict[str,str]: # heading -> what stands below it
+    if row.weights:
+        a, b = row.weights.values()
+        return {'Merge Method': 'SLERP' if row.method == 'slerp' else
+                f"{'Average' if row.method == 'linear' else row.method} ({a:g}, {b:g})"}
+    used = _sets_behind(name, graph)
+    return {s.title: '○' if d in used else '✗' for d, s in SETS.items()} | {'Base SFT Model': row.start or ''}
+
+def custom_rows(
+    p:Profile,
+    graph:dict[str,Stage], # of `build_graph`
+)->dict[int,dict[str,dict[str,str]]]: # table -> row -> heading of a column before the scores -> what stands below it
+    "The profile's own rows, by the table that shows them, and what they are made of."
+    return {n: {r: _made_of(r, row, graph) for r, row in p.rows.items() if row.shown_in == n} for n in range(3, 8)}

@@ -289,7 +289,10 @@ def table(
     rows, ends = ([_cells(r, plan.price, k) for r in rs] for rs in (g.to_dict('records'), totals))
     wide = [max(map(len, column)) for column in zip(head, *rows, *ends)]
     def line(r): return '  '.join([r[0].ljust(wide[0]), *(x.rjust(w) for x, w in zip(r[1:], wide[1:]))])
-    return '\n'.join([line(head), *map(line, rows), '-'*len(line(head)), *map(line, ends)])
+    top = plan.stages.loc[plan.stages['gib'].idxmax()]
+    over = [f"{plan.card.name} has {plan.card.gib:.0f} GiB of memory: {top['stage']} needs {top['gib']:.0f}."]
+    return '\n'.join([line(head), *map(line, rows), '-'*len(line(head)), *map(line, ends),
+                      *over*bool(top['gib'] > plan.card.gib)])
 
 # %% ../../nbs/pipeline/07_plan.ipynb #ce19447e
 def _missing(plan:Plan, graph:dict[str,Stage])->tuple[dict[str,list[str]],dict[str,float]]: # inputs, hours
@@ -381,10 +384,11 @@ def _nf4_blockers(p:Profile, m:pd.DataFrame, found:Hardware)->list[str]:
             'Bring the driver to the CUDA version of torch, or set nf4 = false in [sft] and [dpo].']
 
 # %% ../../nbs/pipeline/07_plan.ipynb #a4242e1e
-def _disk_blockers(m:pd.DataFrame, found:Hardware)->list[str]:
+def _disk_blockers(plan:Plan, found:Hardware)->list[str]:
+    m, more = plan.missing, plan.notebooks
     trained = m['kind'].isin(('sft', 'dpo'))
     state = 3*m['disk_gib'].where(trained, 0.).max()   # a checkpoint holds the optimizer's state too
-    disk = m['disk_gib'].sum() + state
+    disk = m['disk_gib'].sum() + max(state, more.loc[more['stage'] != OWN, 'disk_gib'].sum()) # these go, each in its time
     if disk <= found.disk_gib: return []
     return [f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. '
             'Free some, or put the store elsewhere with --store or SOLAR_STORE.']
@@ -412,4 +416,4 @@ def blockers(
     if found.gpu and gpu and not found.bf16 and 'bfloat16' in (p.sft.compute_dtype, p.dpo.compute_dtype):
         out.append(f'{found.name} has no arithmetic for bfloat16; the profile computes in it. '
                    'Take a card of the Ampere generation (A100, RTX 30) or newer.')
-    return out + _disk_blockers(m, found) + (_offline_blockers(p, m) if offline else [])
+    return out + _disk_blockers(plan, found) + (_offline_blockers(p, m) if offline else [])

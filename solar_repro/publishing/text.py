@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,9 +67,10 @@ def as_html(
     return shown.to_html(index=False, escape=False, border=0)
 
 # %% ../../nbs/publishing/00_text.ipynb #83a9a801
-def _made(n:int, rows:Sequence[str], markup:str)->dict[str,list[str]]:
-    "The paper's columns between name and scores; empty for rows that it does not have."
+def _made(n:int, rows:Sequence[str], markup:str, custom:Sequence[str])->dict[str,list[str]]:
+    "The paper's columns between name and scores; empty for rows of which nothing is told."
     made = {r.model: r.made for r in paper.ROWS if r.table == n}
+    if isinstance(custom, Mapping): made |= {m: {h: _ESCAPE[markup](x) for h, x in custom[m].items()} for m in custom}
     return {h: [_in_markup(made.get(m, {}).get(h, ''), markup) for m in rows] for h in paper.MADE[n]}
 
 def _value(x:float, bold:bool, markup:_Markup)->str: return (markup.bold if bold else '{}').format(f'{x:.2f}')
@@ -78,7 +79,7 @@ def printed(
     n:int, # 3 to 7
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     markup:str, # one of MARKUPS
-    custom:Sequence[str]=(), # rows below the paper's
+    custom:Sequence[str]=(), # rows below the paper's, or mapped to what stands before their scores
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
 )->pd.DataFrame: # strings
     "A table as it is printed."
@@ -91,7 +92,7 @@ def printed(
         text += marks.noise.format(row[f'{task}_se'])
         if math.isnan(theirs): return text
         return text + marks.paper.format(_value(theirs, task in theirs_bold[row['model']], marks))
-    out = {'Model': t['model'].map(_ESCAPE[markup]), **_made(n, t['model'], markup)}
+    out = {'Model': t['model'].map(_ESCAPE[markup]), **_made(n, t['model'], markup, custom)}
     for task, title in TITLES.items():
         out[title] = [cell(r, task) for _, r in t.iterrows()]
         if task == 'truthfulqa' and PLAIN in set(scores['task']):
@@ -173,7 +174,7 @@ def as_text(
     kind:str, # one of FILES, or 'text' for a terminal
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     label:str, # what the scores are of
-    custom:Sequence[str]=(), # rows below the paper's
+    custom:Sequence[str]=(), # rows below the paper's, or mapped to what stands before their scores
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
 )->str:
     "One table in one format."

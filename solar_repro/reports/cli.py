@@ -123,7 +123,7 @@ def _parser_of(name:str)->argparse.ArgumentParser:
         p.add_argument('--json', dest='format_', action='store_const', const='json', default=argparse.SUPPRESS,
                        help='the same as --format json')
     if name in _BUILD: p.add_argument('--yes', action='store_true', default=argparse.SUPPRESS,
-                                        help='build what takes more than a minute, outside a clone, too')
+                                        help='outside a clone: build even what takes more than a minute')
     return p
 
 # %% ../../nbs/reports/03_cli.ipynb #533ceb47

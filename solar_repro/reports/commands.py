@@ -39,7 +39,7 @@ def run(exp, # the run: `Experiment`
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
     engine:Literal['local', 'ray']='local', # processes of this machine, or workers that Ray places
     address:str|None=None, # of a Ray cluster to join, such as auto (default: one is started here)
-    recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs (`exp` is opened so)
+    recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs
 )->None:
     """Build every stage, with every seed of the profile; write tables, figures and the report.
 
@@ -86,7 +86,7 @@ def status(exp, # the run: `Experiment`
 def table(exp, # the run: `Experiment`
     n:Literal[3, 4, 5, 6, 7], # number of the table
     *,
-    recorded:bool=False, # of the runs that came with the package, all seeds or --seed; `exp` is opened so
+    recorded:bool=False, # of the runs that came with the package, all seeds or --seed
     format_:Literal['text', 'md', 'csv', 'tex', 'html', 'json']='text', # text fits the terminal; json is for a program
 )->None:
     """Print a table as the report shows it: marks, ours ± its error, the paper's values, what is best and resolved.
