@@ -388,7 +388,8 @@ def _disk_blockers(plan:Plan, found:Hardware)->list[str]:
     m, more = plan.missing, plan.notebooks
     trained = m['kind'].isin(('sft', 'dpo'))
     state = 3*m['disk_gib'].where(trained, 0.).max()   # a checkpoint holds the optimizer's state too
-    disk = m['disk_gib'].sum() + max(state, more.loc[more['stage'] != OWN, 'disk_gib'].sum()) # these go, each in its time
+    aside = more.loc[more['stage'] != OWN, 'disk_gib'].sum()
+    disk = m['disk_gib'].sum() + max(state, aside)     # these go, each in its time
     if disk <= found.disk_gib: return []
     return [f'{found.disk_gib:.0f} GiB of disk are free; {disk:.0f} are needed. '
             'Free some, or put the store elsewhere with --store or SOLAR_STORE.']

@@ -301,7 +301,8 @@ def verify(
     if len(wrong): return said, wrong
     n, problems = table_problems(exp, folder or exp.folder/'tables', *_together(counted))
     n_records, more = record_problems(exp)
-    said += (f', {n} tables compared' if n else ', no tables to compare: solar-repro run writes them') + (f', {n_records} recorded runs checked' if n_records else '')
+    said += f', {n} tables compared' if n else ', no tables to compare: solar-repro run writes them'
+    said += (f', {n_records} recorded runs checked' if n_records else '')
     return said, pd.concat([problems, more], ignore_index=True)
 
 # %% ../../nbs/reports/00_verify.ipynb #1822a3dd
