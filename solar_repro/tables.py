@@ -6,7 +6,7 @@
 __all__ = ['Answers', 'ALPHA', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'MARGIN', 'MIN_SEEDS', 'PLAIN', 'with_h6', 'table',
            'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'detectable', 'all_comparisons', 'unresolved',
            'finding', 'judge', 'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'standing', 'in_short',
-           'in_words', 'over_seeds', 'noises', 'alike', 'replication', 'plain_words']
+           'Verdicts', 'in_words', 'over_seeds', 'noises', 'alike', 'replication', 'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
 from . import paper
 from .core.stats import (
@@ -272,13 +273,18 @@ def in_short(
     row = seeds == list(range(seeds[0], seeds[-1] + 1)) and len(seeds) > 2
     return f'seeds {seeds[0]} to {seeds[-1]}' if row else f"seeds {', '.join(map(str, seeds))}"
 
+class Verdicts(pd.DataFrame):
+    "Verdicts in words; in a terminal without the numbers, of which pandas would show nothing else."
+    def __repr__(self)->str:
+        return tabulate(self.iloc[:, :3], headers='keys', showindex=False, maxcolwidths=34, maxheadercolwidths=20)
+
 def in_words(
     verdicts:pd.DataFrame, # of `claims`
-)->pd.DataFrame: # claim, on the paper's numbers, on ours, our numbers
+)->Verdicts: # claim, on the paper's numbers, on ours, our numbers
     "Verdicts for people."
     columns = {'claim': 'claim', 'on_paper': "on the paper's numbers (one training each: provisional)",
                'on_ours': f'on ours ({standing(verdicts["seeds"].iloc[0])})', 'our_numbers': 'our numbers'}
-    return verdicts[list(columns)].rename(columns=columns)
+    return Verdicts(verdicts[list(columns)].rename(columns=columns))
 
 # %% ../nbs/06_tables.ipynb #5ff572f0
 def over_seeds(
