@@ -258,7 +258,7 @@ def tasks(self:Experiment)->list[str]:
 @patch(as_prop=True)
 def custom(self:Experiment)->dict[int,dict[str,dict[str,str]]]:
     "The profile's own rows, by the table that shows them, and what they are made of (`pipeline.graph.custom_rows`)."
-    return custom_rows(self.profile, self.graph)
+    return custom_rows(self.profile, self.needs)
 
 @patch
 def model(self:Experiment,

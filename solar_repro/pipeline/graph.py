@@ -9,6 +9,7 @@ __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS'
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -338,21 +339,17 @@ def _checked(stages:list[Stage])->dict[str,Stage]: # name -> stage
     return graph
 
 # %% ../../nbs/pipeline/01_graph.ipynb #0084b51e
-def _sets_behind(name:str, graph:dict[str,Stage])->set[str]: # training sets among the inputs of a stage, and theirs
-    if name.startswith('data/'): return {name.removeprefix('data/')}
-    return set().union(*(_sets_behind(i, graph) for i in graph[name].inputs.values()))
-
-def _made_of(name:str, row:CustomRow, graph:dict[str,Stage])->dict[str,str]: # heading -> what stands below it
+def _made_of(row:CustomRow, needs:list[str])->dict[str,str]: # heading -> what stands below it
     if row.weights:
         a, b = row.weights.values()
         return {'Merge Method': 'SLERP' if row.method == 'slerp' else
                 f"{'Average' if row.method == 'linear' else row.method} ({a:g}, {b:g})"}
-    used = _sets_behind(name, graph)
-    return {s.title: '○' if d in used else '✗' for d, s in SETS.items()} | {'Base SFT Model': row.start or ''}
+    marks = {s.title: '○' if f'data/{d}' in needs else '✗' for d, s in SETS.items()}
+    return marks | {'Base SFT Model': row.start or ''}
 
 def custom_rows(
     p:Profile,
-    graph:dict[str,Stage], # of `build_graph`
+    needs:Callable[[list[str]],list[str]], # stages -> those that they are built from (`Experiment.needs`)
 )->dict[int,dict[str,dict[str,str]]]: # table -> row -> heading of a column before the scores -> what stands below it
     "The profile's own rows, by the table that shows them, and what they are made of."
-    return {n: {r: _made_of(r, row, graph) for r, row in p.rows.items() if row.shown_in == n} for n in range(3, 8)}
+    return {n: {r: _made_of(row, needs([r])) for r, row in p.rows.items() if row.shown_in == n} for n in range(3, 8)}

@@ -30,9 +30,9 @@ class Run(NamedTuple):
     scores: pd.DataFrame  # model, task, metric, score, se, n
     samples: pd.DataFrame # model, task, doc_id, score
 
-def _best(scores:pd.DataFrame, label:str, custom:dict[int,list[str]], samples:pd.DataFrame|None)->str:
+def _best(scores:pd.DataFrame, label:str, custom:dict[int,dict[str,dict[str,str]]], samples:pd.DataFrame|None)->str:
     "Which of all rows is best."
-    rows = [table(n, scores, custom.get(n, ())) for n in paper.MADE]
+    rows = [table(n, scores, custom.get(n, {})) for n in paper.MADE]
     said = finding(0, pd.concat(rows).drop_duplicates('model'), label, samples)
     ours, theirs = said.removeprefix(f'Table 0, {label}: ').splitlines()
     return f'Of all rows, {ours}. {theirs}.'
@@ -177,7 +177,7 @@ def summary(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     label:str, # what the scores are of
     verdicts:pd.DataFrame, # of `claims`
-    custom:dict[int,list[str]]={}, # table -> rows below the paper's
+    custom:dict[int,dict[str,dict[str,str]]]={}, # table -> rows below the paper's, as `printed` takes them
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: errors of two models count as independent
     line:str='', # what the line between the candidates says (`pipeline.sweep.finding`), where it is scored
     beside:Run|None=None, # recorded seeds of the same profile
@@ -197,7 +197,7 @@ def publish(
     out:Path, # the run's folder
     label:str, # what the scores are of
     provenance:pd.DataFrame, # what was run, one row a stage
-    custom:dict[int,list[str]]={}, # table -> rows below the paper's
+    custom:dict[int,dict[str,dict[str,str]]]={}, # table -> rows below the paper's, as `printed` takes them
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
     made:str='', # processor, libraries, commit, days
     line:str='', # what the line between the candidates says, where it is scored
@@ -208,7 +208,7 @@ def publish(
     pictures.mkdir(parents=True, exist_ok=True)
     files, shown = write_tables(scores, out/'tables', label, custom, samples), []
     for n in paper.MADE:
-        rows = custom.get(n, ())
+        rows = custom.get(n, {})
         files.append(_save(figure(n, scores, label, rows, samples), pictures/f'table{n}.png'))
         title = finding(n, table(n, scores, rows), label, samples)
         said = f'{". ".join(title.removeprefix(f"Table {n}, {label}: ").splitlines())}.'

@@ -67,10 +67,10 @@ def as_html(
     return shown.to_html(index=False, escape=False, border=0)
 
 # %% ../../nbs/publishing/00_text.ipynb #83a9a801
-def _made(n:int, rows:Sequence[str], markup:str, custom:Sequence[str])->dict[str,list[str]]:
+def _made(n:int, rows:Sequence[str], markup:str, custom:Mapping[str,dict[str,str]])->dict[str,list[str]]:
     "The paper's columns between name and scores; empty for rows of which nothing is told."
     made = {r.model: r.made for r in paper.ROWS if r.table == n}
-    if isinstance(custom, Mapping): made |= {m: {h: _ESCAPE[markup](x) for h, x in custom[m].items()} for m in custom}
+    made |= {m: {h: _ESCAPE[markup](x) for h, x in custom[m].items()} for m in custom}
     return {h: [_in_markup(made.get(m, {}).get(h, ''), markup) for m in rows] for h in paper.MADE[n]}
 
 def _value(x:float, bold:bool, markup:_Markup)->str: return (markup.bold if bold else '{}').format(f'{x:.2f}')
@@ -79,7 +79,7 @@ def printed(
     n:int, # 3 to 7
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     markup:str, # one of MARKUPS
-    custom:Sequence[str]=(), # rows below the paper's, or mapped to what stands before their scores
+    custom:Mapping[str,dict[str,str]]={}, # rows below the paper's -> what stands before their scores
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
 )->pd.DataFrame: # strings
     "A table as it is printed."
@@ -174,7 +174,7 @@ def as_text(
     kind:str, # one of FILES, or 'text' for a terminal
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     label:str, # what the scores are of
-    custom:Sequence[str]=(), # rows below the paper's, or mapped to what stands before their scores
+    custom:Mapping[str,dict[str,str]]={}, # rows below the paper's -> what stands before their scores
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
 )->str:
     "One table in one format."
@@ -220,12 +220,12 @@ def write_tables(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     folder:Path, # for the table files
     label:str, # what the scores are of
-    custom:dict[int,list[str]]={}, # table -> rows below the paper's
+    custom:dict[int,dict[str,dict[str,str]]]={}, # table -> rows below the paper's, as `printed` takes them
     samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
 )->list[Path]: # files written
     "All tables of a run as text; the same scores give the same bytes."
     folder.mkdir(parents=True, exist_ok=True)
-    files = {f'table{n}.{ending}': as_text(n, ending, scores, label, custom.get(n, ()), samples)
+    files = {f'table{n}.{ending}': as_text(n, ending, scores, label, custom.get(n, {}), samples)
              for n in paper.MADE for ending in FILES}
     for name, x in _beside(scores, samples).items():
         files[f'{name}.csv'] = x.to_csv(index=False, float_format='%.4g')
