@@ -8,7 +8,8 @@ part of them. What fails, dies or is cut off is written down with what it had fo
   recipe     a random fp16 base in shards: SFT, stopped and resumed, reference, DPO, averages, SLERP, benchmarks
   sft, dpo   a random base of SOLAR-10.7B's shape made on the card, in NF4: tokens a second, share of the peak,
              bytes; attention in runs beside attention under a mask, in speed and gradient; SFT with and without
-             autocast and once profiled; how far log-probabilities move when pairs are grouped otherwise
+             fused norms and autocast, and once profiled; how far log-probabilities move when pairs are grouped
+             otherwise
   scoring    benchmarks/h6.py on HellaSwag, MMLU, GSM8K in bfloat16
   merging    merges on the card and on the CPU: the same bits?
 On a machine without a card everything runs at toy size. --wheels is a folder of wheels: those that the machine lacks,
@@ -196,6 +197,7 @@ def random_model(device: str, rank: int, dropout: float):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+    from solar_repro.models.loading import fuse_norms
     names = 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'
     size = (4096, 14336, 48, 32, 8) if device == 'cuda' else (64, 128, 2, 4, 2)
     config = LlamaConfig(**dict(zip(names, size)), vocab_size=32000, tie_word_embeddings=False,
@@ -215,6 +217,7 @@ def random_model(device: str, rank: int, dropout: float):
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.is_loaded_in_4bit = True
     lora = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules='all-linear', task_type='CAUSAL_LM')
+    fuse_norms(model)                                      # as `load_base` does on a card
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for w in model.parameters():
         if w.requires_grad: w.data = w.data.float()
@@ -269,6 +272,15 @@ def masked():
     finally: training.can_run = able
 
 
+@contextmanager
+def plain_norms(model):
+    "Norms as transformers computes them."
+    fused = {m: vars(m).pop('forward') for m in model.modules() if type(m).__name__.endswith('RMSNorm')}
+    try: yield
+    finally:
+        for m, f in fused.items(): m.forward = f
+
+
 def runs_beside_mask(model, work) -> dict:
     "Gradients of a step with attention in runs and under the mask, of a model without dropout: how far apart."
     import torch
@@ -312,6 +324,7 @@ def sft(device: str, folder: Path) -> Iterator[dict]:
     yield dict(autocast=timed(work, n, device, flops, peak))
     with masked(): under_mask = timed(work, n, device, whole, peak)
     yield dict(masked=under_mask)
+    with plain_norms(model): yield dict(plain_norms=timed(work, n, device, flops, peak))
     yield dict(profile_ms=profiled(work))
     trainer.accelerator.autocast = lambda *a, **k: nullcontext()
     try: yield dict(no_autocast=timed(work, n, device, flops, peak, 2))

@@ -100,6 +100,7 @@ def test_every_step_runs_at_toy_size(tmp_path):
     assert len(steps['recipe']['scores']) == 6 and steps['dpo']['noise_nats'] < 1
     beside = steps['dpo']['runs_beside_mask']
     assert not beside['can_run'] and beside['gradient_apart'] == 0 < beside['norm']
+    assert steps['sft']['plain_norms']['tok_s'] > 0
     assert steps['dpo']['masked']['tok_s'] > 0
     assert steps['sft']['autocast']['tok_s'] > 0 and len(steps['sft']['profile_ms']) == 10
     assert all(v for k, v in steps['merging'].items() if k != 'seconds')

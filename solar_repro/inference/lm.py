@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,7 +170,7 @@ def check_model(
                          'Choose a model whose attention reaches over its context.')
 
 # %% ../../nbs/inference/03_lm.ipynb #079ed3a8
-class SharedPrefixLM(TemplateLM):
+class SharedPrefixLM(LM):
     "lm-eval's `LM`, computing shared prefixes once and only the logits that are scored."
     def __init__(self,
         model:PreTrainedModel, # its device and dtype are used
@@ -187,17 +187,7 @@ class SharedPrefixLM(TemplateLM):
         check_model(model, self.max_length)
         self.limits, self.tokens_asked, self.tokens_computed = limits_of(model, batch_size), 0, 0
 
-    tokenizer_name = property(lambda self: self.tokenizer.name_or_path.replace('/', '__'))
-    eot_token_id = property(lambda self: self.tokenizer.eos_token_id)
-    prefix_token_id = property(lambda self: self.encoder.prefix_id)
-
-    def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        return self.encoder.encode([string], special=add_special_tokens)[0]
-
     def loglikelihood(self, requests, disable_tqdm=False): return _loglikelihoods(self, [r.args for r in requests])
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        return _score(self, tuple(as_request(c, x, self.max_length) for _, c, x in requests), AnswerCache(None))
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False): return _rolling(self, [r.args[0] for r in requests])
 
@@ -208,6 +198,12 @@ class SharedPrefixLM(TemplateLM):
     ):
         "Tokens of the longest request, with all that may be generated."
         return _longest(self, requests[0].request_type, [r.args for r in requests])
+
+    def of_tokens(self,
+        pairs:Sequence[tuple[list[int],list[int]]], # token ids of context and continuation
+    )->list[tuple[float,bool]]: # log-probability in nats; is it the greedy continuation
+        "Score requests that are tokens already; nothing is kept."
+        return _score(self, tuple(as_request(c, x, self.max_length) for c, x in pairs), AnswerCache(None))
 
 # %% ../../nbs/inference/03_lm.ipynb #82f98e43
 def _answer_cache(lm:SharedPrefixLM, *what)->AnswerCache:
@@ -274,7 +270,7 @@ def _generate(lm:SharedPrefixLM, contexts:tuple[str,...], kwargs:dict)->list[str
     "Texts of all contexts, in their order, cut at their stop strings."
     kwargs = normalize_gen_kwargs(kwargs, 256)
     check_greedy(lm.model, kwargs)
-    room, end = kwargs['max_gen_toks'], lm.tokenizer.decode(lm.eot_token_id)
+    room, end = kwargs['max_gen_toks'], lm.tokenizer.decode(lm.tokenizer.eos_token_id)
     if room >= lm.max_length:
         raise ValueError(f'inference: {room} tokens to generate; expected fewer than {lm.max_length}, '
                          'the context of the model. Lower max_gen_toks of the task.')
@@ -308,7 +304,7 @@ def _loglikelihoods(lm:SharedPrefixLM, pairs:list[tuple[str,str]])->list[tuple[f
 
 def _rolling(lm:SharedPrefixLM, texts:list[str])->list[float]:
     "Log-probability of whole texts, in windows that do not overlap."
-    windows = [[make_disjoint_window(w) for w in get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1)]
+    windows = [[make_disjoint_window(w) for w in get_rolling_token_windows(ids, lm.encoder.prefix_id, lm.max_length, 1)]
                for ids in lm.encoder.encode(texts)]
     requests = tuple(as_request(c, x, lm.max_length) for w in windows for c, x in w)
     got = iter(_score(lm, requests, _answer_cache(lm, 'rolling', texts)))

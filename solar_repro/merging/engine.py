@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..core.files import expanded, file_hash
 from ..core.store import read_sealed, sealed
-from .arithmetic import fill, gram, Mix, mix_for, numbers_for, Pad, SLICE, smallest_kept
+from .arithmetic import fill, gram, Mix, mix_for, numbers_for, Pad, smallest_kept
 from .config import MergeConfig, to_yaml
 from .methods import SLERP_THRESHOLD
 from solar_repro.merging.shards import (
@@ -38,7 +38,7 @@ from solar_repro.merging.shards import (
 from .vocabulary import check_same_vocabulary
 from ..models.checkpoints import (
     check_same_architecture, check_same_shape, Checkpoint, DTYPES, Entry, layer_of, mapped, one_thread_each,
-    open_checkpoint, REAL, without_copies)
+    open_checkpoint, REAL, SLICE, without_copies)
 from ..models.files import checkpoint_files
 from ..models.loading import load_empty
 

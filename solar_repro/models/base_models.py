@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from lm_eval.models.utils import resolve_max_length
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -188,9 +189,8 @@ def check_base(
     _check_whole(folder)
 
 # %% ../../nbs/models/05_base_models.ipynb #9e318fbc
-def _window(folder:Path)->int|None: # tokens
-    return getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(),
-                   'max_position_embeddings', None)
+def _window(folder:Path)->int: # tokens, as for `inference.lm.SharedPrefixLM`: what is trained will be asked
+    return resolve_max_length(AutoConfig.from_pretrained(folder, trust_remote_code=False), load_tokenizer(folder))
 
 def check_fit(
     folder:Path, # of the base
@@ -198,8 +198,7 @@ def check_fit(
     max_length:int, # tokens of a training row
 )->None:
     "Raise unless the base can read the template and rows of that length."
-    window = _window(folder)
-    if window and max_length > window:
+    if max_length > (window := _window(folder)):
         raise ValueError(f'base: reads {window} tokens, training rows have up to {max_length}; expected rows that fit. '
                          'Lower max_length in [sft] and [dpo] of the profile.')
     tokenizer, text = load_tokenizer(folder), ''.join(render(template, '', ''))
@@ -220,7 +219,7 @@ def check_prompts(
     "Raise unless the base can read the longest prompts of a benchmark."
     ids = token_ids(load_tokenizer(folder), sorted(prompts, key=len)[-32:])
     window, n_tok = _window(folder), max(map(len, ids)) + room
-    if window and n_tok > window:
+    if n_tok > window:
         raise ValueError(f'base: reads {window} tokens, the longest prompt of {task} has {n_tok}; expected prompts '
                          f'that fit. Lower {task} in [eval.num_fewshot] of the profile.')
 

@@ -87,7 +87,7 @@ def _check_shares(base:Path, encoder:RequestEncoder)->None:
         with quiet(): model = _small(base)
         asked = _probe(model)
         lm = SharedPrefixLM(model, encoder, max_length=N_TOKENS)
-        ours = [x for x, _ in lm._loglikelihood_tokens([(None, c, x) for c, x in asked])]
+        ours = [x for x, _ in lm.of_tokens(asked)]
         off = max(abs(a - _plain(model, *x).sum().item()) for a, x in zip(ours, asked, strict=True))
         said = '' if off < MOST_NATS else f'log-likelihoods of a small model of its kind are off by {off:.2g} nats'
     except Exception as e: # of any kind: a model that takes no mask, positions or cache of ours
