@@ -13,11 +13,11 @@ lib = c['lib_path']
 
 
 class BuildWithNotebooks(build_py):
-    "The notebooks travel in the package, from where `solar-repro init` lays them out."
+    "Notebooks, and the pictures on the front page, travel in the package, from where `solar-repro init` lays them out."
 
     def run(self):
         super().run()
-        for nb in sorted(Path('nbs').rglob('*.ipynb')):
+        for nb in sorted(p for p in Path('nbs').rglob('*') if p.suffix in ('.ipynb', '.png')):
             target = Path(self.build_lib, lib, 'notebooks', nb.relative_to('nbs'))
             if not self.editable_mode and not any(p.startswith(('.', '_')) for p in nb.parts):
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
 __all__ = ['Answers', 'ALPHA', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'MARGIN', 'MIN_SEEDS', 'PLAIN', 'with_h6', 'table',
            'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'detectable', 'all_comparisons', 'unresolved',
            'finding', 'judge', 'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'standing', 'in_short',
-           'Verdicts', 'in_words', 'over_seeds', 'noises', 'alike', 'replication', 'plain_words']
+           'Verdicts', 'in_words', 'over_seeds', 'together', 'noises', 'alike', 'replication', 'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
@@ -300,6 +300,14 @@ def over_seeds(
     six = about[about['task'].isin(H6_TASKS)].groupby('model', as_index=False)['n'].sum()
     about = pd.concat([about, six.assign(task='h6', metric='mean of six')])
     return x.rename(columns=dict(mean='score')).merge(about, 'left', ['model', 'task'])
+
+def together(
+    by_seed:dict[int,tuple[pd.DataFrame,pd.DataFrame]], # seed -> scores and samples of its trainings
+)->tuple[pd.DataFrame,pd.DataFrame]: # scores, those of `over_seeds` where there are several; samples, then with `seed`
+    "Scores and samples of one run, or of several as one."
+    if len(by_seed) == 1: return next(iter(by_seed.values()))
+    samples = pd.concat([x.assign(seed=s) for s, (_, x) in by_seed.items()], ignore_index=True)
+    return over_seeds({s: x for s, (x, _) in by_seed.items()}), samples
 
 def noises(
     scores:pd.DataFrame, # of `over_seeds`

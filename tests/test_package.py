@@ -109,10 +109,11 @@ def test_package_data_is_packed(tmp_path):
 # ---- imports
 
 QUIET = '''
-import importlib, os, random, sys
+import importlib.util, os, random, sys
 import bitsandbytes, datasets, matplotlib.pyplot, peft, scipy.stats, torch, transformers   # may do as they like
 from lm_eval.models.huggingface import HFLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+if importlib.util.find_spec('ray'): import ray                                             # an extra
 def refuse(event, args):
     if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'subprocess.Popen'):
         raise RuntimeError(f'{event} {args}')

@@ -203,8 +203,7 @@ def _engine(self:Experiment, missing:list[str], inputs:dict, costs:dict, on_even
     if sum(costs.values()) > LITTLE and machine.workers != 1:
         n = n_workers(machine, widest(inputs, costs), self._peak(missing), cards)
     if n == 1 and not apart: return InlineEngine(self.make, on_event)
-    threads = dict(OMP_NUM_THREADS=str(machine.threads))
-    env = lambda slot: threads | (dict(CUDA_VISIBLE_DEVICES=cards[slot]) if cards else {})
+    env = lambda k: dict(OMP_NUM_THREADS=str(machine.threads), **dict(CUDA_VISIBLE_DEVICES=cards[k]) if cards else {})
     return ProcessEngine([sys.executable, *WORKER], hello, n, env)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #7ef4b6bb
@@ -214,8 +213,11 @@ def run(self:Experiment,
     apart:bool=False, # in worker processes, even if there is but one: no model stays in this process
 )->None:
     "Build stages and everything that they need."
-    wanted = [n for n in self.needs(list(self.graph) if names is None else names) if self.find(n) is None]
-    if not wanted: return
+    names = self.needs(list(self.graph) if names is None else names)
+    if self.records and any(self.graph[n].kind in USES_BASE for n in names):
+        raise ValueError(f'experiment: {names[-1]!r} of {self.label}: what is recorded are answers and scores; '
+                         'expected scores, items, tables or claims. For models and logs leave recorded out.')
+    if not (wanted := [n for n in names if self.find(n) is None]): return
     if self.before_build: self.before_build([self.graph[n] for n in wanted])
     self._check(wanted)
     missing = [n for n in wanted if self.find(n) is None]
@@ -413,8 +415,7 @@ def label(self:Experiment)->str:
 def folder(self:Experiment)->Path:
     "The run's own folder, for tables, figures and executed notebooks; seeds other than 0, and records, have their own."
     p = self.profile
-    name = p.name + ('-recorded' if self.records else '')
-    return root()/'runs'/(name if p.seed == 0 else f'{name}-seed{p.seed}')
+    return root()/'runs'/f"{p.name}{'-recorded'*bool(self.records)}{f'-seed{p.seed}'*bool(p.seed)}"
 
 @patch
 def made_on(self:Experiment)->str:
@@ -439,8 +440,7 @@ def repeated(self:Experiment)->dict: # seed -> Experiment of that seed alone
     "Where the profile names more `seeds`, an experiment of each over the same store; for one seed nothing."
     seeds = sorted({self.profile.seed, *self.profile.seeds})
     if len(seeds) == 1: return {}
-    alone = self.profile.model_copy(update=dict(seeds=[]))
-    return {s: self.beside(alone, s, bool(self.records)) for s in seeds}
+    return {s: self.beside(self.profile.model_copy(update=dict(seeds=[])), s, bool(self.records)) for s in seeds}
 
 @patch
 def show(self:Experiment,

@@ -6,7 +6,7 @@
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
            'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records', 'recorded',
            'evaluations_of', 'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten', 'answer_in_words',
-           'find_flips', 'summary', 'over_records', 'kinds_in_words', 'replications']
+           'find_flips', 'summary', 'kinds_in_words', 'replications']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
 import gzip
@@ -316,15 +316,6 @@ def summary(
             f'Rows scored: {_tally(exp, s)}.</p>{_kinds(s)}{more}')
 
 # %% ../../nbs/pipeline/13_results.ipynb #53070559
-def over_records(
-    runs:list[dict], # records of several seeds
-)->tuple[pd.DataFrame,pd.DataFrame]: # scores (of `tables.over_seeds` where there are several), samples
-    "Several recorded runs as one."
-    scores = {r['seed']: read_scores(evaluations_of(r), r['protocol']) for r in runs}
-    samples = [read_samples(evaluations_of(r)).assign(seed=r['seed']) for r in runs]
-    together = tables.over_seeds(scores) if len(scores) > 1 else scores[runs[0]['seed']]
-    return together, pd.concat(samples, ignore_index=True)
-
 def kinds_in_words(
     profile:str, # its name
 )->str: # such as '`avx512` ran on AMD EPYC (AVX512)'
@@ -349,7 +340,8 @@ def replications(
         both = [s for s in runs if s in theirs]
         if both: sets[f'{main} by {other}'] = {f'{k}, {tables.in_short(both)}': [kinds[k][s] for s in both]
                                                for k in (main, other)}
-    def judged(x):
-        scores, samples = over_records(x)
+    def read(r): return read_scores(evaluations_of(r), r['protocol']), read_samples(evaluations_of(r))
+    def judged(runs):
+        scores, samples = tables.together({r['seed']: read(r) for r in runs})
         return tables.claims(scores, samples=samples)
     return {what: tables.replication({name: judged(x) for name, x in each.items()}) for what, each in sets.items()}

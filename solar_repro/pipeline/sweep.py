@@ -93,19 +93,20 @@ def best_weight(
 
 def finding(
     m:pd.DataFrame, # of `measured`
-    a:str, # the model whose share the weight is
     label:str, # what the scores are of
 )->str:
     "Is there a best weight that the items can tell from 0.5?"
-    x, h6 = best_weight(m), m[m['task'] == 'h6']
+    x, h6, w = best_weight(m), m[m['task'] == 'h6'], best_weight(m)['weight']
+    a, b = (h6.loc[h6['weight'] == end, 'model'].iloc[0] for end in (1, 0))
     can = 'can' if x['p'] < ALPHA else 'cannot'
     by = h6.pivot(index='weight', columns='method', values='score')
     apart = (by['linear'] - by['slerp']).abs().max()
-    beside = f"{100*x['difference']:+.1f} ± {100*x['se']:.1f} points, p = {x['p']:.2g}"
-    best = 'the even average' if x['weight'] == .5 else f'a weight that {can} be distinguished from 0.5 ({beside})'
-    return (f"H6 is highest at {x['weight']:g} on {a} ({100*x['score']:.1f}), {best}; weights from {x['low']:g} to "
-            f"{x['high']:g} cannot be distinguished from it. SLERP is at most {100*apart:.1f} points from the average "
-            f"of the same weights ({label}).")
+    at = {0.: f'{b} alone', .5: f'the even average of {a} and {b}', 1.: f'{a} alone'}
+    beside = '' if w == .5 else (f", which {can} be distinguished from the even average ({100*x['difference']:+.1f} ± "
+                                 f"{100*x['se']:.1f} points, p = {x['p']:.2g} after Holm's correction)")
+    return (f"H6 is highest at {at.get(w, f'{w:g} {a} + {1 - w:.4g} {b}')} ({100*x['score']:.1f}){beside}; weights of "
+            f"{a} from {x['low']:g} to {x['high']:g} cannot be distinguished from it. SLERP is at most "
+            f"{100*apart:.2f} points from the average of the same weights ({label}).")
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #0bfa66ba
 WEIGHTS_IN_PAPER = .4, .5, .6
@@ -127,7 +128,6 @@ def _line(ax, m:pd.DataFrame, others:Sequence[pd.DataFrame], task:str)->None:
 
 def sweep_figure(
     m:pd.DataFrame, # of `measured`
-    a:str, b:str, # the models at weight 1 and at 0
     label:str, # what the scores are of
     others:Sequence[pd.DataFrame]=(), # the same of other seeds
 )->plt.Figure:
@@ -137,6 +137,7 @@ def sweep_figure(
     for ax, task in zip(axes.flat, TITLES): _line(ax, m, others, task)
     axes.flat[-1].axis('off')
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc='center', fontsize=8)
+    a, b = (m.loc[m['weight'] == end, 'model'].iloc[0] for end in (1, 0))
     fig.supxlabel(f'weight: 0 is {b}, 1 is {a}; dotted: the weights of Table 7', fontsize=8.5)
-    fig.suptitle(finding(m, a, label), wrap=True, fontsize=9, ha='left', x=.01)
+    fig.suptitle(finding(m, label), wrap=True, fontsize=9, ha='left', x=.01)
     return fig

@@ -13,7 +13,9 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,8 @@ from fastcore.docments import docments
 
 from .. import __version__
 from ..core.files import expanded
-from .commands import COMMANDS, library, RENAMED
+from .commands import COMMANDS, RENAMED
+from .weights import library
 
 # %% ../../nbs/reports/03_cli.ipynb #9fe2b897
 def _path(text:str)->Path: # '~' in quotes is not the shell's
@@ -85,7 +88,8 @@ def _command(name:str)->str: # of COMMANDS
     hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(COMMANDS)}'
     raise argparse.ArgumentTypeError(f'{name!r} is no command; {hint}')
 
-_BUILD = 'table', 'show', 'diff', 'sweep', 'results', 'contamination', 'export' # these build what they lack, unasked
+# these build what they lack, unasked
+_BUILD = 'table', 'claims', 'show', 'diff', 'sweep', 'results', 'contamination', 'export'
 
 def _add_common(p:argparse.ArgumentParser)->None:
     "The options that choose an experiment; allowed before and after the command."
@@ -94,13 +98,17 @@ def _add_common(p:argparse.ArgumentParser)->None:
     p.add_argument('--seed', type=int, help="in place of the profile's seed", **if_given)
     p.add_argument('--store', type=_path, help='folder of the results (default: runs/store)', **if_given)
 
+def _filled(text:str, indent:int=0)->str: # spaces before its further lines
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2, subsequent_indent=' '*indent)
+
 def _new_parser(prog:str, what:str, ending:str)->_Parser:
-    return _Parser(prog=prog, description=what, epilog=ending, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    return _Parser(prog=prog, description=_filled(what), epilog=ending, formatter_class=how)
 
 # %% ../../nbs/reports/03_cli.ipynb #9e1a0b3a
 def _top_parser()->argparse.ArgumentParser:
     "Reads what stands before the command, and the command."
-    listed = '\n'.join(f'  {name:<15}{f.__doc__.splitlines()[0]}' for name, f in COMMANDS.items())
+    listed = '\n'.join(_filled(f'  {name:<15}{f.__doc__.splitlines()[0]}', 17) for name, f in COMMANDS.items())
     examples = '  solar-repro status --profile smoke\n  solar-repro table 5 --recorded\n  solar-repro merge --help'
     ending = f'commands:\n{listed}\n\nexamples:\n{examples}'
     p = _new_parser('solar-repro', 'Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', ending)
@@ -192,6 +200,7 @@ def _announce(
         raise ValueError(f'{what}, and would take more than a minute to build; expected --yes for that, since this is '
                          'no clone. Say --yes, or name the store of another folder with --store.')
     print(f'solar-repro: {what}; building them', file=sys.stderr)
+    exp.before_build = None                    # what is checked first builds data, which is a part of these
 
 # %% ../../nbs/reports/03_cli.ipynb #8f1dc7bb
 def _call(f:Callable, words:dict)->int: # exit status

@@ -103,10 +103,12 @@ def lay_out(
         raise ValueError(f'init: {folder} is not empty; expected a new folder. Name another.')
     hidden = lambda p: any(x.startswith(('.', '_')) for x in p.relative_to(source).parts)
     made = []
-    for p in sorted(x for x in source.rglob('*.ipynb') if not hidden(x)):
-        made.append(folder/'nbs'/p.relative_to(source))
-        made[-1].parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(p, made[-1])
+    with_pictures = (x for x in source.rglob('*') if x.suffix in ('.ipynb', '.png') and not hidden(x))
+    for p in sorted(with_pictures):
+        target = folder/'nbs'/p.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(p, target)
+        made += [target]*(p.suffix == '.ipynb')
     mark = '# marks the folder of a solar_repro project; results lie in runs/\n[DEFAULT]\nlib_name = solar_repro\n'
     write_whole(folder/'settings.ini', mark)
     return made

@@ -41,7 +41,7 @@ def line_found(
     if not (found := _line(exp)): return ''
     swept, line = found
     names = list(line['model'].unique())
-    return finding(measured(swept.scores(names), swept.samples(names), line), 'Cand. 1', exp.label)
+    return finding(measured(swept.scores(names), swept.samples(names), line), exp.label)
 
 
 

@@ -31,7 +31,7 @@ from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
 from ..pipeline.results import asked_hash, evaluations_of, read_items, read_scores, records
 from ..publishing.text import write_tables
-from ..tables import over_seeds
+from ..tables import together
 
 # %% ../../nbs/reports/00_verify.ipynb #3938ff6e
 PROBLEM = ['where', 'what', 'recorded', 'found']
@@ -280,12 +280,6 @@ def table_problems(
     return len(made), pd.DataFrame(out, columns=PROBLEM)
 
 # %% ../../nbs/reports/00_verify.ipynb #fa85877e
-def _together(counted:dict[int,tuple])->tuple[pd.DataFrame,pd.DataFrame]: # scores, samples
-    "What was counted of each seed, as the tables take it."
-    if len(counted) == 1: return next(iter(counted.values()))[:2]
-    samples = pd.concat([c[1].assign(seed=s) for s, c in counted.items()], ignore_index=True)
-    return over_seeds({s: c[0] for s, c in counted.items()}), samples
-
 def verify(
     exp:Experiment, # of the run
     folder:Path|None=None, # with the run's tables; None: those of the experiment's own folder
@@ -299,7 +293,7 @@ def verify(
     said += f', {n_scores} scores counted again from {n_items} answers'
     wrong = pd.concat([c[2] for c in counted.values()], ignore_index=True)
     if len(wrong): return said, wrong
-    n, problems = table_problems(exp, folder or exp.folder/'tables', *_together(counted))
+    n, problems = table_problems(exp, folder or exp.folder/'tables', *together({s: c[:2] for s, c in counted.items()}))
     n_records, more = record_problems(exp)
     said += f', {n} tables compared' if n else ', no tables to compare: solar-repro run writes them'
     said += (f', {n_records} recorded runs checked' if n_records else '')
