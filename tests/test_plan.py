@@ -13,7 +13,7 @@ from solar_repro.pipeline.cost_model import (
     BENCH, LENGTHS, SHAPES, eval_tokens, forward_flops, train_flops, train_memory)
 from solar_repro.pipeline.hardware import CARDS, Hardware
 from solar_repro.pipeline import machine
-from solar_repro.pipeline.plan import actual, blockers, make_plan, nothing, table
+from solar_repro.pipeline.plan import actual, blockers, make_plan, nothing, OWN, table
 from solar_repro.core.config import load_profile
 from solar_repro.models.training import arguments
 from solar_repro.pipeline.experiment import Experiment
@@ -112,6 +112,16 @@ def test_all_work_is_counted_at_rates_that_are_said_to_be_assumed(plans):
     assert 1900 < t.loc['SFT v1', 'tokens']/t.loc['SFT v1', 'hours']/3600 < 2300
 
 
+def test_the_front_page_says_the_plans_hours(plans):
+    page = (ROOT/'README.md').read_text(encoding='utf-8').splitlines()
+    for name in ('a100', 'a100-bf16'):
+        plan = plans[name][1]
+        rows = [plan.stages, plan.notebooks[plan.notebooks['stage'] != OWN]]
+        low, mid, high = (sum(r[k].sum() for r in rows) for k in ('hours_low', 'hours', 'hours_high'))
+        row, = (x for x in page if x.startswith(f'| `{name}` |'))
+        assert f'{mid:.0f} hours' in row and f'({low:.0f} to {high:.0f})' in row, (name, low, mid, high)
+
+
 def test_the_base_of_every_profile_is_pinned():
     for name in (*BIG, 'gpu-16gib'): assert re.fullmatch('[0-9a-f]{40}', load_profile(name).base.revision), name
 
@@ -123,7 +133,7 @@ def test_what_differs_between_profiles_differs_in_the_plan(plans):
     more = t['a100-bf16'].loc['SFT v3', 'gib'] - t['a100'].loc['SFT v3', 'gib']
     s = SHAPES['upstage/SOLAR-10.7B-v1.0']
     assert abs(more - s.linear*(2 - .516)/2**30) < .5                     # two bytes a weight instead of half a one
-    assert t['a100-bf16']['hours'].sum() < t['a100']['hours'].sum()       # nothing to unpack
+    assert t['a100-bf16']['hours'].sum() < t['a100']['hours'].sum()       # nothing is unpacked
 
 
 def test_evaluation_is_what_the_leaderboard_asks():
@@ -134,7 +144,7 @@ def test_evaluation_is_what_the_leaderboard_asks():
     assert forward_flops(SHAPES['upstage/SOLAR-10.7B-v1.0'], 0) == pytest.approx(2*10.6e9, rel=.02)
 
 
-def test_a_budget_of_tokens_computes_prompts_once_and_unpacks_less_often(plans):
+def test_a_budget_of_tokens_computes_prompts_once(plans):
     exp, plan = plans['a100']
     p = exp.profile
     dpo = p.dpo.model_copy(update=dict(max_tokens_per_microbatch=None, microbatches=32))

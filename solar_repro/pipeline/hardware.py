@@ -39,10 +39,13 @@ def published()->pd.DataFrame: # what, nf4, tok_s, share (of the A100's peak), s
     return pd.DataFrame([dict(what=r.what, nf4=r.nf4, tok_s=r.tok_s, share=6*r.linear*r.tok_s/(A100_TFLOPS*1e12),
                               source=r.source) for r in PUBLISHED])
 
-def _shares()->tuple[float,float,float]: # high, expected, low
-    "Quartiles, without Unsloth's runs: it has fused kernels of its own, which this path has not."
+_OTHER_PATHS = 'Unsloth|transformers' # kernels that this path has not, and attention under a mask
+
+def _shares(nf4:bool)->tuple[float,float,float]: # high, expected, low
+    "Quartiles of the runs that computed as this path does, with the base in four bits or in sixteen."
     x = published()
-    return tuple(float(x['share'][~x['what'].str.contains('Unsloth')].quantile(q)) for q in (.75, .5, .25))
+    x = x[(x['nf4'] == nf4) & ~x['what'].str.contains(_OTHER_PATHS)]
+    return tuple(float(x['share'].quantile(q)) for q in (.75, .5, .25))
 
 # %% ../../nbs/pipeline/06_hardware.ipynb #1eac17a7
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ class Card:
     bf16: bool                          # has the arithmetic for bfloat16
     shares: tuple[float, float, float]  # of the peak that is reached: high, expected, low
     source: str
+    nf4_shares: tuple[float, float, float]|None = None # the same where weights are unpacked; None: as many
 
 CARDS = {c.name: c for c in (
-    Card('A100-80GB', A100_TFLOPS, 80, 2039, True, _shares(), 'data sheet; rates assumed, from published runs'),
-    Card('A100-40GB', A100_TFLOPS, 40, 1555, True, _shares(), 'data sheet; rates assumed, from published runs'),
+    *(Card(f'A100-{n}GB', A100_TFLOPS, n, gb_s, True, _shares(False), 'data sheet; rates assumed, from published runs',
+           _shares(True)) for n, gb_s in ((80, 2039), (40, 1555))),
     Card('T4', 65, 15, 320, False, (.4, .3, .2), 'data sheet, float16; rates assumed'),
     Card('CPU', .1, 16, 20, True, (2., 1., .4), 'rates assumed, roughly those of two cores of a laptop: calibrate'))}
 

@@ -24,14 +24,16 @@ from .cost_model import (
 from .executor import remaining_path, simulate
 from .graph import build_graph, Stage
 from .hardware import Card, card, Hardware, NET_GB_S, READ_GB_S
+from ..publishing.text import in_terminal
 
 # %% ../../nbs/pipeline/07_plan.ipynb #3a902931
 @dataclass(frozen=True)
 class Cost:
     "What a stage takes."
     tokens: tuple[float, float, float] = (0., 0., 0.)   # low, expected, high
-    flops: tuple[float, float, float] = (0., 0., 0.)
-    other_s: tuple[float, float, float] = (0., 0., 0.)  # besides arithmetic: reading, unpacking, generating
+    flops: tuple[float, float, float] = (0., 0., 0.)    # with weights as they are
+    nf4_flops: tuple[float, float, float] = (0., 0., 0.) # with weights that are unpacked first
+    other_s: tuple[float, float, float] = (0., 0., 0.)  # besides arithmetic: reading, generating
     memory: float = 0.                                  # bytes on the card
     disk: float = 0.                                    # bytes that stay
     download: float = 0.                                # bytes
@@ -76,13 +78,6 @@ class Setting:
         "Size of the base's checkpoint."
         return (self.shape.linear + self.shape.other)*(4 if self.profile.base.source in ('tiny', 'random') else 2)
 
-    def unpacking(self,
-        x:dict, # numerics of a stage
-        n:float, # times that all weights are gone through
-    )->float: # seconds
-        "Time to unpack NF4 weights, at the speed of the card's memory."
-        return n*2.5*self.shape.linear/(self.card.gb_s*1e9) if x['nf4'] else 0.
-
 # %% ../../nbs/pipeline/07_plan.ipynb #2ad2db54
 def _fed(l:Lengths, n:int, x:dict)->tuple: # x: of a training; low, expected, high
     "Tokens of a set that go through the model: with a budget of tokens, the prompt of a pair once."
@@ -97,24 +92,23 @@ def _context(sets:list[tuple[Lengths,int]], x:dict, sft:bool, in_runs:bool)->flo
     return 2*row if x.get('max_tokens_per_microbatch') else row/2
 
 # %% ../../nbs/pipeline/07_plan.ipynb #67b92208
+def _arithmetic(x:dict, flops:tuple)->dict: # x: numerics of a stage
+    return {'nf4_flops' if x['nf4'] else 'flops': flops}
+
 def _train_cost(of:Setting, stage:Stage)->Cost:
     "SFT and DPO: rows times epochs, one microbatch after another."
     x, s, sft = stage.settings[stage.kind], of.shape, stage.kind == 'sft'
     sets = [of.lengths(i.removeprefix('data/')) for i in stage.inputs.values() if i.startswith('data/')]
     tokens, budget = _times(_plus(*(_fed(l, n, x) for l, n in sets)), x['epochs']), x.get('max_tokens_per_microbatch')
-    r, n_rows = lora_rank(of.graph, stage.name), sum(n for _, n in sets)*x['epochs']
-    rows_each = x['batch_size']//x['microbatches']
+    r, rows_each = lora_rank(of.graph, stage.name), x['batch_size']//x['microbatches']
     longest = x['max_length'] if sft else 2*min(x['max_length'], max(l.quantiles[-1] for l, _ in sets))
     n_tok = max(budget, longest) if budget else rows_each*longest
-    context = _context(sets, x, sft, of.in_runs(x))
-    n_micro = tokens[1]/n_tok if sft else tokens[1]/(.8*budget) if budget else n_rows/rows_each
-    again = x['activation_checkpointing']
+    context, again = _context(sets, x, sft, of.in_runs(x)), x['activation_checkpointing']
     memory = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok,
                           None if budget else x['microbatches'], again, of.device,
                           0 if of.in_runs(x) else longest if sft or budget else longest//2)
-    unpack = of.unpacking(x, n_micro*(2 + again))
-    return Cost(tokens, _times(tokens, train_flops(s, context, r, again)), _plus(_reading(of.base_bytes), (unpack,)*3),
-                sum(memory.values()), s.lora(r)*4)
+    return Cost(tokens, **_arithmetic(x, _times(tokens, train_flops(s, context, r, again))),
+                other_s=_reading(of.base_bytes), memory=sum(memory.values()), disk=s.lora(r)*4)
 
 # %% ../../nbs/pipeline/07_plan.ipynb #8a83b239
 def _ref_cost(of:Setting, stage:Stage)->Cost:
@@ -126,10 +120,9 @@ def _ref_cost(of:Setting, stage:Stage)->Cost:
     layer = 40*s.hidden                                # a layer's working space
     if budget: logits = head_bytes(s, n_tok, x['compute_dtype'], of.device, True)
     else: logits = 12*s.vocab*n_tok                    # of every token, their float32, their log-softmax
-    unpack = of.unpacking(x, tokens[1]/(.8*budget if budget else 2048))
     context = _context([(l, n)], x, False, of.in_runs(x))
-    return Cost(tokens, _times(tokens, forward_flops(s, context, r)), _plus(_reading(of.base_bytes), (unpack,)*3),
-                parts['weights'] + parts['adapter'] + logits + n_tok*layer, 30*n)
+    return Cost(tokens, **_arithmetic(x, _times(tokens, forward_flops(s, context, r))), other_s=_reading(of.base_bytes),
+                memory=parts['weights'] + parts['adapter'] + logits + n_tok*layer, disk=30*n)
 
 # %% ../../nbs/pipeline/07_plan.ipynb #0016a955
 def _eval_cost(of:Setting, stage:Stage)->Cost:
@@ -144,15 +137,16 @@ def _eval_cost(of:Setting, stage:Stage)->Cost:
     step_s = tuple(of.base_bytes/(of.card.gb_s*1e9)*k for k in (1.2, 2., 4.))
     first = x['task'] == H6_TASKS[0]                   # a model is put together for its first benchmark
     load = _times(_reading(of.base_bytes + s.lora(64)*8), float(first))
-    return Cost((read + made,)*3, (flops,)*3, _plus(load, _times(step_s, made/x['batch_size'])), of.base_bytes + GIB,
-                400*min(items.n, n_items))
+    return Cost((read + made,)*3, (flops,)*3, other_s=_plus(load, _times(step_s, made/x['batch_size'])),
+                memory=of.base_bytes + GIB, disk=400*min(items.n, n_items))
 
 def _own_cost(of:Setting, stage:Stage)->Cost:
     "Answers to held-out rows, as long as the rows' own: half of a row, about."
     l, n = of.rows_of(stage)
     step_s = tuple(of.base_bytes/(of.card.gb_s*1e9)*k for k in (1.2, 2., 4.))
     steps_s = _times(step_s, n*l.mean/2/stage.settings['batch_size'])
-    return Cost((n*l.mean,)*3, (n*l.mean*forward_flops(of.shape, l.mean/2),)*3, steps_s, of.base_bytes + GIB, 400*n)
+    return Cost((n*l.mean,)*3, (n*l.mean*forward_flops(of.shape, l.mean/2),)*3, other_s=steps_s,
+                memory=of.base_bytes + GIB, disk=400*n)
 
 # %% ../../nbs/pipeline/07_plan.ipynb #d793d0f4
 def _base_cost(of:Setting, stage:Stage)->Cost:
@@ -184,8 +178,8 @@ OWN = '07_your_own, where it is run'
 def _together(costs:list[Cost])->Cost:
     "One thing after another."
     def summed(k): return _plus(*(getattr(c, k) for c in costs))
-    return Cost(summed('tokens'), summed('flops'), summed('other_s'), max(c.memory for c in costs),
-                sum(c.disk for c in costs), sum(c.download for c in costs))
+    return Cost(summed('tokens'), summed('flops'), summed('nf4_flops'), summed('other_s'),
+                max(c.memory for c in costs), sum(c.disk for c in costs), sum(c.download for c in costs))
 
 def _notebook_costs(of:Setting)->dict[str,Cost]:
     "What notebooks compute beside the graph's stages."
@@ -214,9 +208,11 @@ class Plan:
         return self.stages[~self.stages['held']]
 
 def _row(name:str, kind:str, held:bool, w:Cost, c:Card)->dict:
-    low, mid, high = ((f/(c.tflops*1e12*share) + o)/3600 for f, o, share in zip(w.flops, w.other_s, c.shares))
+    peak, each = c.tflops*1e12, zip(w.flops, c.shares, w.nf4_flops, c.nf4_shares or c.shares, w.other_s)
+    low, mid, high = ((f/(peak*share) + g/(peak*slower) + o)/3600 for f, share, g, slower, o in each)
     return dict(stage=name, kind=kind, held=held, tokens=w.tokens[1], tokens_low=w.tokens[0],
-                tokens_high=w.tokens[2], pflop=w.flops[1]/1e15, hours_low=low, hours=mid, hours_high=high,
+                tokens_high=w.tokens[2], pflop=(w.flops[1] + w.nf4_flops[1])/1e15,
+                hours_low=low, hours=mid, hours_high=high,
                 gib=w.memory/GIB, disk_gib=w.disk/GIB, download_gib=w.download/GIB)
 
 def nothing(name:str)->None: "An empty store: no stage is built."
@@ -246,11 +242,11 @@ _SUMS = 'tokens_low', 'tokens', 'tokens_high', 'pflop', 'hours_low', 'hours', 'h
 def grouped(
     plan:Plan,
 )->pd.DataFrame: # what, held, and the sums; gib is the largest
-    "The plan with files, and each model's benchmarks, in one row."
-    s, files = plan.stages, dict(data='training sets', bench='benchmarks')
+    "The plan with files, held-out rows, and each model's benchmarks in one row."
+    s, files = plan.stages, dict(data='training sets', bench='benchmarks', own='held-out rows')
     model = np.where(s['kind'] == 'eval', s['stage'].str.rsplit('/', n=1).str[0], s['stage'])
     what = pd.Series(np.where(s['kind'].isin(list(files)), s['kind'].map(files), model))
-    what = what.str.replace('ref/', 'reference: ').str.replace('eval/', 'evaluate ')
+    what = what.str.replace('ref/', 'ref ').str.replace('eval/', 'evaluate ')
     s = s.assign(what=what.values, n=1, built=s['held'].astype(int))
     g = s.groupby('what', sort=False).agg(dict({k: 'sum' for k in _SUMS}, gib='max', n='sum', built='sum'))
     return g.assign(held=g.pop('built').astype(str) + ' of ' + g.pop('n').astype(str)).reset_index()
@@ -263,9 +259,9 @@ def _span(low:float, high:float)->str: return f'{_near(low)}-{_near(high)}' if _
 
 def _cells(r, price:float|None, k:float)->list[str]: # k: 1 for hours and EFLOP, 60 for minutes and PFLOP
     cost = [_near(r['hours']*price)] if price is not None else []
-    return [r['what'], r['held'], _span(r['tokens_low']/1e6, r['tokens_high']/1e6), _near(r['tokens']/1e6),
-            _near(r['pflop']/(1 if k > 1 else 1e3)), _span(r['hours_low']*k, r['hours_high']*k), _near(r['hours']*k),
-            *cost, _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib'])]
+    return [r['what'], r['held'], _near(r['hours']*k), _span(r['hours_low']*k, r['hours_high']*k), *cost,
+            _near(r['gib']), _near(r['disk_gib']), _near(r['download_gib']), _near(r['tokens']/1e6),
+            _span(r['tokens_low']/1e6, r['tokens_high']/1e6), _near(r['pflop']/(1 if k > 1 else 1e3))]
 
 def _total(what:str, g:pd.DataFrame)->dict:
     return dict(g.sum(numeric_only=True), what=what, held='', gib=g['gib'].max())
@@ -277,8 +273,8 @@ def table(
     "The plan as text, with its total; what one may leave out stands below."
     k = 60. if plan.stages['hours_high'].sum() < 3 else 1.
     time, work = ('min', 'PFLOP') if k > 1 else ('hours', 'EFLOP')
-    head = ['stage', 'held', 'M tok, range', 'M tok', work, f'{time}, range', time,
-            *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB', 'fetch GiB']
+    head = ['stage', 'held', time, 'range', *(['price'] if plan.price is not None else []), 'GiB', 'disk GiB',
+            'fetch GiB', 'M tok', 'range', work]
     more = plan.notebooks.assign(what=plan.notebooks['stage'], held='')
     g, left, held = grouped(plan), plan.missing, plan.stages['held'].any()
     g = pd.concat([g, more[more['what'] != OWN]])
@@ -287,12 +283,10 @@ def table(
         totals.append(_total('still to do', grouped(replace(plan, stages=left.reset_index(drop=True)))))
     totals += more[more['what'] == OWN].to_dict('records')
     rows, ends = ([_cells(r, plan.price, k) for r in rs] for rs in (g.to_dict('records'), totals))
-    wide = [max(map(len, column)) for column in zip(head, *rows, *ends)]
-    def line(r): return '  '.join([r[0].ljust(wide[0]), *(x.rjust(w) for x, w in zip(r[1:], wide[1:]))])
     top = plan.stages.loc[plan.stages['gib'].idxmax()]
     over = [f"{plan.card.name} has {plan.card.gib:.0f} GiB of memory: {top['stage']} needs {top['gib']:.0f}."]
-    return '\n'.join([line(head), *map(line, rows), '-'*len(line(head)), *map(line, ends),
-                      *over*bool(top['gib'] > plan.card.gib)])
+    shown = in_terminal(pd.DataFrame([*rows, ['']*len(head), *ends], columns=head))
+    return '\n'.join([shown, *over*bool(top['gib'] > plan.card.gib)])
 
 # %% ../../nbs/pipeline/07_plan.ipynb #ce19447e
 def _missing(plan:Plan, graph:dict[str,Stage])->tuple[dict[str,list[str]],dict[str,float]]: # inputs, hours
@@ -365,7 +359,7 @@ def actual_text(x:pd.DataFrame)->str: # of `actual`
         'MiB': x['disk_gib']*1024, 'measured MiB': x['measured_gib']*1024})
     g = x.groupby('kind', sort=False)[['hours', 'measured_hours']].sum()
     sums = [f'{k}: planned {r.hours*3600:.0f} s, measured {r.measured_hours*3600:.0f} s' for k, r in g.iterrows()]
-    return '\n'.join([d.to_string(index=False, float_format='%.3g', na_rep=''), *sums])
+    return '\n'.join([in_terminal(d, float_format='%.3g', na_rep=''), *sums])
 
 # %% ../../nbs/pipeline/07_plan.ipynb #a8af9d2c
 TRAINED = 'sft', 'ref', 'dpo'
@@ -396,8 +390,10 @@ def _disk_blockers(plan:Plan, found:Hardware)->list[str]:
 
 def _offline_blockers(p:Profile, m:pd.DataFrame)->list[str]:
     if not {'base', 'data', 'bench'} & set(m['kind']): return []
+    without = f' Or set SOLAR_DATA to a folder of data: then the base is {p.base.offline}.' if p.base.offline else ''
     return [f'the base {p.base.source} is not at hand and HF_HUB_OFFLINE forbids to fetch it; '
-            f'{m["download_gib"].sum():.0f} GiB of base and data are needed. Unset it, or fetch on another machine.']
+            f'{m["download_gib"].sum():.0f} GiB of base and data are needed. Unset it, or fetch on another '
+            f'machine.{without}']
 
 def blockers(
     p:Profile, # what is to run
