@@ -76,7 +76,7 @@ def idle(graph: dict, events: list, n: int) -> float:
 
 def cards() -> list[dict]:
     "What the paper's scale takes from begin to end on 1 to 8 cards, by the scheduler on a clock."
-    p = load_profile('a100')
+    p = load_profile('a100-bf16')                       # the one to take where a card has 80 GB
     graph = build_graph(p)
     return by_workers(make_plan(p, graph, lambda name: None), graph).to_dict('records')
 
@@ -117,7 +117,7 @@ def verdicts(r: dict) -> list[str]:
 def show(r: dict) -> str:
     lines = [f'{"":<16}{"seconds":>9}{"idle":>7}   each']
     lines += [f'{x["way"]:<16}{x["seconds"]:>9.1f}{x["idle"]:>7.0%}   {x["all_s"]}' for x in r['rows']]
-    lines += ['', f'{"cards, a100":<16}{"hours":>9}{"busy":>7}{"of bound":>10}']
+    lines += ['', f'{"cards":<16}{"hours":>9}{"busy":>7}{"of bound":>10}']
     lines += [f'{x["workers"]:<16}{x["hours"]:>9.1f}{x["busy"]:>7.0%}{x["bound"]:>10.2f}' for x in r['cards']]
     return '\n'.join(lines)
 
@@ -125,8 +125,8 @@ def show(r: dict) -> str:
 def page(r: dict, command: str) -> str:
     where = f'{platform.machine()}, {os.cpu_count()} CPU cores'
     return (f'# Stages side by side\n\nProfile {r["profile"]}, {r["stages"]} stages, on {where}, load {r["load"]:.1f} '
-            f'before; medians of {len(r["rows"][0]["all_s"])}. The hours of a100 are simulated: the scheduler on a '
-            f'clock, with the plan\'s hours of each stage.\n\n' + '\n'.join(verdicts(r))
+            f'before; medians of {len(r["rows"][0]["all_s"])}. The hours of cards are those of a100-bf16, '
+            'simulated: the scheduler on a clock, with the plan\'s hours of each stage.\n\n' + '\n'.join(verdicts(r))
             + f'\n\nRepeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n')
 
 
