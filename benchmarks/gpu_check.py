@@ -83,7 +83,7 @@ def four_bits(device: str, folder: Path) -> Iterator[dict]:
     packed, state = bnb.functional.quantize_4bit(x, quant_type='nf4', compress_statistics=True)
     far = (bnb.functional.dequantize_4bit(packed, state) - x).norm()/x.norm()
     yield dict(nf4_error=far.item())
-    w = torch.nn.Parameter(torch.ones(64, 64, device=device))
+    w = torch.nn.Parameter(torch.ones(512, 512, device=device))   # of fewer than 1e5 elements nothing is paged
     optimizer = bnb.optim.PagedAdamW32bit([w], lr=.1)
     w.grad = torch.ones_like(w)
     optimizer.step()

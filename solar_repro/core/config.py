@@ -129,7 +129,8 @@ class Training(Numerics):
     save_steps: Positive # steps between checkpoints
     microbatches: Positive = 1 # a step, each of batch_size / microbatches rows
     activation_checkpointing: bool = False # activations are computed again in the backward pass, not kept
-    optimizer: Literal['adamw_torch_fused', 'paged_adamw_32bit'] = 'adamw_torch_fused' # paged: state may leave the card
+    # paged: state may leave the card, and bitsandbytes never frees it
+    optimizer: Literal['adamw_torch_fused', 'paged_adamw_32bit'] = 'adamw_torch_fused'
 
     @model_validator(mode='after')
     def _whole_microbatches(self):

@@ -8,6 +8,7 @@ __all__ = ['N_DRAFT', 'PromptLookup', 'width', 'BufferLayer', 'prefill', 'Decodi
 # %% ../../nbs/inference/02_generation.ipynb #cd613e30
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ class Decoding:
     )->None:
         "Let the other rows leave."
         at = torch.tensor(rows, device=self.real.device)
-        self.layers = [(k[at], v[at]) for k, v in self.layers]
+        for i, (k, v) in enumerate(self.layers): self.layers[i] = k[at], v[at]     # one layer twice in memory, no more
         self.real, self.lengths = self.real[at], self.lengths[at]
         self.live, self.lookups, self.n_new = ([xs[k] for k in rows] for xs in (self.live, self.lookups, self.n_new))
 
@@ -164,8 +165,9 @@ def decode_pass(
     cache = Cache(layers=[BufferLayer(k, v, filled + at, filled + n) for k, v in x.layers])
     want = torch.tensor([b*q + j for b, t in enumerate(drafts) for j in range(1 + len(t))], device=d)
     logits = forward(model, ids, want, x.lengths[:, None] + at, as_mask(seen, model.dtype), cache)
-    says = logits.argmax(-1).split([1 + len(t) for t in drafts])
-    return [s[:1 + n_common(t, s)] for t, s in zip(drafts, [s.tolist() for s in says])]
+    says = iter(logits.argmax(-1).tolist())
+    rows = [list(islice(says, 1 + len(t))) for t in drafts]
+    return [s[:1 + n_common(t, s)] for t, s in zip(drafts, rows)]
 
 # %% ../../nbs/inference/02_generation.ipynb #056aa3cf
 def generate(

@@ -226,6 +226,11 @@ def check_fits(
         raise ValueError(f"adapters: they change {odd[:3]}, which {base} does not have in that shape; "
                          "expected adapters trained on this base.")
 
+def _as_it_computes(model:PreTrainedModel)->PreTrainedModel:
+    "In float16 where a card has no arithmetic for bfloat16, as Turing's (T4) and older ones."
+    old = model.device.type=='cuda' and torch.cuda.get_device_capability(model.device)<(8, 0)
+    return model.half() if old and model.dtype==torch.bfloat16 else model
+
 def materialize(
     adapted:AdaptedModel, # what to build
     device:str='cpu', # 'cpu' or 'cuda'
@@ -234,6 +239,7 @@ def materialize(
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(adapted.base, dtype='auto', device_map={'': device},
                                                      trust_remote_code=False).eval()
+    model = _as_it_computes(model)
     change, params = deltas(adapted.adapters), dict(model.named_parameters())
     check_fits(change, {n: tuple(w.shape) for n,w in params.items()}, adapted.base)
     with torch.no_grad():

@@ -30,14 +30,17 @@ from .readiness import check_askable, check_before_training
 from .stages import BUILDERS
 
 # %% ../../nbs/pipeline/09_builder.ipynb #a5d533fe
-LOADS_ITS_OWN = 'sft', 'ref', 'dpo', 'quantization' # kinds of stages that load a model beside the one in memory
+LOADS_ITS_OWN = 'base', 'sft', 'ref', 'dpo', 'quantization' # kinds of stages that load a model beside the one in memory
 
 class Builder:
     "Builds stages in this process, one after another."
     def __init__(self,
         machine:Machine, # threads and device of the profile
         store:Store, # takes what is built
-    ): self.machine, self.store, self._resident = machine, store, None
+    ):
+        self.machine, self.store, self._resident = machine, store, None
+        # microbatches have many shapes; read when the first tensor is made on a card
+        if machine.device == 'cuda': os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')
 
     def _prepare(self)->None:
         "The machine's settings, which results depend on."

@@ -9,6 +9,7 @@ __all__ = ['MISTAKES', 'TRIES', 'LOOK_AGAIN_S', 'Event', 'Engine', 'remaining_pa
 # %% ../../nbs/pipeline/10_executor.ipynb #cbf82dca
 import heapq
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,6 +167,12 @@ def raise_failed(
     raise error
 
 # %% ../../nbs/pipeline/10_executor.ipynb #5e5ae8e1
+def _let_go(e:BaseException)->None:
+    "Empty the frames of an error, which else hold the model that was in work for as long as the error is known."
+    while e:
+        traceback.clear_frames(e.__traceback__)
+        e = e.__context__
+
 class InlineEngine:
     "Builds one stage after another in this process."
     n_slots = 1
@@ -177,7 +184,10 @@ class InlineEngine:
     def start(self, slot:int, name:str)->None:
         try: self.build(name, lambda done, total: self.on_event(Event(slot, name, 'step', done, total)))
         except BlockingIOError: self.said.append(Event(slot, name, 'busy'))
-        except Exception as e: self.said.append(Event(slot, name, 'failed', error=e))
+        except BaseException as e:
+            _let_go(e)
+            if not isinstance(e, Exception): raise             # Ctrl-C
+            self.said.append(Event(slot, name, 'failed', error=e))
         else: self.said.append(Event(slot, name, 'done'))
 
     def events(self, wait_s:float)->list[Event]:

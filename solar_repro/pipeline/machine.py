@@ -105,6 +105,17 @@ def _step_times(
     return sorted(b - a for a, b in zip(clock.ends, clock.ends[1:])), n_rows*(x.max_length//4)*4
 
 # %% ../../nbs/pipeline/08_machine.ipynb #55598535
+def _memory_rate(device:str, n:int=2**28)->float: # GB/s; n: bytes
+    "How fast memory is read and written, by copies within it."
+    x = torch.empty(n, dtype=torch.uint8, device=device)
+    y, best = torch.empty_like(x), float('inf')
+    for _ in range(4):
+        start = time.perf_counter()
+        y.copy_(x)
+        if device == 'cuda': torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2*n/best/1e9
+
 def calibrate(
     p:Profile, # the numerical setting of its [sft]
     s:Shape, # of its base
@@ -120,7 +131,7 @@ def calibrate(
     flops = train_flops(replace(s, n_layers=n_layers), n_row, p.sft.lora_r, again)*n_tok
     best, mid, worst = (flops/t/1e12 for t in (times[0], times[len(times)//2], times[-1]))
     found = detect(Path.cwd())
-    return Card(found.name, mid, found.gib, float('inf'), found.bf16, (best/mid, 1., .8*worst/mid),
+    return Card(found.name, mid, found.gib, _memory_rate(p.machine.device), found.bf16, (best/mid, 1., .8*worst/mid),
                 f'measured: {len(times)} steps of {n_layers} layers, {n_tok} tokens each')
 
 # %% ../../nbs/pipeline/08_machine.ipynb #838b7038

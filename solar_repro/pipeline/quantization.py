@@ -84,6 +84,7 @@ def build_quantization(out:Path, settings:dict, inputs:dict[str,Artifact], conte
             shown = score['protocols'][settings['protocol']]
             scores.append(dict(way=way, task=t, score=shown['score'], se=shown['se']))
             context.on_progress(k*len(H6_TASKS) + j + 1, len(MERGED_ONTO)*len(H6_TASKS))
+        del model                              # before the next is loaded
     far = [dict(way=w, **kl_summary(said[0], q)) for w, q in zip(MERGED_ONTO, said)]
     pd.DataFrame(far).to_csv(out/'divergence.csv', index=False)
     pd.DataFrame(scores).to_csv(out/'scores.csv', index=False)

@@ -104,9 +104,10 @@ def finding(
     at = {0.: f'{b} alone', .5: f'the even average of {a} and {b}', 1.: f'{a} alone'}
     beside = '' if w == .5 else (f", which {can} be distinguished from the even average ({100*x['difference']:+.1f} ± "
                                  f"{100*x['se']:.1f} points, p = {x['p']:.2g} after Holm's correction)")
-    return (f"H6 is highest at {at.get(w, f'{w:g} {a} + {1 - w:.4g} {b}')} ({100*x['score']:.1f}){beside}; weights of "
-            f"{a} from {x['low']:g} to {x['high']:g} cannot be distinguished from it. SLERP is at most "
-            f"{100*apart:.2f} points from the average of the same weights ({label}).")
+    where = at.get(w, f'{w:g} {a} + {1 - w:.4g} {b}')
+    return (f"On the line from {b} to {a} H6 is highest at {where} ({100*x['score']:.1f}){beside}; weights of {a} from "
+            f"{x['low']:g} to {x['high']:g} cannot be distinguished from it. SLERP is at most {100*apart:.2f} points "
+            f"from the average of the same weights ({label}).")
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #0bfa66ba
 WEIGHTS_IN_PAPER = .4, .5, .6
@@ -138,6 +139,6 @@ def sweep_figure(
     axes.flat[-1].axis('off')
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc='center', fontsize=8)
     a, b = (m.loc[m['weight'] == end, 'model'].iloc[0] for end in (1, 0))
-    fig.supxlabel(f'weight: 0 is {b}, 1 is {a}; dotted: the weights of Table 7', fontsize=8.5)
+    fig.supxlabel(f'weight: 0 is {b}, 1 is {a}; dotted: 0.4, 0.5 and 0.6, as in Table 7', fontsize=8.5)
     fig.suptitle(finding(m, label), wrap=True, fontsize=9, ha='left', x=.01)
     return fig
