@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Answers', 'ALPHA', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'MARGIN', 'MIN_SEEDS', 'PLAIN', 'with_h6', 'table',
            'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'detectable', 'all_comparisons', 'unresolved',
-           'finding', 'judge', 'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'standing', 'in_short',
-           'Verdicts', 'in_words', 'over_seeds', 'together', 'noises', 'alike', 'replication', 'plain_words']
+           'finding', 'judge', 'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'second_noise', 'standing',
+           'in_short', 'Verdicts', 'in_words', 'over_seeds', 'together', 'noises', 'alike', 'replication',
+           'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
@@ -255,6 +256,15 @@ def verdicts_on_paper()->pd.DataFrame: # claim, and its verdict under each noise
     on = lambda c, x: overall(list(_compare(c, x)['verdict']))
     return pd.DataFrame([dict(claim=c.name, **{by: on(c, x) for by, x in under.items()}) for c in CLAIMS])
 
+def second_noise(
+    verdicts:pd.DataFrame, # of `claims`
+)->list[str]: # such as 'not with the spread of harness or recipe'; empty where the verdict holds
+    "With which spread of others' measurements each verdict on the paper's numbers is lost."
+    under = verdicts_on_paper().set_index('claim')
+    lost = [[by for by in paper.SPREADS if c in under.index and under.loc[c, by] != v]
+            for c, v in zip(verdicts['claim'], verdicts['on_paper'])]
+    return [f'not with the spread of {" or ".join(x)}' if x else '' for x in lost]
+
 # %% ../nbs/06_tables.ipynb #2cafdd30
 MIN_SEEDS = 3 # trainings of each model; with fewer, verdicts are provisional
 
@@ -275,8 +285,11 @@ def in_short(
 
 class Verdicts(pd.DataFrame):
     "Verdicts in words; in a terminal without the numbers, of which pandas would show nothing else."
+    _metadata = ['found'] # of `claims`
+
     def __repr__(self)->str:
-        return tabulate(self.iloc[:, :3], headers='keys', showindex=False, maxcolwidths=34, maxheadercolwidths=20)
+        how = dict(showindex=False, maxcolwidths=[34, 22, 18], maxheadercolwidths=20)
+        return tabulate(self.iloc[:, :3], headers='keys', **how)
 
 def in_words(
     verdicts:pd.DataFrame, # of `claims`
@@ -284,7 +297,10 @@ def in_words(
     "Verdicts for people."
     columns = {'claim': 'claim', 'on_paper': "on the paper's numbers (one training each: provisional)",
                'on_ours': f'on ours ({standing(verdicts["seeds"].iloc[0])})', 'our_numbers': 'our numbers'}
-    return Verdicts(verdicts[list(columns)].rename(columns=columns))
+    noted = [f'{v} ({lost})' if lost else v for v, lost in zip(verdicts['on_paper'], second_noise(verdicts))]
+    out = Verdicts(verdicts.assign(on_paper=noted)[list(columns)].rename(columns=columns))
+    out.found = verdicts
+    return out
 
 # %% ../nbs/06_tables.ipynb #5ff572f0
 def over_seeds(

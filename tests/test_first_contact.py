@@ -98,7 +98,7 @@ def test_where_the_line_is_asked_at_the_papers_points_nothing_new_is_built(full,
     assert main(['sweep', 'Cand. 1', 'Cand. 2', '--points', '3', '--profile', 'smoke', '--store', str(full)]) == 0
     assert {a.path for a in exp.store.entries()} == before
     out = capsys.readouterr().out
-    assert 'distinguished from it' in out and Path(out.splitlines()[-1]).stat().st_size > 10_000
+    assert 'distinguished from it' in ' '.join(out.split()) and Path(out.splitlines()[-1]).stat().st_size > 10_000
     m, scores = sweep(exp, 'Cand. 1', 'Cand. 2', 3), exp.scores().set_index(['model', 'task'])['score']
     gsm8k = m[m['task'] == 'gsm8k'].set_index(['method', 'weight'])['score']
     theirs = {('linear', 0.): 'Cand. 2', ('linear', .5): 'Merge v1', ('slerp', .5): 'Merge v4',
@@ -144,6 +144,8 @@ def test_addresses_are_those_of_settings():
     found = re.findall(r'https://(?:colab\.research\.google\.com/github|mybinder\.org/v2/gh)/([^)\s]+)', readme)
     assert len(found) == 2 and all(x.startswith(repo) and branch in x for x in found), found
     for x in found: assert (ROOT/re.search(r'nbs.*', unquote(x))[0]).is_file(), x
+    ours = re.findall(r'https://github\.com/[^\s)`}]*solar-repro[^\s)`}]*', readme)        # clone, pip, BibTeX
+    assert len(ours) > 2 and all(x.startswith(c['git_url']) for x in ours), ours
     cff = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
     assert (cff['repository-code'], cff['version'], cff['cff-version']) == (c['git_url'], c['version'], '1.2.0')
     names = [f'{a["given-names"]} {a["family-names"]}' for a in cff['references'][0]['authors']]

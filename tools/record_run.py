@@ -73,18 +73,22 @@ def replicated(profile: str) -> list[str]:
 
 
 def in_short(profile: str) -> str:
-    "What becomes of the claims over all recorded seeds, which row is best, how large chance is."
+    "What becomes of the claims over all recorded seeds, what replicates, which row is best, how large chance is."
     from solar_repro.pipeline.experiment import Experiment
+    from solar_repro.pipeline.results import replications
     from solar_repro.publishing.report import summary
     from solar_repro.publishing.text import counted
-    from solar_repro.tables import claims
+    from solar_repro.tables import alike, claims
     exp = Experiment(profile, recorded=True)
     scores, samples = exp.scores(), exp.samples()
     found = claims(scores, samples=samples)
     _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
-    claimed = counted(found, 'on_ours', True)
+    claimed = counted(found, 'on_ours')
+    again = next(iter(replications(profile).values()), None)
+    one, other = ('', '') if again is None else again.columns[1:3]
+    same = '' if again is None else f' Verdicts of {one} beside those of {other}: {alike(again)}.'
     over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
-    return f'**What the tiny world says.** Over {over} its recorded runs {claimed}. {best} {chance}'
+    return f'**What the tiny world says.** Over {over} its recorded runs {claimed}.{same} {best} {chance}'
 
 
 def times() -> str:

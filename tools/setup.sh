@@ -66,12 +66,18 @@ if [ -e "$venv/making" ] || ! starts || moved; then
     "$PYTHON" -m venv "$venv" >>"$log" 2>&1 ||
         fail "$PYTHON -m venv" "look there for the cause, then run the same command again"
 fi
-rm -f "$venv/stamp"
+rm -f "$venv/stamp" "$venv/fetched"
 : >"$venv/making"
-echo "setup: installing the pinned libraries into $venv (a minute or more; progress in $log)"
-# what is imported is compiled then (Makefile); all else of torch and its like would take a minute for nothing
-"$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile -e '.[dev]' >>"$log" 2>&1 ||
-    fail "pip install" "run the same command again once the cause is gone; what was downloaded is kept"
+echo "setup: installing the pinned libraries into $venv (about 1 GB to fetch, more where torch comes with CUDA; all of it in $log)"
+# the large files are said as they come; what is imported is compiled then (Makefile): all else of torch and its like
+# would take a minute for nothing
+{
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile -e '.[dev]' 2>&1 && : >"$venv/fetched"
+} | tee -a "$log" | awk '
+    /Downloading .* \([0-9][0-9][0-9.]* [MG]B\)/ { n = split($2, part, "/"); print "setup:   " part[n], $3, $4; fflush() }
+    /^Installing collected packages/ { print "setup:   unpacking"; fflush() }'
+[ -e "$venv/fetched" ] || fail "pip install" "run the same command again once the cause is gone; what was downloaded is kept"
+rm -f "$venv/fetched"
 rm -f "$venv/making"
 echo "$want" >"$venv/stamp"
 echo "setup: done"

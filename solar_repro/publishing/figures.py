@@ -17,8 +17,8 @@ from .. import paper
 from ..core.figures import OURS, PAPER, style
 from ..paper import models, TITLES
 from .text import counted
-from ..tables import (CONTRADICTED, finding, paper_scores, standing, SUPPORTED, table, UNDECIDED,
-                                verdicts_on_paper, with_h6)
+from ..tables import (
+    CONTRADICTED, finding, paper_scores, second_noise, standing, SUPPORTED, table, UNDECIDED, with_h6)
 
 # %% ../../nbs/publishing/01_figures.ipynb #4e25e36f
 def _mean(t:pd.DataFrame, column:str)->float: return t.loc[t['h6_paper'].notna(), column].mean()
@@ -109,11 +109,8 @@ def _verdict_column(ax, title:str, verdicts:Sequence[str], parts:Sequence[Sequen
 # %% ../../nbs/publishing/01_figures.ipynb #b686b5e3
 def _second_noise(ax, c:pd.DataFrame)->None:
     "Beside each verdict on the paper's numbers: the spreads of others' measurements with which it is lost."
-    under = verdicts_on_paper().set_index('claim')
-    for y, (claim, verdict) in enumerate(zip(c['claim'], c['on_paper'])):
-        lost = [noise for noise in paper.SPREADS if claim in under.index and under.loc[claim, noise] != verdict]
-        said = f'not with the spread of {" or ".join(lost)}'
-        if lost: ax.text(.57, y + .37, said, va='center', fontsize=6.5, color=PAPER)
+    for y, said in enumerate(second_noise(c)):
+        if said: ax.text(.57, y + .37, said, va='center', fontsize=6.5, color=PAPER)
 
 def claims_figure(
     c:pd.DataFrame, # of `claims`

@@ -21,7 +21,8 @@ from ..paper import TITLES
 from .figures import claims_figure, figure
 from .text import as_html, counted, printed, write_tables
 from ..tables import (
-    alike, all_comparisons, claims, finding, MARGIN, noises, replication, standing, table, with_h6)
+    alike, all_comparisons, claims, detectable, finding, MARGIN, noises, PLAIN, replication, second_noise, standing,
+    table, UNDECIDED, with_h6)
 
 # %% ../../nbs/publishing/02_report.ipynb #f4d00071
 class Run(NamedTuple):
@@ -98,7 +99,8 @@ beside them for direction only.</p>
 <nav>{% for t in tables %}<a href="#table{{ t[0] }}">Table {{ t[0] }}</a>{% endfor %}
 <a href="#claims">Claims</a><a href="#more">More</a></nav>
 <p class="soft">Percent ± standard error; the paper's value is below each, in grey. Bold is the best of a column; ≈
-marks one that no paired test tells from the runner-up.</p>
+marks one that no paired test tells from the runner-up.{% if plain %} <i>plain words</i>: TruthfulQA over its plainly
+worded answers alone, without those whose careful wording gives them away.{% endif %}</p>
 {% for n, table, image, title, said in tables %}<h2 id="table{{ n }}">Table {{ n }}</h2><p>{{ said }}</p>
 <p class="hint soft">Tables and pictures scroll sideways →</p><div class="wide">{{ table }}</div>
 <div class="wide" tabindex="0"><img alt="{{ title }}" src="data:image/png;base64,{{ image }}"></div>
@@ -108,15 +110,19 @@ where the claim says, <span class="contradicted">contradicted</span> if it lies 
 <span class="undecided">undecided</span>; ≈ and ≥ allow {{ margin }} points, a margin of ours (the paper names
 none). A claim is supported if all its comparisons are, contradicted if one is. Where trainings were repeated with
 several seeds, the interval is over items and trainings; verdicts on one training each, as the paper's are, count the
-noise of the test items only and are <b>provisional</b>.</p>
+noise of the test items only and are <b>provisional</b>. What others measured is a second noise: the same weights under
+another <i>harness</i>, the same <i>recipe</i> run twice; a verdict on the paper's numbers that is lost when such a
+spread is added says so.</p>
+<p class="hint soft">Tables and pictures scroll sideways →</p>
 <div class="wide" tabindex="0"><img alt="Verdict on each claim, on the paper's numbers and on ours"
 src="data:image/png;base64,{{ claims_image }}"></div>
 <p class="soft">A claim opens with its words and the numbers that decide it.</p>
 <table class="claims"><tr><th>claim</th><th>on the paper's numbers (provisional)</th><th>on ours ({{ standing }})</th>
 </tr>{% for c in claims %}<tr><td><details><summary>{{ c.claim }}</summary><p class="soft">“{{ c.quote }}”</p>
-{% for whose, verdict, numbers in c.sides %}<p class="soft">{{ whose }}: {{ numbers|join('<br>') }}</p>{% endfor %}
-</details></td>{% for whose, verdict, numbers in c.sides %}<td><b class="{{ verdict }}">{{ verdict }}</b></td>
-{% endfor %}</tr>{% endfor %}</table>
+{% for whose, verdict, lost, numbers in c.sides %}<p class="soft">{{ whose }}: {{ numbers|join('<br>') }}</p>
+{% endfor %}
+</details></td>{% for whose, verdict, lost, numbers in c.sides %}<td><b class="{{ verdict }}">{{ verdict }}</b>
+{% if lost %}<span class="soft">{{ lost }}</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
 <h2 id="more">More</h2>
 {% for title, text, table in more %}<details class="more"><summary>{{ title }}</summary><p>{{ text }}</p>
 <p class="hint soft">Scrolls sideways →</p><div class="wide">{{ table }}</div></details>
@@ -130,8 +136,9 @@ def _escaped(c:pd.DataFrame)->list[dict]:
     "Claims for the page: text escaped, the comparisons one by one."
     numbers = lambda x: [html.escape(s) for s in x.split('; ')]
     return [dict(claim=html.escape(r.claim), quote=html.escape(r.quote),
-                 sides=(('paper', r.on_paper, numbers(r.paper_numbers)), ('ours', r.on_ours, numbers(r.our_numbers))))
-            for r in c.itertuples()]
+                 sides=(('paper', r.on_paper, lost, numbers(r.paper_numbers)),
+                        ('ours', r.on_ours, '', numbers(r.our_numbers))))
+            for r, lost in zip(c.itertuples(), second_noise(c))]
 
 # %% ../../nbs/publishing/02_report.ipynb #751daaf9
 def _side_by_side(scores:pd.DataFrame, beside:Run)->pd.DataFrame: # a row a model; percent
@@ -183,8 +190,11 @@ def summary(
     beside:Run|None=None, # recorded seeds of the same profile
 )->list[str]: # five lines
     "What was found."
+    decided = [lost for v, lost in zip(verdicts['on_paper'], second_noise(verdicts)) if v != UNDECIDED]
+    left = sum('recipe' not in lost for lost in decided)
     claimed = (f"These runs {counted(verdicts, 'on_ours')} ({standing(verdicts['seeds'].iloc[0])}); the paper's own "
-               f"numbers {counted(verdicts, 'on_paper')}.")
+               f"numbers {counted(verdicts, 'on_paper')} by the noise of items alone, and with that of a recipe run "
+               f"twice {left} of {len(decided)} verdicts are left.")
     lines = [claimed, _best(scores, label, custom, samples), _chance(scores, beside),
              _merging(scores, label, samples, line)]
     if beside is None: return [*lines, _order(scores)]
@@ -212,6 +222,8 @@ def publish(
         files.append(_save(figure(n, scores, label, rows, samples), pictures/f'table{n}.png'))
         title = finding(n, table(n, scores, rows), label, samples)
         said = f'{". ".join(title.removeprefix(f"Table {n}, {label}: ").splitlines())}.'
+        if samples is not None:
+            said += f' A difference of {detectable(n, samples):.1f} points in H6 would be seen four times in five.'
         shown.append((n, as_html(printed(n, scores, 'html', rows, samples)), _embed(files[-1]),
                       html.escape(title), html.escape(said)))
     files.append(_save(claims_figure(verdicts, label), pictures/'claims.png'))
@@ -219,5 +231,5 @@ def publish(
     page = Environment(autoescape=False).from_string(_PAGE).render(
         label=html.escape(label), css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_escaped(verdicts),
         claims_image=_embed(files[-1]), standing=standing(verdicts['seeds'].iloc[0]), made=html.escape(made),
-        summary=list(found), more=_more(scores, samples, beside, provenance))
+        summary=list(found), plain=PLAIN in set(scores['task']), more=_more(scores, samples, beside, provenance))
     return [*files, write_whole(out/'report.html', page)]

@@ -150,7 +150,8 @@ def in_lines(
     "Sentences; on a terminal in lines that fit, those of a list item below each other."
     if not (n := terminal_width()): return text
     indent = lambda x: ' '*re.match(r' *(- )?', x).end()
-    return '\n'.join(textwrap.fill(x, n, subsequent_indent=indent(x), break_on_hyphens=False) for x in text.split('\n'))
+    how = dict(break_on_hyphens=False, break_long_words=False)      # a path stays one word
+    return '\n'.join(textwrap.fill(x, n, subsequent_indent=indent(x), **how) for x in text.split('\n'))
 
 def _one_mark(cell:str)->str:
     "A cell whose mark takes the place between value and error."

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,9 @@ from .weights import advance, bar, compare, export, library, merge
 # %% ../../nbs/reports/02_commands.ipynb #2c95c23f
 def _print_json(x)->None:
     print(json.dumps(x, indent=1, ensure_ascii=False, allow_nan=False))
+
+def _say(what:str)->None: # what takes more than a second
+    print(f'solar-repro: {what} ...', file=sys.stderr, flush=True)
 
 def _as_records(frame)->list[dict]: # of a pandas DataFrame; what is missing is null
     return json.loads(frame.to_json(orient='records', double_precision=15))
@@ -68,7 +72,7 @@ def status(exp, # the run: `Experiment`
     if format_ == 'json':
         about = dict(profile=exp.profile.name, label=exp.label, store=str(exp.store.folder))
         return _print_json(about | dict(stages=_as_records(s)))
-    shown = s[['stage', 'kind', 'state', 'seconds']].astype(dict(seconds=float)).assign(key=s['key'].str[:8])
+    shown = s[['stage', 'kind', 'state', 'seconds']].astype(dict(seconds=float)) # of none built, too; keys: in JSON
     print(library('publishing.text').in_terminal(shown, na_rep='', float_format='%.1f'))
     print(f"{(s['state'] == 'built').sum()} of {len(s)} stages of profile {exp.profile.name} are in {exp.store.folder}")
 
@@ -100,11 +104,15 @@ def claims(exp, # the run: `Experiment`
     solar-repro claims --recorded
     solar-repro claims --profile smoke --format md
     """
-    found = exp.claims()
-    if format_ == 'json': return _print_json(dict(label=exp.label, claims=_as_records(found)))
-    print(dict(text=lambda: repr(found), md=lambda: found.to_markdown(index=False),
-               csv=lambda: found.to_csv(index=False).rstrip())[format_]())
-    if format_ == 'text': print(library('publishing.text').in_lines(f'{exp.label}; made on {exp.made_on()}.'))
+    shown, text = exp.claims(), library('publishing.text')
+    plain = shown.found.drop(columns=['paper_parts', 'our_parts'])
+    if format_ == 'json': return _print_json(dict(label=exp.label, claims=_as_records(plain)))
+    print(dict(text=lambda: repr(shown), md=lambda: shown.iloc[:, :3].to_markdown(index=False),
+               csv=lambda: plain.to_csv(index=False).rstrip())[format_]())
+    if format_ != 'text': return
+    print(text.in_lines(f"{exp.label}: our numbers {text.counted(shown.found, 'on_ours')}. Supported: the 95 % "
+                        'interval of every difference lies where the claim says; contradicted: one lies wholly '
+                        f'elsewhere. Made on {exp.made_on()}.'))
 
 # %% ../../nbs/reports/02_commands.ipynb #b637e2c6
 def show(exp, # the run: `Experiment`
@@ -121,7 +129,7 @@ def show(exp, # the run: `Experiment`
     if task is None: return _print_json(exp.show(name))
     verification = library('reports.verify')
     if format_ == 'json': return _print_json(verification.score_record(exp, name, task))
-    print(verification.number(exp, name, task))
+    print(library('publishing.text').in_lines(verification.number(exp, name, task)))
 
 def diff(exp, # the run: `Experiment`
     a:str, # a model
@@ -137,8 +145,8 @@ def diff(exp, # the run: `Experiment`
     found = exp.flips(a, b, task)
     n, change = len(exp.items(a, task)), found['change']
     print(library('publishing.text').in_lines(
-        f'{task}, {exp.label}: {(change > 0).sum()} items for {b}, {(change < 0).sum()} for {a}; of {n} items that is '
-        f'{100*change.sum()/n:+.1f} points'))
+        f'{task}, {exp.label}: {(change > 0).sum()} items for {b}, {(change < 0).sum()} for {a}: '
+        f'{100*change.sum()/n:+.1f} points over {n} items'))
     for x in found.to_dict('records'):
         print(f"\nitem {x['doc_id']}\n{x['prompt']}\n  right: {x['gold']}")
         for m in (a, b): print(f"  {m} ({x[m]:.2f}): {x[f'{m} says']}")
@@ -175,6 +183,7 @@ def verify(exp, # the run: `Experiment`
 
     solar-repro verify --profile tiny
     """
+    _say('hashing the store, and counting every score again')
     said, problems = library('reports.verify').verify(exp)
     print(library('publishing.text').in_lines(said))
     if problems.empty: print('no difference')
@@ -189,9 +198,11 @@ def results(exp, # the run: `Experiment`
 
     solar-repro results lm-eval-results
     """
+    _say('writing a folder a model')
     files = library('reports.verify').export_results(exp, folder)
     models = sorted({f.parent.name for f in files})
-    print(f'{len(files)} files of {len(models)} models in {folder}, a folder each: {", ".join(models)}')
+    print(library('publishing.text').in_lines(
+        f'{len(files)} files of {len(models)} models in {folder}, a folder each: {", ".join(models)}'))
 
 # %% ../../nbs/reports/02_commands.ipynb #08469c81
 def contamination(exp, # the run: `Experiment`
@@ -309,7 +320,7 @@ def base(
     """
     tiny, folder = library('tiny.base'), library('core.config').root()/'runs'/'base'
     record = json.loads((tiny.shipped_base()/'record.json').read_text())
-    if not rebuild: return _print_json(record)
+    if not rebuild: return _print_json(record | dict(loss=record['loss'][::max(1, len(record['loss'])//20)]))
     with bar() as steps:
         def step(k, n, loss): steps.set_postfix(loss=f'{loss:.3f}', refresh=False); advance(steps, k, n)
         again = json.loads((tiny.pretrain(folder, tiny.BaseSettings(), on_progress=step)/'record.json').read_text())
@@ -328,7 +339,7 @@ def init(
     solar-repro init my-solar
     """
     made = library('reports.notebooks').lay_out(folder)
-    print(f'{len(made)} notebooks in {folder.resolve()/"nbs"}; results will lie in {folder.resolve()/"runs"}. '
+    print(f'{len(made)} notebooks in {folder.resolve()/"nbs"}\nresults will lie in {folder.resolve()/"runs"}\n'
           f'To run them:\n  cd {shlex.quote(str(folder))}\n  jupyter lab nbs/06_tables.ipynb\n'
           '  python -m solar_repro.reports.notebooks --profile tiny')
 
