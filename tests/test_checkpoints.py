@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,10 +189,16 @@ def test_gpu_gives_what_the_processor_gives(tmp_path, method):
 
 # ---- what is written
 
+@pytest.fixture(scope='module')
+def pair_files(tmp_path_factory) -> tuple[Path, Path]:
+    A, folder = to(noise(0), torch.bfloat16), tmp_path_factory.mktemp('pair')
+    return write(folder/'A', A, 2), write(folder/'B', noise(1, A, .5))
+
+
 @pytest.fixture
-def pair(tmp_path) -> tuple[Path, Path]:
-    A = to(noise(0), torch.bfloat16)
-    return write(tmp_path/'A', A, 2), write(tmp_path/'B', noise(1, A, .5))
+def pair(tmp_path, pair_files) -> tuple[Path, ...]:
+    "Copies, which a test may damage."
+    return tuple(Path(shutil.copytree(p, tmp_path/p.name)) for p in pair_files)
 
 
 def test_bounded_files_index_and_card(tmp_path, pair):

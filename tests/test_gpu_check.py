@@ -44,7 +44,7 @@ os._exit(3)
 """
 
 
-CASES = [('dies', 300, 'the process ended with 3'), ('hangs', 10, 'no time left')]
+CASES = [('dies', 300, 'the process ended with 3'), ('hangs', 4, 'no time left')]
 
 
 @pytest.mark.parametrize('how, seconds, error', CASES)

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def part(module: str) -> str:
     return module.split('.')[1]
 
 
+@cache
 def imports(module: str) -> list[tuple[str, int, bool, str]]:
     "What a module imports, functions included: module, line, inside a function?, text."
     tree, found = ast.parse(MODULES[module].read_text(encoding='utf-8')), []

@@ -195,9 +195,8 @@ def test_the_card_is_checked_before_a_run(tmp_path, monkeypatch):
     assert not (tmp_path/'s').exists()
 
 
-def test_planned_beside_measured(tmp_path):
-    exp = Experiment('smoke', store=tmp_path/'s')
-    exp.run(['data/openorca', 'SFT v3 + v4'])
+def test_planned_beside_measured(full):
+    exp = Experiment('smoke', store=full)
     x = actual(planned(exp), exp.find).set_index('stage')
     assert {'SFT v3', 'SFT v4', 'base'} <= set(x.index) and (x['measured_hours'] >= 0).all()
     assert (x.loc[['SFT v3', 'SFT v4'], 'measured_tokens'] >= x.loc[['SFT v3', 'SFT v4'], 'tokens']).all()

@@ -7,6 +7,7 @@ __all__ = ['mean_se', 'Paired', 'difference_se', 'paired', 'paired_mean', 'holm'
            'over_trainings', 'interval']
 
 # %% ../../nbs/core/06_stats.ipynb #8c4d3b44
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,10 @@ def holm(
     "Holm's correction for several tests (Scandinavian Journal of Statistics 6, 1979, 65-70)."
     # a second, and only here are claims tested
     from statsmodels.stats.multitest import multipletests
-    return [float(x) for x in multipletests(list(p), method='holm')[1]] if len(p) else []
+    if not len(p): return []
+    gc.freeze()                     # it ends by looking for garbage: half a second each time where torch is loaded
+    try: return [float(x) for x in multipletests(list(p), method='holm')[1]]
+    finally: gc.unfreeze()
 
 # %% ../../nbs/core/06_stats.ipynb #4b32c73e
 def resolvable(
