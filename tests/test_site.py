@@ -221,6 +221,19 @@ def test_tables_are_small_and_their_captions_are_read_without_scrolling(site, ch
     assert size < 13 and right <= width and chrome.js('document.documentElement.scrollWidth') <= width
 
 
+def test_the_papers_tables_fit_a_screen(site, chrome):
+    "GSM8K, the last column, was cut at 1,280 pixels."
+    chrome.look(1280, 900)
+    tables = "[...document.querySelectorAll('main table.dataframe')].filter(t => /^Table \\d/.test(t.caption?.textContent))"
+    seen = 0
+    for name in ('sft', 'dpo', 'merge'):
+        chrome.open((site[0] / f'{name}.html').as_uri())
+        for wide, has in chrome.js(f'{tables}.map(t => [t.scrollWidth, t.clientWidth])'):
+            seen += 1
+            assert wide <= has, name
+    assert seen >= 3
+
+
 @FORMS
 def test_pages_fit_a_phone(site, pages, chrome, which):
     "Nothing makes the page wider than the screen; the menu opens."
