@@ -31,7 +31,8 @@ from .core.figures import style
 from .models.adapters import concat_adapter, AdaptedModel
 from .models.loading import encode, load_base, load_tokenizer, quiet
 from .models.training import (
-    arguments, batches_by_length, MicrobatchMixin, on_one_device, restore, run_trainer, runs_of, token_logps, trainable)
+    arguments, batches_by_length, cast_by_autocast,
+    MicrobatchMixin, on_one_device, restore, run_trainer, runs_of, token_logps, trainable)
 
 # %% ../nbs/03_dpo.ipynb #a1206677
 def completion_logps(
@@ -85,7 +86,8 @@ def load_policy(
 )->PeftModel: # base (NF4 or not) with one trainable float32 adapter
     "A model as one trainable adapter on its base: what DPO starts from, and what its reference is scored with."
     base = load_base(start.base, settings.nf4, settings.compute_dtype, device)
-    with quiet(): return PeftModel.from_pretrained(base, concat_adapter(start, folder), is_trainable=True)
+    with quiet(): model = PeftModel.from_pretrained(base, concat_adapter(start, folder), is_trainable=True)
+    return cast_by_autocast(model, settings, device)
 
 # %% ../nbs/03_dpo.ipynb #02ee7b3f
 def shared_prefix_length(row:dict)->int: # row of `dpo_rows`

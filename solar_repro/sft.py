@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from .core.figures import style
 from .models.loading import encode, load_base, load_tokenizer, quiet
 from .models.training import (
-    arguments, MicrobatchMixin, on_one_device, run_trainer, runs_of, token_logps, trainable)
+    arguments, cast_by_autocast, MicrobatchMixin, on_one_device, run_trainer, runs_of, token_logps, trainable)
 
 # %% ../nbs/02_sft.ipynb #a3d2049c
 def sft_rows(
@@ -112,6 +112,7 @@ def train_sft(
                       target_modules='all-linear', task_type='CAUSAL_LM')
     with quiet():
         model = get_peft_model(load_base(base, settings.nf4, settings.compute_dtype, device), lora)
+        cast_by_autocast(model, settings, device)
         saved = trainable(model)
         trainer = packed_trainer(model, data, tokenizer, settings, Path(out)/'scratch', seed, device)
         run_trainer(trainer, saved, out, dict(loss='loss', learning_rate='learning_rate', grad_norm='grad_norm',

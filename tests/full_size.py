@@ -2,8 +2,9 @@
 
 Run: python tests/full_size.py LAYERS PROFILE/sft|dpo/RANK ... ; a line of JSON for each, of so many layers at most.
 It changes torch for its process: fake tensors stand on the CPU (a CPU build of torch cannot index fake CUDA tensors),
-with a card's kernels for attention and dropout. The step is that of the trainers, so a product that escapes
-accelerate's autocast is seen; in float16 its loss is scaled.
+with a card's kernels for attention, norms and dropout. The model is lightened as `load_base` does it on a card, by
+trials of a small one with numbers. The step is that of the trainers, so a product that escapes accelerate's autocast
+is seen; in float16 its loss is scaled.
 """
 import gc
 import json
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from solar_repro.core.config import load_profile
 from solar_repro.dpo import SharedPrefixTrainer
 from solar_repro.models import training
+from solar_repro.models.loading import lighten
 from solar_repro.pipeline.cost_model import base_shape
 from solar_repro.pipeline.hardware import card
 from solar_repro.sft import PackedTrainer
@@ -76,12 +78,30 @@ def dropout(x, p=.5, training=True, inplace=False):
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
+class Norm(torch.autograd.Function):
+    "A card's kernel of RMSNorm, which keeps what it reads and a float32 number a row."
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x, torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad): return torch.empty_like(ctx.saved_tensors[0])
+
+
+computed = torch.nn.functional.rms_norm
+
+
+def rms_norm(x, *args): return Norm.apply(x) if isinstance(x, FakeTensor) else computed(x, *args)
+
+
 def as_on_a_card():
     "Let torch, PEFT and bitsandbytes take the ways that they take on a card."
     enabled = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda kind='cpu': enabled('cpu')
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.nn.functional.dropout = dropout
+    torch.nn.functional.rms_norm = rms_norm
     peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda self, *a, **k: None
     for f in ('uniform_', 'normal_'): setattr(torch.Tensor, f, lambda self, *a, **k: self)
 
@@ -130,25 +150,34 @@ def quantize(model):
     model.is_loaded_in_4bit = True
 
 
-def adapted(model, rank, p_drop):
+def with_numbers():
+    "A small model of the same kinds of modules."
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=2, vocab_size=8))
+    for p in model.parameters(): p.data = torch.randn(p.shape)      # nothing is initialised on our card
+    return model
+
+
+def adapted(model, rank, settings):
     "The model with float32 adapters on all linear layers."
+    p_drop = getattr(settings, 'lora_dropout', 0.)
     move, nn.Module.to = nn.Module.to, lambda self, *a, **k: self
     lora = LoraConfig(r=rank, lora_alpha=16, lora_dropout=p_drop, target_modules='all-linear', task_type='CAUSAL_LM')
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     nn.Module.to = move
     refill(model, lambda p: p.requires_grad, torch.float32)
-    return model.train()
+    return training.cast_by_autocast(model, settings, 'cuda').train()
 
 
-def make_model(shape, settings, rank, n_layers):
+def make_model(model, settings, rank):
     "The model that a stage trains, with gradients and the optimizer's two states."
-    model = without_weights(shape, n_layers).requires_grad_(False)
+    model.requires_grad_(False)
     refill(model, lambda p: True, getattr(torch, settings.compute_dtype))
     for m in model.modules():
         for k, b in list(m._buffers.items()):
             if b is not None: m._buffers[k] = torch.empty(b.shape, dtype=b.dtype, device='cpu')
     if settings.nf4: quantize(model)
-    model = adapted(model, rank, getattr(settings, 'lora_dropout', 0.))
+    model = adapted(model, rank, settings)
     if settings.activation_checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
         model.enable_input_require_grads()
@@ -207,10 +236,11 @@ def count(profile, kind, rank, n_layers):
     n_rows = settings.max_tokens_per_microbatch//row
     ledger = Ledger()
     training.can_run = lambda base: card(None, p).bf16     # as on the profile's card
-    trainer = trainer_of(kind, settings.compute_dtype)
+    trainer, model = trainer_of(kind, settings.compute_dtype), without_weights(base_shape(p), n_layers)
+    assert lighten(model, with_numbers()) == 3*len(model.model.layers) + 1   # two norms, a SwiGLU; a last norm
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         bnb.functional.name2qmap['dynamic'] = torch.empty(256, device='cpu')
-        model, optimizer = make_model(base_shape(p), settings, rank, n_layers)
+        model, optimizer = make_model(model, settings, rank)
         gc.collect()
         batch = (packed if kind == 'sft' else pairs)(n_rows, row)
         steady, ledger.peak, ledger.products = ledger.now, ledger.now, Counter()

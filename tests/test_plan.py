@@ -77,9 +77,13 @@ def test_a_working_day_on_a_card_without_bfloat16(tmp_path):
 
 
 def test_a_smaller_card_is_refused_and_told_what_to_do(plans):
-    exp, plan = plans['a100']
+    exp, plan = plans['a100-bf16']
     said, = blockers(exp.profile, plan, replace(GOOD, gib=48., name='A6000'))
     assert 'A6000 has 48 GiB' in said and 'gpu-48gib' in said and 'DPO' in said
+    exp, plan = plans['a100']
+    assert blockers(exp.profile, plan, replace(GOOD, gib=48.)) == []       # in four bits it fits
+    said, = blockers(exp.profile, plan, replace(GOOD, gib=40.))
+    assert 'has 40 GiB' in said and 'gpu-24gib' in said and 'DPO' in said
 
 
 def test_totals_are_sums_and_a_store_counts(plans, tmp_path):

@@ -201,16 +201,15 @@ def activation_bytes(
     lora_r:int, # rank of the adapter
     compute_dtype:str, # 'float32', 'bfloat16' or 'float16'
     dropout:bool, # is there dropout before the adapter?
-    nf4:bool=True, # a plain layer casts its input once for each adapter
     n_row:int=0, # tokens of a row with a mask; 0: no mask, attention in runs
 )->int: # bytes a token and layer
     "What autograd keeps of a layer with LoRA on all linear layers."
     h, f, kv, r = s.hidden, s.intermediate, s.kv, lora_r
     norms = 4*s.n_heads + 8                                # attention's and the norms' statistics
     if compute_dtype == 'float32': return 24*h + 16*f + 8*kv + 28*r + norms + dropout*(40*h + 4*f)
-    copies = 8*h*(dropout or not nf4)                      # of what several adapters read
+    apart = dropout*(14*h + f)                             # masks, and an input for each adapter
     masked = 2*n_row + 4*(h - kv) if n_row else 0          # and keys and values for every head
-    return 15*h + 8*f + 8*kv + 14*r + norms + copies + dropout*(6*h + f) + masked
+    return 12*h + 6*f + 4*kv + 14*r + norms + apart + masked
 
 def head_bytes(
     s:Shape, # of the model
@@ -240,7 +239,7 @@ def train_memory(
 )->dict[str,int]: # part -> bytes; their sum is the peak
     "Peak memory of training with LoRA, by its parts."
     n, a = 4 if compute_dtype == 'float32' else 2, s.lora(lora_r)
-    kept = activation_bytes(s, lora_r, compute_dtype, dropout > 0, nf4, n_row)*n_tok
+    kept = activation_bytes(s, lora_r, compute_dtype, dropout > 0, n_row)*n_tok
     head = head_bytes(s, n_tok, compute_dtype, device, microbatches is None)
     unpacked = 2*n*max(s.hidden*s.intermediate, s.hidden**2) if nf4 else 0
     if n == 2 and microbatches is None:                   # hidden states, and what is largest beside them
