@@ -175,3 +175,13 @@ def test_every_figure_has_the_one_style():
             called = [ast.unparse(n.func) for n in ast.walk(f) if isinstance(n, ast.Call)]
             if {'plt.subplots', 'plt.figure'} & set(called) and 'style' not in called: wrong.append(f'{m}: {f.name}')
     assert not wrong, wrong
+
+
+def test_no_merge_was_left_half_done():
+    "Marks of a conflict went into the changelog once, where nothing else reads them."
+    folders = [ROOT / d for d in ('nbs', 'solar_repro', 'tests', 'tools', 'benchmarks')]
+    texts = [*ROOT.glob('*.*'), *(p for d in folders for p in d.rglob('*'))]
+    read = '.md', '.py', '.ipynb', '.toml', '.yml', '.yaml', '.ini', '.cff', '.sh', '.css'
+    texts = [p for p in texts if p.suffix in read]
+    mark = re.compile(rb'^[ "]*(<{7}|>{7}) ', re.M)
+    assert [str(p.relative_to(ROOT)) for p in texts if mark.search(p.read_bytes())] == []

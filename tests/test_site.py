@@ -224,7 +224,8 @@ def test_tables_are_small_and_their_captions_are_read_without_scrolling(site, ch
 def test_the_papers_tables_fit_a_screen(site, chrome):
     "GSM8K, the last column, was cut at 1,280 pixels."
     chrome.look(1280, 900)
-    tables = "[...document.querySelectorAll('main table.dataframe')].filter(t => /^Table \\d/.test(t.caption?.textContent))"
+    tables = ("[...document.querySelectorAll('main table.dataframe')]"
+              ".filter(t => /^Table \\d/.test(t.caption?.textContent))")
     seen = 0
     for name in ('sft', 'dpo', 'merge'):
         chrome.open((site[0] / f'{name}.html').as_uri())

@@ -24,7 +24,7 @@ from ..core.store import Artifact
 from ..models.loading import load_base, load_tokenizer, quiet    # before peft, whose remarks it silences
 from peft import get_peft_model, LoraConfig, PeftModel
 import bitsandbytes.functional as bnb
-from ..models.training import can_run, restore, trainable
+from ..models.training import can_run, cast_by_autocast, restore, trainable
 from .cost_model import fetched, GIB, Shape, train_flops
 from .graph import Stage
 from .hardware import Card, Hardware
@@ -69,7 +69,8 @@ def _few_layers(
     lora = LoraConfig(r=x.lora_r, target_modules='all-linear', lora_dropout=x.lora_dropout, task_type='CAUSAL_LM')
     with TemporaryDirectory() as d:
         LlamaForCausalLM(config).to(getattr(torch, x.compute_dtype)).save_pretrained(d)
-        return get_peft_model(load_base(Path(d), x.nf4, x.compute_dtype, p.machine.device), lora), n_layers
+        model = get_peft_model(load_base(Path(d), x.nf4, x.compute_dtype, p.machine.device), lora)
+        return cast_by_autocast(model, x, p.machine.device), n_layers
 
 # %% ../../nbs/pipeline/08_machine.ipynb #a5f1128e
 class _Clock(TrainerCallback):
