@@ -61,6 +61,17 @@ def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeyp
     assert 'SLERP' in out and report.label in ' '.join(out.split())
 
 
+@pytest.mark.parametrize('words', [['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['show', 'Merge v4', 'gsm8k'],
+                                   ['claims'], ['contamination']], ids=' '.join)
+def test_what_is_printed_fits_a_terminal(full, words, tmp_path, monkeypatch, capsys):
+    "plan was 129 columns wide, what doctor says 168, a lineage 151."
+    monkeypatch.setenv('COLUMNS', '80')
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, '--profile', 'smoke', '--store', str(full)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5 and max(len(x) for x in lines if str(full) not in x) <= 80
+
+
 def test_a_recorded_table_is_of_the_seed_that_was_asked_for(tmp_path, capsys):
     assert main(['table', '5', '--recorded', '--seed', '1', '--store', str(tmp_path/'none')]) == 0
     assert 'seed 1' in capsys.readouterr().out

@@ -243,7 +243,7 @@ def test_status_command(tmp_path):
     done = forked(code, 'status', '--profile', 'smoke', '--store', 'store', env=ENV, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     first, *rows, last = done.stdout.splitlines()
-    assert first.split() == ['stage', 'kind', 'state', 'seconds', 'key']
+    assert first.split() == ['stage', 'kind', 'state', 'seconds']
     assert rows and all(' missing ' in f'{r} ' for r in rows)
     assert last.startswith(f'0 of {len(rows)} stages of profile smoke are in ')
     assert not list(tmp_path.iterdir())

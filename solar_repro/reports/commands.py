@@ -129,7 +129,7 @@ def show(exp, # the run: `Experiment`
     if task is None: return _print_json(exp.show(name))
     verification = library('reports.verify')
     if format_ == 'json': return _print_json(verification.score_record(exp, name, task))
-    print(library('publishing.text').in_lines(verification.number(exp, name, task)))
+    print(library('publishing.text').in_lines(verification.number(exp, name, task).text))
 
 def diff(exp, # the run: `Experiment`
     a:str, # a model
