@@ -61,8 +61,8 @@ def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeyp
     assert 'SLERP' in out and report.label in ' '.join(out.split())
 
 
-@pytest.mark.parametrize('words', [['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['show', 'Merge v4', 'gsm8k'],
-                                   ['claims'], ['contamination']], ids=' '.join)
+@pytest.mark.parametrize('words', [['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'],
+                                   ['show', 'Merge v4', 'gsm8k'], ['contamination']], ids=' '.join)
 def test_what_is_printed_fits_a_terminal(full, words, tmp_path, monkeypatch, capsys):
     "plan was 129 columns wide, what doctor says 168, a lineage 151."
     monkeypatch.setenv('COLUMNS', '80')
