@@ -91,13 +91,18 @@ def best_weight(
     like_it = x.loc[x['p_best'] >= ALPHA, 'weight']
     return dict(top[['weight', 'score', 'difference', 'se', 'p']]) | dict(low=like_it.min(), high=like_it.max())
 
+def _ends(m:pd.DataFrame)->tuple[str,str]: # of `measured`
+    "The models at weight 1 and at weight 0."
+    of = m.drop_duplicates('weight').set_index('weight')['model']
+    return of[1.], of[0.]
+
 def finding(
     m:pd.DataFrame, # of `measured`
     label:str, # what the scores are of
 )->str:
     "Is there a best weight that the items can tell from 0.5?"
-    x, h6, w = best_weight(m), m[m['task'] == 'h6'], best_weight(m)['weight']
-    a, b = (h6.loc[h6['weight'] == end, 'model'].iloc[0] for end in (1, 0))
+    x, h6, (a, b) = best_weight(m), m[m['task'] == 'h6'], _ends(m)
+    w = x['weight']
     can = 'can' if x['p'] < ALPHA else 'cannot'
     by = h6.pivot(index='weight', columns='method', values='score')
     apart = (by['linear'] - by['slerp']).abs().max()
@@ -138,7 +143,7 @@ def sweep_figure(
     for ax, task in zip(axes.flat, TITLES): _line(ax, m, others, task)
     axes.flat[-1].axis('off')
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc='center', fontsize=8)
-    a, b = (m.loc[m['weight'] == end, 'model'].iloc[0] for end in (1, 0))
+    a, b = _ends(m)
     fig.supxlabel(f'weight: 0 is {b}, 1 is {a}; dotted: 0.4, 0.5 and 0.6, as in Table 7', fontsize=8.5)
     fig.suptitle(finding(m, label), wrap=True, fontsize=9, ha='left', x=.01)
     return fig

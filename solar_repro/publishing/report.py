@@ -21,8 +21,8 @@ from ..paper import TITLES
 from .figures import claims_figure, figure
 from .text import as_html, counted, printed, write_tables
 from ..tables import (
-    alike, all_comparisons, claims, detectable, finding, MARGIN, noises, PLAIN, replication, second_noise, standing,
-    table, UNDECIDED, with_h6)
+    alike, all_comparisons, claims, detectable, finding, lost_with, MARGIN, noises, PLAIN, replication, second_noise,
+    standing, table, UNDECIDED, with_h6)
 
 # %% ../../nbs/publishing/02_report.ipynb #f4d00071
 class Run(NamedTuple):
@@ -190,7 +190,7 @@ def summary(
     beside:Run|None=None, # recorded seeds of the same profile
 )->list[str]: # five lines
     "What was found."
-    decided = [lost for v, lost in zip(verdicts['on_paper'], second_noise(verdicts)) if v != UNDECIDED]
+    decided = [lost for v, lost in zip(verdicts['on_paper'], lost_with(verdicts)) if v != UNDECIDED]
     left = sum('recipe' not in lost for lost in decided)
     claimed = (f"These runs {counted(verdicts, 'on_ours')} ({standing(verdicts['seeds'].iloc[0])}); the paper's own "
                f"numbers {counted(verdicts, 'on_paper')} by the noise of items alone, and with that of a recipe run "
