@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 import yaml
 from forked import forked, Forked
 from safetensors.torch import load_file, save_file
+from waiting import wait_for
 
 from solar_repro.merging import arithmetic, engine as merging, shards
 from solar_repro.models.adapters import AdaptedModel
@@ -300,10 +300,8 @@ def test_killed_and_run_again(tmp_path):
     a, b = write(tmp_path/'A', A), write(tmp_path/'B', noise(1, A, .5))
     words = ['merge', *'--method ties --density .5 --shard-size .016 --threads 1 --base'.split(), a, a, b]
     p = Forked(SHELL, *words, tmp_path/'out', env=ENV)
-    for _ in range(6000):
-        done = sorted(tmp_path.glob('.out.*.merging/*.safetensors.json'))
-        if len(done) >= 3 or p.poll() is not None: break
-        time.sleep(.01)
+    marks = lambda: sorted(tmp_path.glob('.out.*.merging/*.safetensors.json'))
+    done = wait_for(lambda: len(marks()) >= 3 and marks(), p)
     p.send_signal(signal.SIGKILL); p.communicate()
     assert 3 <= len(done) < 12 and not (tmp_path/'out').exists(), p.returncode
     [private] = tmp_path.glob('.out.*.merging')
@@ -407,7 +405,7 @@ def on_progress(done, total): peak[0] = max(peak[0], anon())
 merge(merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), on_progress=on_progress)
 print(before, peak[0])
 '''
-    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, peak = map(float, done.stdout.split())
     assert 0 < peak < 1024 and peak-before < 300, (before, peak)     # MiB; a thread has 8 to write and 4 to compute in
@@ -483,7 +481,7 @@ def test_pickle_advice_works(tmp_path, llamas):
     (old/'config.json').write_bytes((one/'config.json').read_bytes()); torch.save(read(one), old/'pytorch_model.bin')
     with pytest.raises(ValueError) as e: open_checkpoint(old)
     command = shlex.split(re.search(r'python -c ".*?"', str(e.value))[0])
-    done = subprocess.run([sys.executable, *command[1:]], env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command[1:]], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert compare(one, f'{old}-safetensors')['distance'].max() == 0
 

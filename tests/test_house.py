@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from waiting import HOUR
 
 ROOT = Path(__file__).resolve().parents[1]
 LIB = ROOT / 'solar_repro'
@@ -185,3 +186,21 @@ def test_no_merge_was_left_half_done():
     texts = [p for p in texts if p.suffix in read]
     mark = re.compile(rb'^[ "]*(<{7}|>{7}) ', re.M)
     assert [str(p.relative_to(ROOT)) for p in texts if mark.search(p.read_bytes())] == []
+
+
+def test_no_limit_that_a_slow_machine_would_meet():
+    "In a test and in a notebook what is waited for comes when it comes: limits are of an hour, loops count nothing."
+    def limits(name, code):
+        try: tree = ast.parse(code)
+        except SyntaxError: return              # a cell with a magic
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == 'timeout' and isinstance(node.value, ast.Constant):
+                if node.value.value < HOUR: yield f'{name}: timeout={node.value.value}'
+            if isinstance(node, ast.For) and 'sleep(' in ast.unparse(node):
+                ends = any(isinstance(n, ast.Break) for n in ast.walk(node))
+                if ends and ast.unparse(node.iter).startswith('range('): yield f'{name}: a counted wait'
+    sources = [(f.name, f.read_text(encoding='utf-8')) for f in sorted((ROOT / 'tests').glob('*.py'))]
+    for nb in NOTEBOOKS:
+        cells = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        sources += [(nb.name, code) for c in cells if not (code := ''.join(c['source'])).startswith('#| export')]
+    assert not [x for name, code in sources for x in limits(name, code)]

@@ -15,12 +15,12 @@ import nbformat
 import pytest
 from forked import Forked
 from papermill.exceptions import PapermillExecutionError
+from waiting import wait_for
 
 from solar_repro.reports import notebooks as runner
 from solar_repro.pipeline.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
-HOUR = 3600                                                  # nothing here takes so long, on whatever machine
 INI = '[DEFAULT]\nlib_name = solar_repro\n'
 
 
@@ -210,14 +210,6 @@ def alive(pid: int) -> bool:
     )
 
 
-def wait_for(condition) -> bool:
-    end = time.time() + HOUR
-    while time.time() < end:
-        if condition(): return True
-        time.sleep(.1)
-    return False
-
-
 @pytest.mark.parametrize('how', ['Ctrl-C', 'SIGINT to the runner alone', 'kill -9'])
 def test_interrupted(project, how):
     "Ctrl-C reaches every process of the terminal, `kill -INT` the one; either way the next run goes on."
@@ -227,15 +219,14 @@ def test_interrupted(project, how):
     )
     p = start(project, '--all')
     try:
-        assert wait_for(lambda: (project/'pid.txt').exists() and (project/'pid.txt').read_text())
-        kernel = int((project/'pid.txt').read_text())
+        kernel = int(wait_for(lambda: (project/'pid.txt').exists() and (project/'pid.txt').read_text(), p))
         time.sleep(.5)
         if how == 'Ctrl-C':os.killpg(p.pid, signal.SIGINT)
         else: p.send_signal(signal.SIGINT if how.startswith('SIGINT') else signal.SIGKILL)
         _, err = p.communicate()
         if how == 'kill -9':assert p.returncode == -signal.SIGKILL
         else: assert p.returncode == 130 and 'interrupted' in err and 'again' in err and 'Traceback' not in err, err
-        assert wait_for(lambda: not alive(kernel)), 'the kernel outlived the runner'
+        wait_for(lambda: not alive(kernel))                          # it does not outlive the runner
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
     assert ran(project) == ['one smoke 0'] and not (project/'runs'/'smoke'/'notebooks'/'core'/'00_two.ipynb').exists()
@@ -257,13 +248,11 @@ open('../../{{}}.met', 'w').close(); time.sleep(3600)"""
     notebook(project/'nbs'/'tiny'/'00_four.ipynb', "open('../../ran.txt', 'a').write('four\\n')")
     p = start(project, '--all')
     try:
-        assert wait_for(lambda: len(list(project.glob('*.met'))) == 2), 'they did not meet'
+        wait_for(lambda: len(list(project.glob('*.met'))) == 2, p)
         p.send_signal(signal.SIGINT)
         _, err = p.communicate()
         assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err, err
-        assert wait_for(
-            lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid'))
-        ), 'a kernel outlived the runner'
+        wait_for(lambda: not any(alive(int(f.read_text())) for f in project.glob('*.pid')))
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.communicate()
     assert ran(project) == ['one smoke 0'] and [

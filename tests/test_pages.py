@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 import zipfile
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import nbformat
 import pandas as pd
 import pytest
 from forked import forked, HELD
+from waiting import wait_for
 
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import build_graph
@@ -281,8 +281,15 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(exp.scores(), one.scores())
     pd.testing.assert_frame_equal(exp.samples(), one.samples(), atol=1e-6)
     assert exp.made_on() == one.made_on() and 'torch' in exp.made_on()
-    from solar_repro.reports.published import recorded_beside
-    assert recorded_beside(one).label == exp.label and recorded_beside(exp) is None
+    from solar_repro.reports.published import line_found, recorded_beside
+    assert recorded_beside(one).label == exp.label and recorded_beside(exp) is None and line_found(exp) == ''
+    from solar_repro.pipeline.sweep import CANDIDATES, sweep
+    with pytest.raises(ValueError, match="no scores of 'linear 0.5 Cand. 1.* came with the package"):
+        sweep(exp, *CANDIDATES, 3)
+    record_run.record('smoke', 0, full, tmp_path, points=3)         # whose evaluations are those of Table 7
+    results.read_record.cache_clear()
+    line = [sweep(e, *CANDIDATES, 3) for e in (one, Experiment('smoke', store=tmp_path / 'none', recorded=True))]
+    pd.testing.assert_frame_equal(*line, atol=1e-6)
     with pytest.raises(ValueError, match='with seed 7 came'): Experiment('smoke', seed=7, recorded=True)
     nbs, times = tmp_path / 'nbs', tmp_path / 'commands.json'
     nbs.mkdir()
@@ -515,9 +522,10 @@ def lab(home, port):
     with open(home / 'log', 'w') as log:
         server = subprocess.Popen(f'exec env {command}', shell=True, cwd=ROOT, stdout=log, stderr=log, env=env)
         try:
-            for _ in range(18000):
-                try: ask('api/status'); break
-                except OSError: time.sleep(.2)
+            def answers():
+                try: return ask('api/status')
+                except OSError: return None
+            wait_for(answers, server)
             yield ask
         finally:
             server.terminate(); server.wait()

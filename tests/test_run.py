@@ -3,12 +3,12 @@ import json
 import random
 import shutil
 import signal
-import time
 from importlib.metadata import version
 
 import pandas as pd
 import pytest
 from forked import Forked, HELD
+from waiting import wait_for
 
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import CODE_VERSIONS, MODELS
@@ -136,9 +136,7 @@ def test_killed_again_and_again_it_ends_with_the_same_results(full, tmp_path):
 def test_ctrl_c_says_what_is_kept(tmp_path):
     progress = tmp_path/'progress'
     p = Forked(HELD + RUN, tmp_path/'store', 'SFT v1', env=dict(SOLAR_PROGRESS=str(progress)))
-    while not (progress.exists() and '"SFT v1", "done": 1' in progress.read_text()):
-        assert p.poll() is None, p.err
-        time.sleep(.02)
+    wait_for(lambda: progress.exists() and '"SFT v1", "done": 1' in progress.read_text(), p)
     p.send_signal(signal.SIGINT)
     err = p.communicate()[1]
     assert p.returncode != 0

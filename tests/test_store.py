@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from waiting import wait_for
 
 import solar_repro.core.store as store_module
 from solar_repro.core.store import read_manifest, Store
@@ -46,13 +47,6 @@ def build(s, fn=None, *, kind='sft', settings=None, inputs=None, code_version=1)
 def untouched(_): raise AssertionError('built again although it was there')
 
 
-def wait_for(done, seconds=20):
-    until = time.time() + seconds
-    while not done():
-        assert time.time() < until, 'the other process did not come that far'
-        time.sleep(.01)
-
-
 def visible(s):
     hidden = 'building', 'damaged', 'locks'
     return [p for p in s.folder.glob('*/*') if p.is_dir() and p.parent.name not in hidden]
@@ -66,7 +60,7 @@ def fn(out):
     (out/'scratch'/'checkpoint').mkdir(parents=True)
     (out/'scratch'/'checkpoint'/'state').write_text('step 7')
     (out/'adapter').mkdir(); (out/'adapter'/'half').write_bytes(b'half'); (out/'loose').write_bytes(b'half')
-    Path(sys.argv[2]).touch(); time.sleep(60)
+    Path(sys.argv[2]).touch(); time.sleep(10**6)
 build(sys.argv[1], 1, fn)
 '''
     folder, mark, seen = tmp_path/'store', tmp_path/'mark', []
@@ -120,7 +114,7 @@ for store in sys.argv[1:2]:
     print(k, file=sys.stderr)
 '''
     p = start(code, tmp_path, 0, moment)
-    err = p.communicate(timeout=60)[1]
+    err = p.communicate()[1]
     assert p.returncode == 0, err
     kills = int(err.split()[-1])
     assert kills >= 1
@@ -158,7 +152,7 @@ for n in range(int(sys.argv[2])): build(sys.argv[1], n, fn(n))
         assert all((path/f'part{i}').read_bytes() == bytes([m['settings']['n'] % 256])*20000 for i in range(4))
         found += 1
     assert found >= 12 and not (folder/'damaged').exists()
-    p = start(code, folder, n); assert 'Error' not in p.communicate(timeout=60)[1] and p.returncode == 0
+    p = start(code, folder, n); assert 'Error' not in p.communicate()[1] and p.returncode == 0
     assert len(visible(Store(folder))) == n == len(Store(folder).entries()) and not list((folder/'building').iterdir())
 
 
@@ -168,13 +162,16 @@ def test_the_second_process_waits_says_so_and_reuses(tmp_path):
     code = '''
 def fn(out):
     with open(sys.argv[2], 'a') as f: f.write('built\\n')
-    time.sleep(1); (out/'weights').write_bytes(b'x'*1000)
+    while not Path(sys.argv[3]).exists(): time.sleep(.01)
+    (out/'weights').write_bytes(b'x'*1000)
 print(build(sys.argv[1], 1, fn).content, file=sys.stderr)
 '''
-    log = tmp_path/'log'
-    first = start(code, tmp_path/'store', log); wait_for(log.exists)
-    second = start(code, tmp_path/'store', log)
-    e1, e2 = first.communicate(timeout=30)[1], second.communicate(timeout=30)[1]
+    log, go = tmp_path/'log', tmp_path/'go'
+    first = start(code, tmp_path/'store', log, go); wait_for(log.exists, first)
+    second = start(code, tmp_path/'store', log, go)
+    said = second.stderr.readline()
+    go.touch()
+    e1, e2 = first.communicate()[1], said + second.communicate()[1]
     assert first.returncode == second.returncode == 0 and log.read_text() == 'built\n'
     assert 'model 1 is being built by another process; waiting' in e2 and 'waiting' not in e1
     assert e1.split()[-1] == e2.split()[-1]
@@ -186,7 +183,7 @@ def fn(out):
     (out/'scratch').mkdir(exist_ok=True)
     step = out/'scratch'/'step'
     (out/'weights').write_text('kept' if step.exists() else 'anew')
-    if not step.exists(): step.touch(); Path(sys.argv[2]).touch(); time.sleep(60)
+    if not step.exists(): step.touch(); Path(sys.argv[2]).touch(); time.sleep(10**6)
 print((build(sys.argv[1], 1, fn).path/'weights').read_text(), file=sys.stderr)
 '''
     mark = tmp_path/'mark'
@@ -194,7 +191,7 @@ print((build(sys.argv[1], 1, fn).path/'weights').read_text(), file=sys.stderr)
     second = start(code, tmp_path/'store', mark)
     assert 'waiting' in second.stderr.readline()
     first.send_signal(signal.SIGKILL); first.communicate()
-    assert second.communicate(timeout=30)[1].split()[-1] == 'kept'
+    assert second.communicate()[1].split()[-1] == 'kept'
 
 
 def test_many_processes_start_on_an_empty_folder(tmp_path):
@@ -202,7 +199,7 @@ def test_many_processes_start_on_an_empty_folder(tmp_path):
 for n in range(5): build(sys.argv[1], n, lambda out: (out/'weights').write_bytes(b'x'))
 '''
     ps = [start(code, tmp_path/'store') for _ in range(6)]
-    errs = [p.communicate(timeout=60)[1] for p in ps]
+    errs = [p.communicate()[1] for p in ps]
     assert [p.returncode for p in ps] == [0]*6, errs
     assert len(visible(Store(tmp_path/'store'))) == 5
 

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import waiting
 from forked import Forked
 
 from solar_repro.core.store import Store
@@ -85,14 +85,11 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(what, of: Forked | None = None):
-    "Until something is so; a driver that has ended meanwhile is an error."
-    while not (got := what()):
-        if of is not None and of.poll() is not None:
-            if 'no cluster could be started here' in of.err:
-                pytest.skip(f'Ray does not start: {of.err.splitlines()[-1]}')
-            raise AssertionError(of.err)
-        time.sleep(.05)
-    return got
+    "Until something is so; a driver that has ended meanwhile is an error, unless Ray cannot be had here."
+    try: return waiting.wait_for(what, of)
+    except AssertionError:
+        if of is None or 'no cluster could be started here' not in of.err: raise
+        pytest.skip(f'Ray does not start: {of.err.splitlines()[-1]}')
 
 
 def test_two_workers_build_what_one_process_builds(full, tmp_path):

@@ -24,10 +24,13 @@ FRONT = 'tiny'                                              # the profile whose 
 SHOWN = 4                                                   # the table whose picture stands on the front page
 
 
-def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = None) -> Path:
-    "A finished run as one file."
+def record(
+    profile: str, seed: int, store: Path, into: Path, kind: str | None = None, points: int = 11
+) -> Path:
+    "A finished run as one file; the line between the candidates with it, where that is scored, too."
     from solar_repro.pipeline.experiment import Experiment, USES_BASE
     from solar_repro.pipeline.results import made_on, read_record, scale, taught, write_record
+    from solar_repro.pipeline.sweep import between, CANDIDATES, is_built
     exp = Experiment(profile, seed=seed, store=store)
     status = exp.status()
     missing = status.loc[status['state'] == 'missing', 'stage'].tolist()
@@ -36,8 +39,12 @@ def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = 
             f'record_run: {len(missing)} stages of {profile}, seed {seed}, are missing in {store} ({missing[:3]} ...);'
             f' expected a whole run. Run `solar-repro run --profile {profile} --seed {seed} --store {store}` first.'
         )
-    manifests = {n: exp.find(n).manifest for n in exp.graph}
-    made = made_on([m for n, m in manifests.items() if exp.graph[n].kind in USES_BASE])
+    swept, line = between(exp, *CANDIDATES, points)
+    whole, of_line = (swept, line['model'].unique()) if is_built(swept, line) else (exp, ())
+    rows = list(dict.fromkeys([*exp.models, *of_line]))
+    evaluations = {(m, t): f'eval/{m}/{t}' for m in rows for t in exp.tasks}
+    manifests = {n: whole.find(n).manifest for n in dict.fromkeys([*exp.graph, *evaluations.values()])}
+    made = made_on([m for n, m in manifests.items() if whole.graph[n].kind in USES_BASE])
     how = dict.fromkeys(x.lower() for x in (made.get('capability'), made.get('MKL_CBWR')) if x)
     facts = dict(
         profile=exp.profile.name, label=scale(exp), seed=seed, protocol=exp.profile.eval.protocol, made_on=made,
@@ -51,8 +58,7 @@ def record(profile: str, seed: int, store: Path, into: Path, kind: str | None = 
             f'record_run: {file.relative_to(into)} is of {there.get("processor")}, this run of {made.get("processor")};'
             ' expected one processor a kind. Give this one a name of its own: --kind NAME, or make record KIND=NAME.'
         )
-    folders = {(m, t): exp.find(f'eval/{m}/{t}').path for m in exp.models for t in exp.tasks}
-    return write_record(file, facts, folders)
+    return write_record(file, facts, {k: whole.find(n).path for k, n in evaluations.items()})
 
 
 def minutes(seconds: float) -> str:

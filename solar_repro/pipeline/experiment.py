@@ -315,8 +315,7 @@ def _evaluated(self:Experiment, names:list[str]|None, tasks:list[str]|None=None)
         must_be_in('this call', 'model', m, self.models, 'experiment')
         must_be_in('this call', 'benchmark', t, self.tasks, 'experiment')
     if self.records:
-        found = results.evaluations_of(self.records[self.profile.seed])
-        return {k: found[k] for k in wanted}
+        return results.recorded_evaluations(self.records[self.profile.seed], wanted)
     self.run([f'eval/{m}/{t}' for m, t in wanted])
     return {(m, t): self._built[f'eval/{m}/{t}'].path for m, t in wanted}
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
            'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records', 'recorded',
-           'evaluations_of', 'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten', 'answer_in_words',
-           'find_flips', 'summary', 'kinds_in_words', 'replications']
+           'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten',
+           'answer_in_words', 'find_flips', 'summary', 'kinds_in_words', 'replications']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
 import gzip
@@ -24,7 +24,7 @@ from .. import tables
 from ..core.files import write_whole
 from ..data import BENCHMARKS
 from ..models.base_source import base_note
-from ..paper import H6_TASKS
+from ..paper import H6_TASKS, MODELS
 from .graph import taught_by, USES_BASE
 from .progress import cost, duration, headline
 from .sources import STAND_IN
@@ -174,12 +174,13 @@ RECORDED = Path(str(files('solar_repro')))/'recorded' # what came with the packa
 def records(
     profile:str, # its name
     folder:Path|None=None, # of the records; None: `RECORDED`
-)->dict[str,dict[int,dict]]: # kind of processor -> seed -> record; the kind with most seeds first
+)->dict[str,dict[int,dict]]: # kind of processor -> seed -> record; most seeds, then most rows first
     "The recorded runs of a profile; none where none came with the package."
     kinds = sorted(((folder or RECORDED)/profile).glob('*'))
     found = {k.name: [read_record(f) for f in k.glob('*.json.gz')] for k in kinds}
     found = {k: {r['seed']: r for r in sorted(x, key=lambda r: r['seed'])} for k, x in found.items() if x}
-    return dict(sorted(found.items(), key=lambda x: -len(x[1])))
+    much = lambda runs: (len(runs), min(len(r['results']) for r in runs.values()))
+    return dict(sorted(found.items(), key=lambda x: much(x[1]), reverse=True))
 
 def recorded(
     profile:str, # its name
@@ -200,6 +201,20 @@ def evaluations_of(
 )->Evaluations:
     "The evaluations of a recorded run."
     return {(m, t): dict(x, **record['tasks'][t]) for m, of in record['results'].items() for t, x in of.items()}
+
+# %% ../../nbs/pipeline/13_results.ipynb #deb202d7
+def recorded_evaluations(
+    record:dict, # of `read_record`
+    wanted:list[tuple[str,str]], # models, benchmarks
+)->Evaluations:
+    "Some evaluations of a recorded run."
+    found = evaluations_of(record)
+    if lacking := list(dict.fromkeys(m for m, t in wanted if (m, t) not in found)):
+        some = ", ".join(map(repr, lacking[:3])) + ", ..."*(len(lacking) > 3)
+        raise ValueError(f'recorded: no scores of {some} came with the package for profile {record["profile"]!r}, seed '
+                         f'{record["seed"]}; expected rows of the tables, or of the line between the candidates. Leave '
+                         'recorded out, and they are built.')
+    return {k: found[k] for k in wanted}
 
 # %% ../../nbs/pipeline/13_results.ipynb #44cca94e
 def _right(folder:Path)->tuple[pd.Series,pd.Series|None]: # 1. or 0. for each held-out row; margins of pairs, nats
@@ -332,15 +347,19 @@ def replications(
     kinds = records(profile)
     if not kinds: return {}
     (main, runs), *others = kinds.items()
-    half, seeds = len(runs)//2, list(runs)
     sets = {}
-    if half >= tables.MIN_SEEDS:
-        sets['seeds by seeds'] = {tables.in_short(s): [runs[k] for k in s] for s in (seeds[:half], seeds[half:2*half])}
+    for kind, theirs in kinds.items():
+        half, seeds, of = len(theirs)//2, list(theirs), '' if kind == main else f'{kind}, '
+        if half >= tables.MIN_SEEDS:
+            sets[f'{of}seeds by seeds'] = {f'{of}{tables.in_short(s)}': [theirs[k] for k in s]
+                                           for s in (seeds[:half], seeds[half:2*half])}
     for other, theirs in others:
         both = [s for s in runs if s in theirs]
         if both: sets[f'{main} by {other}'] = {f'{k}, {tables.in_short(both)}': [kinds[k][s] for s in both]
                                                for k in (main, other)}
-    def read(r): return read_scores(evaluations_of(r), r['protocol']), read_samples(evaluations_of(r))
+    def read(r):
+        of_rows = {k: e for k, e in evaluations_of(r).items() if k[0] in MODELS}
+        return read_scores(of_rows, r['protocol']), read_samples(of_rows)
     def judged(runs):
         scores, samples = tables.together({r['seed']: read(r) for r in runs})
         return tables.claims(scores, samples=samples)

@@ -157,11 +157,13 @@ def sweep(exp, # the run: `Experiment`
     b:str, # another
     *,
     points:int=11, # weights from 0 to 1, an odd number of them
+    recorded:bool=False, # of the runs that came with the package, all seeds or --seed
     format_:Literal['text', 'json']='text', # json is for a program
 )->None:
     """Score the line between two models, averages and SLERP; say whether any weight is told from one half.
 
     solar-repro sweep "Cand. 1" "Cand. 2"
+    solar-repro sweep "Cand. 1" "Cand. 2" --recorded
     solar-repro sweep "SFT v3" "SFT v4" --points 5
     """
     line, text = library('pipeline.sweep'), library('publishing.text')
@@ -173,7 +175,8 @@ def sweep(exp, # the run: `Experiment`
     print(text.in_lines(said))
     file = exp.folder/'figures'/re.sub(r'[^\w.+-]+', '_', f'sweep {a} {b}.png')
     file.parent.mkdir(parents=True, exist_ok=True)
-    with library('core.files').whole(file) as private: line.sweep_figure(m, exp.label).savefig(private)
+    fig = line.sweep_figure(m, exp.label, line.of_each_seed(exp, a, b, points))
+    with library('core.files').whole(file) as private: fig.savefig(private)
     print(file)
 
 # %% ../../nbs/reports/02_commands.ipynb #fea2e4ee

@@ -17,7 +17,7 @@ from ..core.config import root
 from ..core.files import file_hash, json_object, write_whole
 from ..pipeline.experiment import Experiment
 from ..pipeline.results import manifests, records
-from ..pipeline.sweep import between, finding, is_built, measured
+from ..pipeline.sweep import between, CANDIDATES, finding, is_built, measured
 from ..publishing.report import publish, Run
 
 # %% ../../nbs/reports/05_published.ipynb #116cc822
@@ -30,8 +30,7 @@ def recorded_beside(
     return Run(came.label, came.scores(), came.samples())
 
 def _line(exp:Experiment): # the experiment with the whole line between the candidates, and the line; None unless built
-    if exp.records: return None
-    swept, line = between(exp, 'Cand. 1', 'Cand. 2')
+    swept, line = between(exp, *CANDIDATES)
     return (swept, line) if is_built(swept, line) else None
 
 def line_found(
