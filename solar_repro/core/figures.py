@@ -72,7 +72,7 @@ def graph_figure(
     boxes = {s.name: _box(ax, s, *places[s.name]) for s in models}
     # out of the right side and into the left one, clear of what stands below a box
     arrow = dict(arrowstyle='-|>', lw=.9, color='#9ca3af', shrinkA=4, shrinkB=4,
-                 connectionstyle='arc,angleA=0,angleB=180,armA=29,armB=14,rad=8')
+                 connectionstyle='arc,angleA=0,angleB=180,armA=35,armB=14,rad=8')
     for s in models:
         for i in filter(boxes.get, s.inputs.values()):
             ax.annotate('', (0, .5), (1, .5), xycoords=boxes[s.name], textcoords=boxes[i], zorder=1, arrowprops=arrow)

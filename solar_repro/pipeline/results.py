@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -346,17 +347,15 @@ def replications(
     "Whether other seeds, and another kind of processor, give the same verdicts."
     kinds = records(profile)
     if not kinds: return {}
-    (main, runs), *others = kinds.items()
-    sets = {}
+    main, sets = next(iter(kinds)), {}
     for kind, theirs in kinds.items():
         half, seeds, of = len(theirs)//2, list(theirs), '' if kind == main else f'{kind}, '
         if half >= tables.MIN_SEEDS:
             sets[f'{of}seeds by seeds'] = {f'{of}{tables.in_short(s)}': [theirs[k] for k in s]
                                            for s in (seeds[:half], seeds[half:2*half])}
-    for other, theirs in others:
-        both = [s for s in runs if s in theirs]
-        if both: sets[f'{main} by {other}'] = {f'{k}, {tables.in_short(both)}': [kinds[k][s] for s in both]
-                                               for k in (main, other)}
+    for a, b in combinations(kinds, 2):
+        both = [s for s in kinds[a] if s in kinds[b]]
+        if both: sets[f'{a} by {b}'] = {f'{k}, {tables.in_short(both)}': [kinds[k][s] for s in both] for k in (a, b)}
     def read(r):
         of_rows = {k: e for k, e in evaluations_of(r).items() if k[0] in MODELS}
         return read_scores(of_rows, r['protocol']), read_samples(of_rows)

@@ -168,11 +168,10 @@ def fitted(
     p:dict, # a progress report
     width:int|None, # of the line; None: as long as it is
 )->str:
-    "A progress report in a line: what the others do is left out first, then the steps."
-    for said in (p, p | dict(beside={}), p | dict(beside={}, total=0)):
-        line = f'{title} | {show_progress(said)}'
-        if width is None or len(line) <= width: return line
-    return line[:width]
+    "A progress report in a line: what the others do is left out first, then the steps, then the title."
+    said = [show_progress(x) for x in (p, p | dict(beside={}), p | dict(beside={}, total=0))]
+    lines = [*(f'{title} | {x}' for x in said), said[-1]]
+    return next((x for x in lines if width is None or len(x) <= width), lines[-1][:width])
 
 class Follower:
     "Prints what the kernels report, until closed."
@@ -205,7 +204,7 @@ class Follower:
     ):
         "A notebook begins."
         self.working.append(title)
-        self._print(title)
+        self._print(', '.join(self.working) if sys.stdout.isatty() else title)
 
     def done(self,
         title:str, # of what began
@@ -213,7 +212,9 @@ class Follower:
     ):
         "It is finished; its line stays."
         if title in self.working: self.working.remove(title)
-        if how: self._print(f'{title}: {how}', '\n')
+        if not how: return
+        self._print(f'{title}: {how}', '\n')
+        if self.working and sys.stdout.isatty(): self._print(', '.join(self.working)) # the others go on
 
     def _print(self, line:str, end:str=''):
         "On a terminal a line replaces the one before."
