@@ -99,8 +99,7 @@ NAMES = 'solar-repro', 'make', 'papermill', 'python', 'sh', 'conda'
 FETCHING = (
     'solar-repro fetch --to DIR',
     'solar-repro base --rebuild',
-    'solar-repro sweep "Cand. 1" "Cand. 2"',
-)  # these need the network, or hours; a shorter sweep is run by test_first_contact
+)  # these need the network, or hours
 
 
 def commands():

@@ -81,7 +81,7 @@ def replicated(profile: str) -> list[str]:
 def in_short(profile: str) -> str:
     "What becomes of the claims over all recorded seeds, what replicates, which row is best, how large chance is."
     from solar_repro.pipeline.experiment import Experiment
-    from solar_repro.pipeline.results import replications
+    from solar_repro.pipeline.results import records, replications
     from solar_repro.publishing.report import summary
     from solar_repro.publishing.text import counted
     from solar_repro.tables import alike, claims
@@ -90,9 +90,12 @@ def in_short(profile: str) -> str:
     found = claims(scores, samples=samples)
     _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
     claimed = counted(found, 'on_ours')
-    again = next(iter(replications(profile).values()), None)
-    one, other = ('', '') if again is None else again.columns[1:3]
-    same = '' if again is None else f' Verdicts of {one} beside those of {other}: {alike(again)}.'
+    main = next(iter(records(profile)))
+    again = replications(profile)
+    other = next((what for what in again if what.startswith(f'{main} by')), '')
+    words = {'seeds by seeds': 'of {} beside those of {}', other: 'of one kind of processor ({}) beside another ({})'}
+    said = [f'{w.format(*again[what].columns[1:3])}: {alike(again[what])}' for what, w in words.items() if what in again]
+    same = f' Verdicts {"; ".join(said)}.' if said else ''
     over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
     return f'**What the tiny world says.** Over {over} its recorded runs {claimed}.{same} {best} {chance}'
 

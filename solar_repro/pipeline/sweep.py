@@ -127,8 +127,10 @@ def finding(
     beside = '' if w == .5 else (f", which {can} be distinguished from the even average ({100*x['difference']:+.1f} ± "
                                  f"{100*x['se']:.1f} points, p = {x['p']:.2g} after Holm's correction)")
     where = at.get(w, f'{w:g} {a} + {1 - w:.4g} {b}')
-    return (f"On the line from {b} to {a} H6 is highest at {where} ({100*x['score']:.1f}){beside}; weights of {a} from "
-            f"{x['low']:g} to {x['high']:g} cannot be distinguished from it. SLERP is at most {100*apart:.2f} points "
+    like_it = (f'weights of {a} from {x["low"]:g} to {x["high"]:g} cannot be distinguished from it'
+               if x['low'] < x['high'] else 'every other weight can be distinguished from it')
+    return (f"On the line from {b} to {a} H6 is highest at {where} ({100*x['score']:.1f}){beside}; "
+            f"{like_it}. SLERP is at most {100*apart:.2f} points "
             f"from the average of the same weights ({label}).")
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #0bfa66ba
