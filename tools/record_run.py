@@ -94,7 +94,7 @@ def in_short(profile: str) -> str:
     again = replications(profile)
     other = next((what for what in again if what.startswith(f'{main} by')), '')
     words = {'seeds by seeds': 'of {} beside those of {}', other: 'of one kind of processor ({}) beside another ({})'}
-    said = [f'{w.format(*again[what].columns[1:3])}: {alike(again[what])}' for what, w in words.items() if what in again]
+    said = [f'{w.format(*again[x].columns[1:3])}: {alike(again[x])}' for x, w in words.items() if x in again]
     same = f' Verdicts {"; ".join(said)}.' if said else ''
     over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
     return f'**What the tiny world says.** Over {over} its recorded runs {claimed}.{same} {best} {chance}'
