@@ -45,10 +45,11 @@ def record(
     evaluations = {(m, t): f'eval/{m}/{t}' for m in rows for t in exp.tasks}
     manifests = {n: whole.find(n).manifest for n in dict.fromkeys([*exp.graph, *evaluations.values()])}
     made = made_on([m for n, m in manifests.items() if whole.graph[n].kind in USES_BASE])
+    trainings = [m for n, m in manifests.items() if whole.graph[n].kind in ('sft', 'dpo')]    # of this seed alone
     how = dict.fromkeys(x.lower() for x in (made.get('capability'), made.get('MKL_CBWR')) if x)
     facts = dict(
         profile=exp.profile.name, label=scale(exp), seed=seed, protocol=exp.profile.eval.protocol, made_on=made,
-        started=min(m['started'] for m in manifests.values()), seconds=round(float(status['seconds'].sum()), 1),
+        started=min(m['started'] for m in trainings), seconds=round(float(status['seconds'].sum()), 1),
         stages=exp.provenance().to_dict('records'), taught=json.loads(taught(exp).to_json(orient='records')),
     )
     file = into / exp.profile.name / (kind or '-'.join(how) or 'cpu') / f'seed{seed}.json.gz'
