@@ -201,10 +201,11 @@ class Follower:
 
     def begin(self,
         title:str, # of a notebook, or of what runs before them
+        quietly:bool=False, # it is named when there is something to report of it
     ):
         "A notebook begins."
         self.working.append(title)
-        self._print(', '.join(self.working) if sys.stdout.isatty() else title)
+        if not quietly: self._print(', '.join(self.working) if sys.stdout.isatty() else title)
 
     def done(self,
         title:str, # of what began
@@ -281,7 +282,7 @@ class _Run:
 @patch
 def stages(self:_Run)->None:
     "Build what is missing, of every seed of the profile; workers do it, so that this process stays small."
-    self.follow.begin('stages')
+    self.follow.begin('stages', quietly=True)
     for e in self.exp.repeated().values() or [self.exp]: e.run(apart=True)
     self.follow.done('stages')
     self.have = results(self.exp)
