@@ -7,8 +7,9 @@ HOUR = 3600                                                  # nothing here take
 def wait_for(what, of=None):
     "Until something is so, and then that; the end of the process that is to bring it about (`of`) is an error."
     end = time.time() + HOUR
-    while not (got := what()):
-        assert of is None or of.poll() is None, getattr(of, 'err', 'the other process ended before')
+    while True:
+        ended = of is not None and of.poll() is not None     # asked first: its last act may be what is waited for
+        if got := what(): return got
+        assert not ended, getattr(of, 'err', 'the other process ended before')
         assert time.time() < end, 'the other process did not come that far'
         time.sleep(.01)
-    return got
