@@ -6,6 +6,7 @@ nbs/index.ipynb between its marks; README.md follows."""
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -68,21 +69,18 @@ def minutes(seconds: float) -> str:
 
 def replicated(profile: str) -> list[str]:
     "How many verdicts other seeds and another kind of processor give alike, a line of a table each."
-    from solar_repro.pipeline.results import kinds_in_words, replications
-    from solar_repro.tables import alike
+    from solar_repro.pipeline.results import kinds_in_words, replications, replications_in_words
     found = replications(profile)
     if not found:
         return []
-    lines = ['| verdicts of | beside those of | |', '|:--|:--|:--|']
-    lines += [f'| {list(r)[1]} | {list(r)[2]} | {alike(r)} |' for r in found.values()]
     kinds = f'Kinds of processor take sums in another order: {kinds_in_words(profile)}.'
-    return ['Do the verdicts replicate?', '\n'.join(lines), kinds]
+    return ['Do the verdicts replicate?', replications_in_words(found), kinds]
 
 
 def in_short(profile: str) -> str:
     "What becomes of the claims over all recorded seeds, what replicates, which row is best, how large chance is."
     from solar_repro.pipeline.experiment import Experiment
-    from solar_repro.pipeline.results import records, replications
+    from solar_repro.pipeline.results import replications
     from solar_repro.publishing.report import summary
     from solar_repro.publishing.text import counted
     from solar_repro.tables import alike, claims
@@ -91,11 +89,13 @@ def in_short(profile: str) -> str:
     found = claims(scores, samples=samples)
     _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
     claimed = counted(found, 'on_ours')
-    main = next(iter(records(profile)))
-    again = replications(profile)
-    other = next((what for what in again if what.startswith(f'{main} by')), '')
-    words = {'seeds by seeds': 'of {} beside those of {}', other: 'of one kind of processor ({}) beside another ({})'}
-    said = [f'{w.format(*again[x].columns[1:3])}: {alike(again[x])}' for x, w in words.items() if x in again]
+    again = {}                              # the first of halves, and of kinds: those of the runs that tables are of
+    for r in replications(profile):
+        (kind, seeds), (of, others) = (c.split(', ', 1) for c in r.columns[1:3])
+        said = f'of one kind of processor ({kind}, {seeds}) beside another ({of}, {others})'
+        if kind == of: said = f'of {seeds} beside those of {others}'
+        again.setdefault(kind == of, f'{said}: {alike(r)}')
+    said = list(again.values())
     same = f' Verdicts {"; ".join(said)}.' if said else ''
     over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
     return f'**What the tiny world says.** Over {over} its recorded runs {claimed}.{same} {best} {chance}'
@@ -104,7 +104,8 @@ def in_short(profile: str) -> str:
 def times() -> str:
     "What whole commands took, as a range over the machines that they were timed on."
     seen = json.loads(TIMES.read_text(encoding='utf-8'))
-    spans = {c: ' to '.join(dict.fromkeys(f'{x:.0f}' for x in (min(m), max(m)))) for c, m in seen['minutes'].items()}
+    ends = {c: (math.floor(min(m)), math.ceil(max(m))) for c, m in seen['minutes'].items()}
+    spans = {c: ' to '.join(map(str, dict.fromkeys(x))) for c, x in ends.items()}
     said = [f'`{command}` took {span} minutes' for command, span in spans.items()]
     return f' On {seen["machines"]}, set-up included, {" and ".join(said)}.'
 

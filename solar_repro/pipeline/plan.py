@@ -187,7 +187,7 @@ def _notebook_costs(of:Setting)->dict[str,Cost]:
     n, out = of.base_bytes, {}
     if of.profile.sft.nf4: # the base that NF4 gives back is written and read, and goes when all is scored
         out['02_sft: as trained, read back'] = _together([*scored('SFT v3')*2, Cost(other_s=_reading(4*n), disk=n)])
-    out['04_merge: weights, outputs'] = Cost(other_s=_reading(12*n), memory=2*n + GIB) # two models in memory
+    out['04_merge: weights, outputs'] = Cost(other_s=_reading(12*n), memory=n + GIB) # one model at a time
     own = [_train_cost(of, of.graph['SFT v4']), *scored('SFT v4'), *scored('Merge v1')]
     return out | {OWN: _together(own)}
 

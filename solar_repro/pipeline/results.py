@@ -6,7 +6,7 @@
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
            'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records', 'recorded',
            'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten',
-           'answer_in_words', 'find_flips', 'summary', 'kinds_in_words', 'replications']
+           'answer_in_words', 'find_flips', 'summary', 'kinds_in_words', 'replications', 'replications_in_words']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
 import gzip
@@ -341,25 +341,31 @@ def kinds_in_words(
     return '; '.join(f"`{kind}` ran on {m['processor']} ({m['capability']}{', told so by ' if told[kind] else ''}"
                      f"{' and '.join(told[kind])})" for kind, m in made.items())
 
-def replications(
-    profile:str, # its name
-)->dict[str,pd.DataFrame]: # what is compared -> of `tables.replication`
-    "Whether other seeds, and another kind of processor, give the same verdicts."
-    kinds = records(profile)
-    if not kinds: return {}
-    main, sets = next(iter(kinds)), {}
-    for kind, theirs in kinds.items():
-        half, seeds, of = len(theirs)//2, list(theirs), '' if kind == main else f'{kind}, '
-        if half >= tables.MIN_SEEDS:
-            sets[f'{of}seeds by seeds'] = {f'{of}{tables.in_short(s)}': [theirs[k] for k in s]
-                                           for s in (seeds[:half], seeds[half:2*half])}
-    for a, b in combinations(kinds, 2):
-        both = [s for s in kinds[a] if s in kinds[b]]
-        if both: sets[f'{a} by {b}'] = {f'{k}, {tables.in_short(both)}': [kinds[k][s] for s in both] for k in (a, b)}
+def _judged(runs:list[dict])->pd.DataFrame:
+    "Verdicts on the claims, of some recorded runs together."
     def read(r):
         of_rows = {k: e for k, e in evaluations_of(r).items() if k[0] in MODELS}
         return read_scores(of_rows, r['protocol']), read_samples(of_rows)
-    def judged(runs):
-        scores, samples = tables.together({r['seed']: read(r) for r in runs})
-        return tables.claims(scores, samples=samples)
-    return {what: tables.replication({name: judged(x) for name, x in each.items()}) for what, each in sets.items()}
+    scores, samples = tables.together({r['seed']: read(r) for r in runs})
+    return tables.claims(scores, samples=samples)
+
+def replications(
+    profile:str, # its name
+)->list[pd.DataFrame]: # of `tables.replication`, two sets of trainings each: halves of a kind's, then kind by kind
+    "Whether other seeds, and another kind of processor, give the same verdicts."
+    kinds, pairs = records(profile), []
+    for kind, runs in kinds.items():
+        half, seeds = len(runs)//2, tuple(runs)
+        if half >= tables.MIN_SEEDS: pairs.append([(kind, seeds[:half]), (kind, seeds[half:2*half])])
+    for a, b in combinations(kinds, 2):
+        both = tuple(s for s in kinds[a] if s in kinds[b])
+        if both: pairs.append([(a, both), (b, both)])
+    judged = {x: _judged([kinds[x[0]][s] for s in x[1]]) for pair in pairs for x in pair}     # each set once
+    return [tables.replication({f'{k}, {tables.in_short(list(s))}': judged[k, s] for k, s in pair}) for pair in pairs]
+
+def replications_in_words(
+    found:list[pd.DataFrame], # of `replications`
+)->str: # a table in Markdown
+    "How many verdicts agree, a line for each two sets of trainings."
+    lines = [f'| {list(r)[1]} | {list(r)[2]} | {tables.alike(r)} |' for r in found]
+    return '\n'.join(['| verdicts of | beside those of | |', '|:--|:--|:--|', *lines])
