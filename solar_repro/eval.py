@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'LM_EVAL_TASKS', 'FEWSHOT_SEED', 'PROTOCOLS', 'true_mass', 'mc2', 'task_folder', 'Requests',
            'build_requests', 'check_window', 'run_requests', 'request_hash', 'by_item', 'collect', 'correct_2023',
-           'mean_of_groups', 'allowed', 'score_as', 'evaluate', 'first_paragraph', 'answer_requests', 'answer_rows',
-           'plot_scores']
+           'mean_of_groups', 'allowed', 'item_scores', 'score_as', 'evaluate', 'first_paragraph', 'answer_requests',
+           'answer_rows', 'plot_scores']
 
 # %% ../nbs/05_eval.ipynb #2a353266
 import hashlib
@@ -232,7 +232,10 @@ def _record(task:str, t:ConfigurableTask, doc:dict, doc_id:int, requests:list)->
         out |= dict(gold=gold, prediction=_preferred(task, t.doc_to_choice(doc), lls), loglikelihoods=lls)
     if task == 'mmlu': out['subject'] = doc['subject']
     if 'plain' in metrics: out['plain'] = float(metrics['plain'])
-    return out | dict(score=float(metrics[_metric(task, metrics)]))
+    score = float(metrics[_metric(task, metrics)])
+    if task == 'truthfulqa' and math.isnan(score):      # lm-eval's own, where all choices are below the smallest float
+        score = true_mass(np.array(lls), np.isin(range(len(lls)), gold))
+    return out | dict(score=score)
 
 # %% ../nbs/05_eval.ipynb #0e9ed1cd
 def by_item(
@@ -290,18 +293,25 @@ def allowed(
     return PROTOCOLS[1:] if encoder.add_bos is False else PROTOCOLS[:1]
 
 # %% ../nbs/05_eval.ipynb #5d29f0c5
+def item_scores(
+    protocol:str, # one of `PROTOCOLS`
+    task:str, # one of `BENCHMARKS`
+    samples:list[dict], # of all items
+)->list[float]: # of each item; fractions
+    "What each item scores."
+    if protocol not in PROTOCOLS:
+        raise ValueError(f'eval: no protocol {protocol!r}; expected one of {PROTOCOLS}. Correct [eval] protocol.')
+    if (protocol, task) != ('leaderboard-2023', 'gsm8k'): return [r['score'] for r in samples]
+    return [float(correct_2023(r['text'], r['gold'])) for r in samples]
+
 def score_as(
     protocol:str, # one of `PROTOCOLS`
     task:str, # one of `BENCHMARKS`
     samples:list[dict], # of all items
 )->tuple[float,float]: # score, standard error; fractions
     "The score of a benchmark from the samples of its items."
-    if protocol not in PROTOCOLS:
-        raise ValueError(f'eval: no protocol {protocol!r}; expected one of {PROTOCOLS}. Correct [eval] protocol.')
-    scores, then = [r['score'] for r in samples], protocol == 'leaderboard-2023'
-    if then and task == 'gsm8k': scores = [float(correct_2023(r['text'], r['gold'])) for r in samples]
-    if then and task == 'mmlu': return mean_of_groups(scores, [r['subject'] for r in samples])
-    return mean_se(scores)
+    scores, by_subject = item_scores(protocol, task, samples), (protocol, task) == ('leaderboard-2023', 'mmlu')
+    return mean_of_groups(scores, [r['subject'] for r in samples]) if by_subject else mean_se(scores)
 
 # %% ../nbs/05_eval.ipynb #2559f691
 @lru_cache(maxsize=8)

@@ -87,11 +87,13 @@ def _of(found:Answers, task:str, m:str)->dict[str,np.ndarray]: # benchmark -> sc
 
 def _tables_with(m:str)->list[int]: return [n for n in paper.MADE if m in models(n)]
 
-def _alike(a:str, b:str)->list[str]: # the other rows of the first table with both, or of the last one of each
+def _was_trained(m:str)->bool: return not paper.origin(m).merged
+
+def _alike(a:str, b:str)->list[str]: # the other trained rows of the first table with both, or of the last one of each
     of_a, of_b = _tables_with(a), _tables_with(b)
-    if not (of_a and of_b): return []
+    if not (of_a and of_b and _was_trained(a) and _was_trained(b)): return []
     which = [n for n in of_a if n in of_b][:1] or [of_a[-1], of_b[-1]]
-    return [m for m in dict.fromkeys(m for n in which for m in models(n)) if m not in (a, b)]
+    return [m for m in dict.fromkeys(m for n in which for m in models(n)) if m not in (a, b) and _was_trained(m)]
 
 # %% ../nbs/06_tables.ipynb #691b16eb
 def pair(

@@ -3,11 +3,12 @@ import pytest
 from lm_eval.api.instance import Instance
 from test_sources import model_of
 
-from solar_repro.core.config import load_profile
+from solar_repro.core.config import load_profile, Template
 from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
 from solar_repro.models.adapters import AdaptedModel, materialize
 from solar_repro.models.loading import load_tokenizer, render
 from solar_repro.pipeline.builder import generate
+from solar_repro.tiny.world import shipped_base
 
 
 @pytest.mark.parametrize('adds_bos', [True, False])
@@ -20,3 +21,10 @@ def test_an_answer_is_what_a_benchmark_would_read(tmp_path, adds_bos):
         text = render(template, prompt)[0]
         asked = Instance('generate_until', {}, (text, dict(until=[], max_gen_toks=12, do_sample=False)), 0)
         assert generate(model, tmp_path, template, prompt, 12) == lm.generate_until([asked])[0].strip()
+
+
+@pytest.mark.parametrize('prompt,template', [('word '*3000, 'Question: {prompt}'), ('', '{prompt}')])
+def test_a_prompt_that_cannot_be_read_is_not_answered(prompt, template):
+    with pytest.raises(ValueError, match='the prompt has .* tokens; expected 1 to'):
+        around = Template(prompt=template, separator=' ')
+        generate(materialize(AdaptedModel(shipped_base())), shipped_base(), around, prompt, 12)

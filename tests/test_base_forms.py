@@ -4,16 +4,23 @@ import shutil
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_models import shaped
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from solar_repro.models.adapters import AdaptedModel, materialize
+from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
+from solar_repro.merging.export import export
+from solar_repro.models.adapters import AdaptedModel, materialize, save_adapter
 from solar_repro.models.base_models import check_base, write_base
 from solar_repro.models.base_source import base_settings
 from solar_repro.models.loading import quiet
+from solar_repro.models.resident import Resident
 from solar_repro.tiny.base import random_base
 
 NORM, UP = 'model.norm.weight', 'model.layers.1.mlp.up_proj.weight'
+EMBEDDING = 'model.embed_tokens.weight'
 
 
 @pytest.fixture(scope='module')
@@ -125,3 +132,49 @@ def test_weights_of_another_name_are_taken_and_those_of_a_folder_within_are_refu
     edit(base, transformers_weights='sub/own.safetensors')
     with pytest.raises(ValueError, match='expected a file beside it'):
         write_base(*base_settings(str(base)), tmp_path/'out')
+
+
+def test_what_older_versions_stored_of_masks_is_no_weight(base):
+    "GPT-NeoX in float16 has a buffer of -1e9 in its file, which that type holds as an infinity."
+    mask = {'model.layers.0.attention.masked_bias': torch.tensor(-1e9).half()}
+    save_file(load_file(base/'model.safetensors') | mask, base/'model.safetensors', {'format': 'pt'})
+    check_base(base)
+
+
+def test_ids_of_a_tokenizer_may_have_gaps():
+    words = {'<eos>': 0, 'the': 1, 'cat': 5, 'sat': 40}
+    t = Tokenizer(models.WordLevel(words, unk_token='<eos>'))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    lm = SharedPrefixLM(shaped(48), RequestEncoder(PreTrainedTokenizerFast(tokenizer_object=t, eos_token='<eos>')))
+    (ll, _), = lm.loglikelihood([Instance('loglikelihood', {}, ('the cat', ' sat'), 0)], disable_tqdm=True)
+    logits = lm.model(torch.tensor([[1, 5]])).logits[0, -1]
+    assert ll == pytest.approx(torch.log_softmax(logits, -1)[40].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize('stored', [[EMBEDDING], ['lm_head.weight'], [EMBEDDING, 'lm_head.weight']])
+def test_a_tied_base_follows_another_under_whatever_name_it_is_stored(stored, tmp_path):
+    "A model in memory that becomes another has all its weights."
+    torch.manual_seed(0)
+    for name in 'AB':
+        with quiet(): folder = random_base(tmp_path/name)
+        edit(folder, tie_word_embeddings=True)
+        w = {n: torch.randn_like(x) for n, x in load_file(folder/'model.safetensors').items() if n != 'lm_head.weight'}
+        embedding = w.pop(EMBEDDING)
+        save_file(w | {n: embedding.clone() for n in stored}, folder/'model.safetensors', {'format': 'pt'})
+    resident = Resident()
+    for name in 'AB': got = resident.become(AdaptedModel(tmp_path/name))
+    want = materialize(AdaptedModel(tmp_path/'B'))
+    assert all(torch.equal(p, q) for p, q in zip(got.parameters(), want.parameters(), strict=True))
+
+
+def test_a_change_that_the_bases_type_cannot_hold_is_refused(base, tmp_path):
+    "An infinity in a checkpoint is found where it is made."
+    cast(base, torch.float16)
+    edit(base, dtype='float16')
+    w = load_file(base/'model.safetensors')[UP]
+    key, ones = f'base_model.model.{UP.removesuffix(".weight")}.lora_', torch.ones(1, max(w.shape))
+    t = {f'{key}A.weight': ones[:, :w.shape[1]]*1e3, f'{key}B.weight': ones[:, :w.shape[0]].T*1e3}
+    model = AdaptedModel(base, ((save_adapter(t, 1, 1, tmp_path/'adapter'), 1.),))
+    for write in (materialize, lambda m: export(m, tmp_path/'out')):
+        with pytest.raises(ValueError, match='is not finite in torch.float16; expected numbers'): write(model)
+    assert not (tmp_path/'out').exists()

@@ -123,6 +123,19 @@ def test_what_one_stores_and_the_other_computes_is_left_out(pair, swap):
     assert torch.equal(got[HEAD], want.float()) and torch.equal(got[EMBEDDING], want.float())
 
 
+@pytest.mark.parametrize('words', [LINEAR, ['merge', *'--method dare_linear --density .5 --base A'.split()]])
+def test_what_all_store_twice_is_merged_once(pair, words):
+    "DARE would keep other elements of the copy; and what older transformers stored of masks is no weight."
+    for folder in pair:
+        head_twice(folder)
+        weights(folder, put('model.layers.0.attention.masked_bias', torch.tensor(-torch.inf)))
+    assert main([*words, 'A', 'B', 'out']) == 0
+    assert set(load_file('out/model.safetensors')) == set(load_file('A/model.safetensors')) - {
+        HEAD, 'model.layers.0.attention.masked_bias'}
+    with quiet(): got = AutoModelForCausalLM.from_pretrained('out').state_dict()
+    assert torch.equal(got[HEAD], got[EMBEDDING])
+
+
 def test_a_head_of_its_own_is_not_left_out(pair, capsys):
     head_twice(pair[0], same=False)
     head_twice(pair[1])

@@ -296,9 +296,9 @@ def test_no_program_and_no_link_out_of_the_model_is_copied(tmp_path):
 
 def test_killed_and_run_again(tmp_path):
     g = torch.Generator().manual_seed(0)
-    A = {f'model.layers.{i}.w': torch.randn(1000, 4000, generator=g).bfloat16() for i in range(12)}
+    A = {f'model.layers.{i}.w': torch.randn(500, 4000, generator=g).bfloat16() for i in range(12)}
     a, b = write(tmp_path/'A', A), write(tmp_path/'B', noise(1, A, .5))
-    words = ['merge', *'--method ties --density .5 --shard-size .016 --threads 1 --base'.split(), a, a, b]
+    words = ['merge', *'--method ties --density .5 --shard-size .008 --threads 1 --base'.split(), a, a, b]
     p = Forked(SHELL, *words, tmp_path/'out', env=ENV)
     marks = lambda: sorted(tmp_path.glob('.out.*.merging/*.safetensors.json'))
     done = wait_for(lambda: len(marks()) >= 3 and marks(), p)
@@ -385,8 +385,8 @@ def test_four_equal_merges_at_once_leave_one_folder(tmp_path, pair):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    "Half a gigabyte each, of zeros that take no place on the disk."
-    n_bytes, shape = 1 << 29, [1 << 14, 1 << 14]
+    "A quarter of a gigabyte each, of zeros that take no place on the disk."
+    n_bytes, shape = 1 << 28, [1 << 14, 1 << 13]
     header = json.dumps({'layers.0.w': dict(dtype='BF16', shape=shape, data_offsets=[0, n_bytes])}).encode()
     for m in 'AB':
         (tmp_path/m).mkdir()
@@ -408,8 +408,8 @@ print(before, peak[0])
     done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, peak = map(float, done.stdout.split())
-    assert 0 < peak < 1024 and peak-before < 300, (before, peak)     # MiB; a thread has 8 to write and 4 to compute in
-    assert (tmp_path/'out'/'model.safetensors').stat().st_size > 1 << 29
+    assert 0 < peak < 1024 and peak-before < 150, (before, peak)     # MiB; a thread has 8 to write and 4 to compute in
+    assert (tmp_path/'out'/'model.safetensors').stat().st_size > 1 << 28
 
 
 # ---- refusals

@@ -1,5 +1,6 @@
 """Published rows and items in forms that a reader or a scorer would take without a word, or stop at without one."""
 import json
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -9,7 +10,7 @@ from test_sources import rows_of, turns
 
 from solar_repro.core.data_files import own_fields, read_file, read_own
 from solar_repro.data import BENCHMARKS, FILES, item_problem
-from solar_repro.eval import build_requests, by_item
+from solar_repro.eval import build_requests, by_item, collect, run_requests
 from solar_repro.pipeline.sources import STAND_IN, source_of
 
 
@@ -124,3 +125,13 @@ def test_problems_without_a_result_are_counted_where_they_stand_in(tmp_path):
     got = source_of(str(tmp_path)).rows('synth_math_alignment', 2, 0)
     assert (got.n_found, got.rule) == (5, f'{STAND_IN}; 1 rows left out, without a bare result')
     assert source_of(str(tmp_path)).rows('synth_math_instruct', 2, 0).rule == STAND_IN
+
+
+def test_choices_too_unlikely_for_a_float_have_a_score():
+    "lm-eval's own TruthfulQA divides nothing by nothing where all choices are below e**-745."
+    item = dict(question='What is it?', mc1_targets=dict(choices=['a', 'b'], labels=[1, 0]),
+                mc2_targets=dict(choices=['a', 'b', 'c'], labels=[1, 0, 0]))
+    asked = build_requests('truthfulqa', dict(train=[], test=[item]*2), 0, 'lm-eval')
+    say = lambda requests, disable_tqdm: [(-760. if r.doc_id else -6., False) for r in requests]
+    run_requests(SimpleNamespace(longest=len, max_length=99, loglikelihood=say), 'truthfulqa', asked)
+    assert [r['score'] for r in collect('truthfulqa', asked)] == pytest.approx([1/3, 1/3])

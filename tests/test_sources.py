@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from solar_repro.core import data_files
@@ -364,6 +365,10 @@ openorca = 4
 synth_math_instruct = 4
 ultrafeedback_clean = 4
 synth_math_alignment = 4
+[sft]
+warmup_ratio = 0
+[dpo]
+warmup_ratio = 0
 [eval]
 n_items = 4
 [eval.num_fewshot]
@@ -468,6 +473,8 @@ def test_any_model_is_trained_and_scored(kind, tied, tokenizer, bos, pad, folder
     exp.run(['SFT v4', 'eval/SFT v4/arc', 'eval/SFT v4/truthfulqa'])
     log = exp.log('SFT v4')
     assert len(log) and log['loss'].map(math.isfinite).all() and exp.items('SFT v4', 'arc')['score'].between(0, 1).all()
+    adapter = load_file(exp.build('SFT v4').path / 'adapter' / 'adapter_model.safetensors')
+    assert all(w.any() for n, w in adapter.items() if 'lora_B' in n)                  # it was trained
     ids = json.loads((exp.build('data/alpaca_gpt4').path / 'draw.json').read_text())['ids']
     assert len(ids) == 4 and len(set(ids)) == 4
 

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from solar_repro import paper, tables
+from solar_repro.pipeline.experiment import Experiment
 from solar_repro.publishing.figures import claims_figure, figure
 from solar_repro.publishing.report import publish, Run, summary
 from solar_repro.publishing.text import printed
@@ -339,6 +340,19 @@ def test_a_verdict_needs_both_noises():
     said = tables.in_words(pd.DataFrame([alone])).columns
     assert 'one seed: provisional' in said[2] and 'provisional' in said[1]
     assert 'provisional' not in tables.in_words(pd.DataFrame([steady])).columns[2]
+
+
+def test_what_is_tested_is_what_is_shown(full, tmp_path):
+    "The samples' means are the scores, also where a protocol counts items otherwise than they are stored."
+    (tmp_path/'then.toml').write_text('extends = "smoke"\n[eval]\nprotocol = "leaderboard-2023"\n')
+    differs = []
+    for profile in ('smoke', str(tmp_path/'then.toml')):
+        exp = Experiment(profile, store=full)
+        shown = exp.scores().query("task in @TASKS").set_index(['model', 'task'])['score']
+        tested = exp.samples().groupby(['model', 'task'])['score'].mean()
+        pd.testing.assert_series_equal(shown.sort_index(), tested.sort_index())
+        differs.append(shown)
+    assert (differs[0] != differs[1]).any()                 # subjects of MMLU have unequal numbers of items there
 
 
 def test_a_table_over_seeds_has_their_mean_and_both_noises():

@@ -110,10 +110,10 @@ def test_shipped_base_is_what_its_record_says():
 
 def test_a_short_training_learns_and_records(tmp_path):
     "The code path of the shipped base, shortened: the loss falls by nats and the record names the corpus."
-    s = dataclasses.replace(SMALL, n_pages=3000, n_again=600)
+    s = dataclasses.replace(SMALL, n_pages=1500, n_again=300)
     pretrain(tmp_path, s)
     record = json.loads((tmp_path/'record.json').read_text())
-    assert record['settings'] == dataclasses.asdict(s) and record['corpus'] == corpus_hash(s, 3000)
+    assert record['settings'] == dataclasses.asdict(s) and record['corpus'] == corpus_hash(s, 1500)
     assert record['first']['loss'][0][1] > 6 and record['first']['loss'][-1][1] < 4.5
     assert record['loss'] == record['second']['loss'] and record['loss'][-1][1] < record['loss'][0][1]
 

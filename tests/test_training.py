@@ -765,3 +765,17 @@ def test_a_run_goes_on_from_a_copy_of_its_store(stage, tmp_path, capfd, full, mo
     exp.run(['DPO v1'])
     assert resumed[0] is not None and resumed[0].is_relative_to(tmp_path/'new') and all(x is None for x in resumed[1:])
     assert exp.build('DPO v1').content == Experiment('smoke', store=full).build('DPO v1').content
+
+
+def test_one_step_without_a_rate_is_refused(base, models, tmp_path):
+    "The warm-up's first step has a rate of zero; nothing else would be said of it."
+    warm, pairs = dict(warmup_ratio=.1, batch_size=64), belief_pairs()[:8]
+    with pytest.raises(ValueError, match='all rows make one step.*warmup_ratio = 0'):
+        train_sft(base, math_rows()[:2], tmp_path/'sft', SFT.model_copy(update=warm), smoke.template, 0)
+    knobs = DPO.model_copy(update=warm)
+    reference = reference_logps(models[0], pairs, knobs, smoke.template)
+    with pytest.raises(ValueError, match='all rows make one step'):
+        train_dpo(models[0], pairs, reference, tmp_path/'dpo', knobs, smoke.template, 0)
+    train_sft(base, math_rows()[:2], tmp_path/'cold', SFT.model_copy(update=warm | dict(warmup_ratio=0.)),
+              smoke.template, 0)
+    assert any(w.any() for n, w in load_file(tmp_path/'cold'/FILES[0]).items() if 'lora_B' in n)

@@ -92,6 +92,7 @@ def wait_for(what, of: Forked | None = None):
         pytest.skip(f'Ray does not start: {of.err.splitlines()[-1]}')
 
 
+@pytest.mark.slow                       # that of a killed worker sees the same
 def test_two_workers_build_what_one_process_builds(full, tmp_path):
     exp = Experiment('smoke', store=tmp_path)
     exp.build_with(2)

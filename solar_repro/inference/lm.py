@@ -42,7 +42,7 @@ class RequestEncoder:
         if getattr(t, 'backend_tokenizer', None) is None:
             raise ValueError(f'inference: the tokenizer {type(t).__name__} is written in Python; expected one of the '
                              'library tokenizers, which has a tokenizer.json. Choose another base.')
-        self.ids = list(range(len(t)))
+        self.ids = list(range(1 + max(t.get_vocab().values())))     # with gaps, more than there are
         text = t.backend_tokenizer.to_str() + repr((t.bos_token_id, t.eos_token_id))
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 

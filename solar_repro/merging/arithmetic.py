@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import MergeConfig, Setting, value_at
-from .methods import cosine_of, Method, Numbers
+from .methods import cosine_of, is_linear, Method, Numbers
 
 # %% ../../nbs/merging/02_arithmetic.ipynb #0af8fc4a
 def round_into(
@@ -186,7 +186,7 @@ def mix_of(
         try: weights = tuple(m.weigh(x))
         except ValueError as e: raise ValueError(f'merge: {name}: {e}') from None
         cosine = cosine_of(*x.sums) if m.sums else None
-        return Mix(weights, cosine=cosine, fell_back=cosine is not None and abs(cosine)>x.threshold)
+        return Mix(weights, cosine=cosine, fell_back=cosine is not None and is_linear(cosine, x.threshold))
     at_random = m.keep=='random'
     keep = x.density if at_random else tuple(seen) or (0.,)*len(x.weight)
     keys = tuple(f'{seed} {name} {i}' for i in range(len(keep))) if at_random else ()

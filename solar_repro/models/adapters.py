@@ -211,7 +211,12 @@ def add_delta(
     if not parts: return weight
     total = weight.to(torch.float32, copy=True)
     for f,A,B in parts: total.add_(B.to(total.device, torch.float32)@A.to(total.device, torch.float32), alpha=f)
-    return total.to(weight.dtype)
+    out = total.to(weight.dtype)
+    if not out.isfinite().all():
+        raise ValueError(f"adapters: a weight {tuple(weight.shape)} with its change is not finite in {weight.dtype}; "
+                         "expected numbers in its range. The training has diverged (train again at a lower rate), or "
+                         "the base is held in too narrow a type.")
+    return out
 
 # %% ../../nbs/models/02_adapters.ipynb #bc881adb
 def check_fits(

@@ -40,7 +40,7 @@ class Resident:
             self.model = None
             self.model = materialize(AdaptedModel(adapted.base), self.device)
             self._shape, self._base, self._stale = shape, adapted.base, set()
-        params, change = dict(self.model.named_parameters()), deltas(adapted.adapters)
+        params, change = dict(self.model.named_parameters(remove_duplicate=False)), deltas(adapted.adapters)
         check_fits(change, {n: e.shape for n, e in entries.items()}, adapted.base)
         if adapted.base != self._base: self._base, self._stale = adapted.base, set(entries) & set(params)
         self._stale |= set(change)

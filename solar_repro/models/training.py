@@ -288,6 +288,11 @@ class Watch(TrainerCallback):
         on_progress:Callable[[int,int],None]|None=None, # called with (steps done, steps in all)
     ): self.on_progress, self.saved = on_progress, time.monotonic()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.max_steps==1 and args.get_warmup_steps(1):
+            raise ValueError("training: all rows make one step, and the warm-up gives the first step no rate; expected "
+                             "two steps or more. Give more rows or epochs, a smaller batch_size, or warmup_ratio = 0.")
+
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic()-self.saved>=SAVE_S: control.should_save = True
         if self.on_progress: self.on_progress(state.global_step, state.max_steps)

@@ -19,7 +19,7 @@ from ..core.store import Artifact, Store
 from ..eval import build_requests, by_item
 from ..inference.lm import end_ids
 from ..models.adapters import AdaptedModel
-from ..models.base_models import check_prompts
+from ..models.base_models import check_prompts, context_window
 from ..models.loading import load_tokenizer, quiet, render, token_ids
 from ..models.resident import Resident
 from .artifacts import adapted_model, BuildContext
@@ -120,6 +120,10 @@ def generate(
     "A model's answer to a prompt."
     tok = load_tokenizer(base)
     ids = torch.tensor(token_ids(tok, [render(template, prompt)[0]]), device=model.device) # as it is trained and scored
+    room = context_window(base) - max_new_tokens
+    if not 0 < ids.shape[1] <= room:
+        raise ValueError(f'generate: the prompt has {ids.shape[1]} tokens; expected 1 to {room}, what the model reads '
+                         f'at once less {max_new_tokens} for the answer. Ask something shorter, or for fewer words.')
     with torch.inference_mode():
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
                              max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id,

@@ -332,7 +332,7 @@ def samples(self:Experiment,
     names:list[str]|None=None, # models; None: all of `models`
 )->pd.DataFrame: # model, task, doc_id, score, where there are several also seed; one row an item and training
     "What each item scored, for paired tests."
-    if not (each := self.repeated()): return results.read_samples(self._evaluated(names))
+    if not (each := self.repeated()): return results.read_samples(self._evaluated(names), self.profile.eval.protocol)
     return pd.concat([e.samples(names).assign(seed=s) for s, e in each.items()], ignore_index=True)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #40018efa
@@ -392,7 +392,8 @@ def flips(self:Experiment,
     task:str, # one of `tasks`
 )->pd.DataFrame: # doc_id, change (b - a), score of each, gold, what each says, prompt; the largest change first
     "Items on which two models score differently, with prompts and answers in words."
-    return results.find_flips(a, b, {m: self.items(m, task) for m in (a, b)}, task, *self.requests(task))
+    items = {m: results.counted(self.items(m, task), task, self.profile.eval.protocol) for m in (a, b)}
+    return results.find_flips(a, b, items, task, *self.requests(task))
 
 @patch
 def side_by_side(self:Experiment,
