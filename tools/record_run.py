@@ -80,7 +80,7 @@ def replicated(profile: str) -> list[str]:
 def in_short(profile: str) -> str:
     "What becomes of the claims over all recorded seeds, what replicates, which row is best, how large chance is."
     from solar_repro.pipeline.experiment import Experiment
-    from solar_repro.pipeline.results import replications
+    from solar_repro.pipeline.results import records, replications
     from solar_repro.publishing.report import summary
     from solar_repro.publishing.text import counted
     from solar_repro.tables import alike, claims
@@ -89,13 +89,13 @@ def in_short(profile: str) -> str:
     found = claims(scores, samples=samples)
     _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
     claimed = counted(found, 'on_ours')
-    again = {}                              # the first of halves, and of kinds: those of the runs that tables are of
+    said, main = [], next(iter(records(profile)))                       # of the runs that tables are of, halves by halves
     for r in replications(profile):
         (kind, seeds), (of, others) = (c.split(', ', 1) for c in r.columns[1:3])
-        said = f'of one kind of processor ({kind}, {seeds}) beside another ({of}, {others})'
-        if kind == of: said = f'of {seeds} beside those of {others}'
-        again.setdefault(kind == of, f'{said}: {alike(r)}')
-    said = list(again.values())
+        if kind == of == main: said.append(f'of {seeds} beside those of {others}: {alike(r)}')
+        if kind == main != of:                                          # and by one other kind of processor
+            said.append(f'of one kind of processor ({kind}, {seeds}) beside another ({of}, {others}): {alike(r)}')
+            break
     same = f' Verdicts {"; ".join(said)}.' if said else ''
     over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
     return f'**What the tiny world says.** Over {over} its recorded runs {claimed}.{same} {best} {chance}'

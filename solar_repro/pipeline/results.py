@@ -372,12 +372,13 @@ def _judged(runs:list[dict])->pd.DataFrame:
 
 def replications(
     profile:str, # its name
-)->list[pd.DataFrame]: # of `tables.replication`, two sets of trainings each: halves of a kind's, then kind by kind
+)->list[pd.DataFrame]: # of `tables.replication`, two sets of trainings each: of a kind, by fewest and by halves; of kinds
     "Whether other seeds, and another kind of processor, give the same verdicts."
     kinds, pairs = records(profile), []
     for kind, runs in kinds.items():
         half, seeds = len(runs)//2, tuple(runs)
-        if half >= tables.MIN_SEEDS: pairs.append([(kind, seeds[:half]), (kind, seeds[half:2*half])])
+        sizes = dict.fromkeys((tables.MIN_SEEDS, half)) if half >= tables.MIN_SEEDS else ()
+        pairs += [[(kind, seeds[:n]), (kind, seeds[n:2*n])] for n in sizes]
     for a, b in combinations(kinds, 2):
         both = tuple(s for s in kinds[a] if s in kinds[b])
         if both: pairs.append([(a, both), (b, both)])
