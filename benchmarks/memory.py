@@ -119,6 +119,7 @@ def one(case, base):
         batch_size=rows,
         max_length=length,
         activation_checkpointing=again,
+        warmup_ratio=0.0,
         max_tokens_per_microbatch=budget[0] if budget else None,
     )
     sft = p.sft.model_copy(update=dict(**common, lora_dropout=dropout, lora_r=RANK[which], lora_alpha=16))

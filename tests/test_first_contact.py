@@ -3,7 +3,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -198,3 +200,35 @@ def test_make_lab_tells_root_what_to_do(tmp_path):
     assert said.returncode == 1 and 'make lab ROOT=1' in said.stdout
     fake.write_text('#!/bin/sh\necho 1000\n')
     assert subprocess.run(['sh', '-c', asks], env=env).returncode == 0
+
+
+def run_in_a_shell(words, folder, **env):
+    "A command as a shell starts it; exit status and what it wrote to the file `said`."
+    command = f'{sys.executable} -m solar_repro {words}'
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), **env}
+    return subprocess.run(['sh', '-c', command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('closed', ['<&- >&-', '2>&-', '<&- >&- 2>&-'])
+def test_a_closed_stream_is_no_fault_and_nothing_waits(closed, full, tmp_path):
+    "The first file that was opened took its number, and the worker's own output replaced it."
+    for a in Experiment('smoke', store=shutil.copytree(full, tmp_path/'store')).store.entries():
+        if a.manifest['name'] in ('eval/SFT v1/arc', 'eval/SFT v2/arc'): shutil.rmtree(a.path)
+    done = run_in_a_shell(f'run --profile smoke --workers 2 --store store {closed}', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/'runs'/'smoke'/'report.html').is_file()
+
+
+def test_work_whose_progress_nobody_reads_did_not_end_well(tmp_path):
+    done = run_in_a_shell('run --profile smoke --store store 2>&1 >out | head -c 1 >/dev/null; cat out', tmp_path)
+    shown = run_in_a_shell('table 3 --recorded | head -1', tmp_path)
+    assert done.stdout == '' and shown.returncode == 0 and 'Traceback' not in done.stderr + shown.stderr
+
+
+def test_workers_take_no_module_of_the_folder_for_a_librarys(full, tmp_path):
+    for name in ('secrets', 'queue', 'random'): (tmp_path/f'{name}.py').write_text('API_TOKEN = "x"')
+    for a in Experiment('smoke', store=shutil.copytree(full, tmp_path/'store')).store.entries():
+        if a.manifest['name'] in ('eval/SFT v1/arc', 'eval/SFT v2/arc'): shutil.rmtree(a.path)
+    command = [Path(sys.executable).parent/'solar-repro', *'run --profile smoke --workers 2 --store store'.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

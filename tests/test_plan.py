@@ -216,3 +216,11 @@ def test_memory_parts_add_what_they_say():
     assert m(microbatches=2)['gradients'] == 4*s.lora(16) and m()['gradients'] == 0
     assert m(dropout=.1)['activations'] > m()['activations'] > m(again=True)['activations']
     assert m(nf4=False)['weights'] == 2*(s.linear + s.other)
+
+
+def test_rows_of_ones_own_are_read_as_training_reads_them(tmp_path):
+    (tmp_path/'mine.jsonl').write_bytes('\ufeff{"prompt": "a b", "completion": "c"}\n'.encode())
+    (tmp_path/'mine.toml').write_text('extends = "smoke"\n[sets.mine]\nfile = "mine.jsonl"\n[rows.X]\nsets = ["mine"]\n')
+    assert main(['plan', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'store')]) == 0
+    with open(tmp_path/'mine.jsonl', 'a') as f: f.write('{"prompt": "a"}\n')
+    assert main(['plan', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'store')]) == 2

@@ -13,6 +13,7 @@ from solar_repro.pipeline.sweep import between
 from solar_repro.publishing.text import as_text
 from solar_repro.reports import notebooks as runner
 from solar_repro.reports import published as publication
+from solar_repro.reports.cli import main
 from solar_repro.reports.verify import export_results, number
 
 
@@ -197,3 +198,43 @@ def test_a_damaged_note_of_what_was_published_counts_as_none(full, tmp_path, mon
     monkeypatch.setattr(publication, 'publish', lambda *args: 1/0) # it is not written again
     assert publication.published(exp) == [exp.folder/'t.md']
     assert runner._Run('smoke', None, None, exp).done == {}
+
+
+def test_sets_of_one_training_make_the_same_in_any_order(write):
+    "They had one key, and were concatenated as they were named: which was built first decided for both."
+    def trained(sets, mode='joint', **more):
+        dpo = f'start = "SFT v3"\nsets = {json.dumps(sets)}' if mode else f'sets = {json.dumps(sets)}'
+        stage = build_graph(load_profile(write(f'[dpo]\nmode = "{mode or "stepwise"}"\n[rows.X]\n{dpo}\n')))['X']
+        return list(stage.inputs.values())
+    sft = ['openorca', 'alpaca_gpt4']
+    assert trained(sft, '') == trained(sft[::-1], '') == ['base', 'data/alpaca_gpt4', 'data/openorca']
+    pairs = ['synth_math_alignment', 'ultrafeedback_clean']
+    assert trained(pairs) == trained(pairs[::-1])
+    assert trained(pairs, 'stepwise') != trained(pairs[::-1], 'stepwise')      # steps have an order
+
+
+def test_a_folder_of_a_base_counts_from_the_profile_however_it_is_written(write, tmp_path, monkeypatch):
+    (tmp_path/'bases'/'toy').mkdir(parents=True)
+    path = write('[base]\nsource = "bases/toy"\n')
+    monkeypatch.chdir('/')
+    assert load_profile(path).base.source == str((path.parent/'bases'/'toy').resolve())
+
+
+def test_another_protocol_writes_the_tables_again_and_what_is_no_longer_made_goes(full, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def made(protocol):
+        text = f'extends = "smoke"\nlabel = "mine"\n[eval]\nprotocol = "{protocol}"\n'
+        (tmp_path/'mine.toml').write_text(text)
+        exp = Experiment('mine.toml', store=full)
+        publication.published(exp)
+        return exp, (exp.folder/'tables'/'table3.csv').read_text()
+    exp, now = made('modern')
+    record = json.loads((exp.folder/'published.json').read_text())
+    (exp.folder/'tables'/'noise.csv').write_text('of seeds that were taken out')
+    record['files']['tables/noise.csv'] = ''
+    (exp.folder/'published.json').write_text(json.dumps(record))
+    (exp.folder/'tables'/'.table4.0123.csv').write_text('of a run that was killed')
+    (exp.folder/'tables'/'.ipynb_checkpoints').mkdir()
+    then = made('leaderboard-2023')[1]
+    assert then != now and not (exp.folder/'tables'/'noise.csv').exists()
+    assert main(['verify', '--profile', 'mine.toml', '--store', str(full)]) == 0

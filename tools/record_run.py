@@ -89,7 +89,7 @@ def in_short(profile: str) -> str:
     found = claims(scores, samples=samples)
     _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
     claimed = counted(found, 'on_ours')
-    said, main = [], next(iter(records(profile)))                       # of the runs that tables are of, halves by halves
+    said, main = [], next(iter(records(profile)))                       # of the runs that tables are of
     for r in replications(profile):
         (kind, seeds), (of, others) = (c.split(', ', 1) for c in r.columns[1:3])
         if kind == of == main: said.append(f'of {seeds} beside those of {others}: {alike(r)}')

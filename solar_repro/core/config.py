@@ -298,7 +298,8 @@ def _located(raw:dict, folder:Path)->dict: # folder: of the document
     if isinstance(sets, dict): sets = {k: at(s, 'file', lambda x: True) for k, s in sets.items()}
     data = at(raw.get('data'), 'source', lambda x: x not in ('tiny', 'hub', ''))
     base = raw.get('base')
-    for key in ('source', 'offline'): base = at(base, key, lambda x: x.startswith(('.', '/', '~')))
+    is_folder = lambda x: x.startswith(('.', '/', '~')) or (folder/x).is_dir()
+    for key in ('source', 'offline'): base = at(base, key, is_folder)
     return raw | {k: v for k, v in dict(sets=sets, data=data, base=base).items() if k in raw}
 
 def _extended(raw:dict, path:Path, seen:tuple=())->dict:

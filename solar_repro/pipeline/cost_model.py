@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..core.config import Profile
-from ..core.data_files import ItemSizes, Lengths, read_rows
+from ..core.data_files import ItemSizes, Lengths, read_own, read_rows
 from ..core.store import Artifact
 from ..data import BENCHMARKS, SETS
 from .graph import Stage
@@ -86,7 +86,8 @@ def base_shape(
     if not fetched(p): return shape_of(Path(p.base.source))
     if p.base.source not in SHAPES:
         raise ValueError(f'plan: the shape of {p.base.source} is not known before it is fetched; expected one of '
-                         f"{list(SHAPES)}. Build the stage 'base' first, which fetches it, or take one of these.")
+                         f'{list(SHAPES)}. Build the stage base first, which fetches it (solar-repro show base), or '
+                         'take one of these.')
     return SHAPES[p.base.source]
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #2b616144
@@ -159,7 +160,7 @@ def _rows_at_hand(p:Profile, stage:Stage, held:Artifact|None)->list[dict]|None:
     name, n = stage.name.removeprefix('data/'), stage.settings['n']
     if held: return read_rows(held.path/'rows.jsonl')
     if stage.file and stage.file.is_file():
-        return [json.loads(l) for l in stage.file.read_text(encoding='utf-8').split('\n') if l.strip()][:n]
+        return [row for _, row in read_own(stage.file)][:n]
     return TinyWorld().rows(name, n, p.seed).rows if p.data.source == 'tiny' else None
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #7036ace1

@@ -420,8 +420,8 @@ def folder(self:Experiment)->Path:
 @patch
 def made_on(self:Experiment)->str:
     "Processor and libraries of the trainings and evaluations that are there."
-    if self.records: return results.in_a_line(self.records[self.profile.seed]['made_on'])
-    return results.in_a_line(results.made_on(made)) if (made := results.manifests(self)) else 'nothing is built'
+    made = [r['made_on'] for r in self.records.values()] or results.makers(results.manifests(self))
+    return results.in_a_line(made) if made else 'nothing is built'
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #a81aeb96
 @patch

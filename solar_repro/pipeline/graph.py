@@ -204,12 +204,13 @@ def _merged_row(p:Profile, name:str)->Stage:
 def _custom_row(p:Profile, name:str)->list[Stage]:
     row = p.rows[name]
     if row.weights: return [_merged_row(p, name)]
+    together = sorted(row.sets, key=lambda d: ([*SETS, d].index(d), d))    # rows of one step: any order is one training
     changed = {k: v for k in DpoRow.model_fields if (v := getattr(row, k)) is not None}
     if not row.start:
         settings = dict(sft=_set(p.sft.model_copy(update=changed)), **_training(p))
-        return [Stage(name, 'sft', settings, dict(base='base', **{d: f'data/{d}' for d in row.sets}))]
+        return [Stage(name, 'sft', settings, dict(base='base', **{d: f'data/{d}' for d in together}))]
     q, steps, start = p.model_copy(update=dict(dpo=p.dpo.model_copy(update=changed))), [], row.start
-    groups = [tuple(row.sets)] if p.dpo.mode == 'joint' else [(d,) for d in row.sets]
+    groups = [tuple(together)] if p.dpo.mode == 'joint' else [(d,) for d in row.sets]
     for k, sets in enumerate(groups, 1):
         step = name if k == len(groups) else f'{name} step {k}'
         steps += _dpo_step(q, name, step, start, sets)

@@ -158,6 +158,7 @@ def check_machine(
     names:list[str], # stages that are to be built
 )->None:
     "Refuse, in one message, a machine that cannot build what is missing."
+    if all(graph[n].kind in ('base', 'data', 'bench') for n in names): return   # any can, and the base says its shape
     plan = make_plan(p, graph, find)
     said = lacking(p, replace(plan, stages=plan.stages[plan.stages['stage'].isin(names)]), detect(folder))
     if said:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'counted', 'read_samples',
-           'manifests', 'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records',
-           'recorded', 'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains',
+           'manifests', 'makers', 'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record',
+           'records', 'recorded', 'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains',
            'gained_and_forgotten', 'answer_in_words', 'find_flips', 'summary', 'kinds_in_words', 'replications',
            'replications_in_words']
 
@@ -104,19 +104,26 @@ _SAME = 'processor', 'capability', 'threads', 'ATEN_CPU_CAPABILITY', 'MKL_CBWR' 
 def manifests(
     exp, # an `Experiment`
 )->list[dict]:
-    "Of the trainings and evaluations that are there."
-    return [a.manifest for n, s in exp.graph.items() if s.kind in USES_BASE and (a := exp.find(n))]
+    "Of the trainings and evaluations that are there, of all seeds."
+    each = exp.repeated().values() or [exp]
+    return [a.manifest for e in each for n, s in e.graph.items() if s.kind in USES_BASE and (a := e.find(n))]
+
+def makers(
+    manifests:list[dict], # of trainings and evaluations
+)->list[dict]: # processor, capability, threads, where told ATEN_CPU_CAPABILITY and MKL_CBWR; versions
+    "The processors and sets of libraries that made these, each once."
+    each = (dict({k: m['host'][k] for k in _SAME if k in m['host']}, versions=m['versions']) for m in manifests)
+    return [json.loads(x) for x in sorted({json.dumps(x, sort_keys=True) for x in each})]
 
 def made_on(
     manifests:list[dict], # of trainings and evaluations
-)->dict: # processor, capability, threads, where told ATEN_CPU_CAPABILITY and MKL_CBWR; versions
+)->dict: # of `makers`
     "The processor and the libraries that made all of these."
-    hosts = {json.dumps({k: m['host'][k] for k in _SAME if k in m['host']}) for m in manifests}
-    versions = {json.dumps(m['versions'], sort_keys=True) for m in manifests}
-    if len(hosts) != 1 or len(versions) != 1:
-        raise ValueError(f'record: made on {sorted(hosts)} with {len(versions)} sets of versions; expected one machine '
-                         'and one set of libraries. Run it again into a store of its own.')
-    return dict(json.loads(hosts.pop()), versions=json.loads(versions.pop()))
+    made = makers(manifests)
+    if len(made) != 1:
+        raise ValueError(f'record: made on {in_a_line(made) if made else "nothing"}; expected one machine and one set '
+                         'of libraries. Run it again into a store of its own.')
+    return made[0]
 
 def scale(
     exp, # an `Experiment`
@@ -127,13 +134,15 @@ def scale(
     return f"{exp.profile.label}{base_note(exp.graph['base'].settings)}{f', {STAND_IN}' if stand_in else ''}"
 
 def in_a_line(
-    made:dict, # of `made_on`
+    made:list[dict], # of `makers`; one or more
 )->str:
-    "Machine and libraries, for people."
-    n, v = made.get('threads', '?'), made['versions']
-    libraries = ', '.join(f'{k} {v[k]}' for k in ('torch', 'transformers', 'trl', 'peft', 'lm-eval') if k in v)
-    return (f"{made.get('processor', 'unknown processor')} ({made.get('capability', 'capability unknown')}), "
-            f"{n} thread{'s'*(n != 1)}; Python {v['python']}, {libraries}")
+    "Machine and libraries, for people; all of them, where a run went on with others."
+    def said(values): return ' and '.join(dict.fromkeys(map(str, values)))
+    on = said(f"{m.get('processor', 'unknown processor')} ({m.get('capability', 'capability unknown')})" for m in made)
+    threads, versions = said(m.get('threads', '?') for m in made), [m['versions'] for m in made]
+    def which(k): return said(v[k] for v in versions if k in v)
+    libraries = ', '.join(f'{k} {v}' for k in ('torch', 'transformers', 'trl', 'peft', 'lm-eval') if (v := which(k)))
+    return f"{on}, {threads} thread{'s'*(threads != '1')}; Python {which('python')}, {libraries}"
 
 # %% ../../nbs/pipeline/13_results.ipynb #f7012645
 RECORD = 2 # format of a record
@@ -372,7 +381,7 @@ def _judged(runs:list[dict])->pd.DataFrame:
 
 def replications(
     profile:str, # its name
-)->list[pd.DataFrame]: # of `tables.replication`, two sets of trainings each: of a kind, by fewest and by halves; of kinds
+)->list[pd.DataFrame]: # of `tables.replication`: of two sets of each kind, the fewest seeds and halves; of two kinds
     "Whether other seeds, and another kind of processor, give the same verdicts."
     kinds, pairs = records(profile), []
     for kind, runs in kinds.items():

@@ -40,6 +40,9 @@ def between(
     line = [dict(method=m, weight=w, model=f'{m} {w:g} {a} + {1 - w:.4g} {b}') for m in METHODS for w in inner]
     rows = {x['model']: CustomRow(method=x['method'], weights={a: x['weight'], b: round(1 - x['weight'], 4)})
             for x in line}
+    if (longest := max(map(len, rows))) > 100:
+        raise ValueError(f'sweep: a merge of {a!r} and {b!r} has a name of {longest} characters; expected 100 at most. '
+                         'Give the rows shorter names.')
     profile = exp.profile.model_copy(update=dict(rows=exp.profile.rows | rows))
     ends = [dict(method=m, weight=w, model=x) for m in METHODS for w, x in ((0., b), (1., a))]
     seed = None if exp.profile.seeds else exp.profile.seed

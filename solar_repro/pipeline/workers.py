@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -77,7 +78,7 @@ def _listen(engine:ProcessEngine, slot:int, w:_Process, said:IO)->None:
             if not line.endswith('\n'): break                 # it died in the middle
             x = json.loads(line)
             if x['kind'] == 'said':
-                print(x['text'], file=sys.stderr, flush=True)
+                with suppress(OSError): print(x['text'], file=sys.stderr, flush=True)     # whoever listened is gone
                 continue
             if 'error' in x: x['error'] = unpack_error(x['error'])
             if x['kind'] != 'step': w.name = None
@@ -146,7 +147,8 @@ def stop(self:ProcessEngine)->None:
     for w in workers: w.popen.wait()
 
 # %% ../../nbs/pipeline/11_workers.ipynb #cfce4b3d
-WORKER = '-m', 'solar_repro.pipeline.serve' # words that start a worker process, after the name of Python
+# words that start a worker process, after the name of Python; no module of the present folder is taken for a library's
+WORKER = '-P', '-m', 'solar_repro.pipeline.serve'
 LIBRARIES = 2**30 # bytes that a worker takes before it holds a model
 
 def n_workers(

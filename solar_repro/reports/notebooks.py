@@ -29,11 +29,12 @@ from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
 from ..core.config import default_profile, Profile, root
-from ..core.files import file_hash, json_object, write_whole
+from ..core.files import expanded, file_hash, json_object, write_whole
 from ..pipeline.cost_model import fetched
 from ..pipeline.experiment import Experiment
 from ..pipeline.progress import show_progress
 from ..publishing.text import terminal_width
+from .cli import can_be_mended, error_text
 
 # %% ../../nbs/reports/01_notebooks.ipynb #b91c673f
 FOLDERS = 'core', 'tiny', 'models', 'inference', 'merging', 'publishing', 'pipeline', 'reports' # of the machinery
@@ -63,10 +64,12 @@ _PACKAGE = Path(__file__).parent.parent if '__file__' in globals() else Path(fin
 def _sources(nb:Path)->list[str]:
     return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells']]
 
+_parsing = threading.Lock() # one text at a time: Python 3.11 counts the depth of all together
+
 @cache
 def _bare(file:Path, written:int)->str: # written: when, in nanoseconds
     "A module without comments and docstrings, which change nothing that the story shows."
-    tree = ast.parse(file.read_text(encoding='utf-8'))
+    with _parsing: tree = ast.parse(file.read_text(encoding='utf-8'))
     is_text = lambda x: isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, 'body', None), list): node.body = [x for x in body if not is_text(x)]
@@ -155,10 +158,12 @@ def needs_hub(
 def kernel_env(
     p:Profile, # what is run
     name:str, # its name or the path of its file
+    store:Path, # where its stages are
 )->dict[str,str]:
-    "What kernels find in their environment."
+    "What kernels find in their environment; they start in `nbs/`, so that paths are whole."
     offline = {} if needs_hub(p) else dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
-    return QUIET_ENV | offline | dict(SOLAR_PROFILE=name)
+    data = dict(SOLAR_DATA=str(expanded(x).resolve())) if (x := os.environ.get('SOLAR_DATA')) else {}
+    return QUIET_ENV | offline | dict(SOLAR_PROFILE=name, SOLAR_STORE=str(store.resolve())) | data
 
 # %% ../../nbs/reports/01_notebooks.ipynb #b33229f8
 QUIET_S = 60 # after which a log says again how far a long stage is
@@ -265,14 +270,15 @@ class _Run:
         if _unchanged(self.done.get(name), nb, self.out/name, self.exp, self.have):
             return self.follow.done(title, 'unchanged')
         self.follow.begin(title)
+        was = fingerprint(nb, self.exp)                     # as it is read, whatever becomes of it meanwhile
         execute(nb, self.out/name, _parameters(nb, self.profile, self.exp.profile.seed), self.kernels)
-        self.record(name, nb, began)
+        self.record(name, was, began)
         self.follow.done(title, f'{time.time() - began:.0f} s')
 
-    def record(self, name:str, nb:Path, began:float)->None:
+    def record(self, name:str, was:str, began:float)->None: # was: its fingerprint
         "Note what a notebook was executed as, what it saw and what it made."
         exp = Experiment(self.profile, self.seed)
-        now = dict(fingerprint=fingerprint(nb, exp), output=_digest(self.out/name), results=results(exp),
+        now = dict(fingerprint=was, output=_digest(self.out/name), results=results(exp),
                    made=_made(exp, began), seconds=round(time.time() - began, 1))
         with self.lock:
             self.have, self.done[name] = now['results'], now
@@ -319,7 +325,7 @@ def run_notebooks(
     nbs = [nb for nb in notebooks() if every or of_the_story(nb)]
     (exp.folder/'notebooks').mkdir(parents=True, exist_ok=True)
     named = [(nb, f"[{k}/{len(nbs)}] {nb.relative_to(root()/'nbs').as_posix()}") for k, nb in enumerate(nbs, 1)]
-    env = kernel_env(exp.profile, profile)
+    env = kernel_env(exp.profile, profile, exp.store.folder)
     with Follower(exp.folder/'progress.jsonl') as follow, modified_env(**env, SOLAR_PROGRESS=str(follow.file)):
         run = _Run(profile, seed, follow, exp)
         run.stages()
@@ -348,8 +354,9 @@ def main(
         kept = 'As far as it came it lies beside the executed notebooks, as *.failed.ipynb. What was built is kept.'
         print(f'\n{e}\n{kept}', file=sys.stderr)
         return 1
-    except (ValueError, OSError) as e:
-        print(f'\n{e}', file=sys.stderr)
+    except Exception as e:
+        if not can_be_mended(e): raise
+        print(f'\n{error_text(e)}', file=sys.stderr)
         return 2
     return 0
 

@@ -47,7 +47,7 @@ def line_found(
 # %% ../../nbs/reports/05_published.ipynb #2d91f666
 def commit()->str: # such as '187ed46-dirty'; empty outside a clone
     "The commit of the project."
-    if not (root()/'settings.ini').is_file(): return ''
+    if Path(find_spec('solar_repro').origin).parent.parent != root().resolve(): return ''  # another project's, if any
     said = ['git', '-C', str(root()), 'describe', '--always', '--dirty', '--exclude=*']
     try: return subprocess.run(said, capture_output=True, text=True).stdout.strip()
     except OSError: return ''
@@ -55,7 +55,7 @@ def commit()->str: # such as '187ed46-dirty'; empty outside a clone
 def _days(exp:Experiment)->str: # such as '2026-11-28', '2026-11-28 to 2026-11-29'
     "When the trainings and evaluations that are there were begun, all seeds."
     began = [r['started'] for r in exp.records.values()]
-    if not began: began = [m['started'] for e in exp.repeated().values() or [exp] for m in manifests(e)]
+    if not began: began = [m['started'] for m in manifests(exp)]
     return ' to '.join(dict.fromkeys(x[:10] for x in (min(began), max(began)))) if began else 'never'
 
 def made_by(
@@ -72,7 +72,8 @@ def _follows_from(exp:Experiment)->str: # sha256, hex
     library = [*code.rglob('*.py'), *code.glob('recorded/*/*/*')]
     said = {p.relative_to(code).as_posix(): file_hash(p) for p in sorted(library)}
     results = [e.provenance().to_json() for e in swept.repeated().values() or [swept]]
-    return hashlib.sha256(json.dumps([results, exp.label, exp.custom, said]).encode()).hexdigest()
+    how = exp.label, exp.custom, exp.profile.eval.protocol
+    return hashlib.sha256(json.dumps([results, how, said]).encode()).hexdigest()
 
 def _read(record:Path)->dict:
     "What was published before; nothing where that cannot be read."
@@ -91,5 +92,6 @@ def published(
     made = publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom, exp.samples(), made_by(exp),
                    line_found(exp), recorded_beside(exp))
     names = [f.relative_to(exp.folder).as_posix() for f in made]
+    for n in {*have.get('files', ())} - {*names}: (exp.folder/n).unlink(missing_ok=True)      # of other seeds, say
     write_whole(record, json.dumps(dict(source=source, files=hashes(names)), indent=1))
     return made

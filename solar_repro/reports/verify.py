@@ -256,7 +256,7 @@ def _line_problems(name:str, made:list[str], want:list[str])->list[tuple[str,str
     return out + ([(name, 'lines', str(len(made)), str(len(want)))] if len(made) != len(want) else [])
 
 def _lines(folder:Path)->dict[str,list[str]]: # file -> lines
-    return {p.name: p.read_text(encoding='utf-8').splitlines() for p in sorted(folder.glob('*.*'))}
+    return {p.name: p.read_text(encoding='utf-8').splitlines() for p in sorted(folder.glob('[!.]*.*')) if p.is_file()}
 
 # %% ../../nbs/reports/00_verify.ipynb #e0ef72bc
 def table_problems(
