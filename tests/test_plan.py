@@ -220,7 +220,8 @@ def test_memory_parts_add_what_they_say():
 
 def test_rows_of_ones_own_are_read_as_training_reads_them(tmp_path):
     (tmp_path/'mine.jsonl').write_bytes('\ufeff{"prompt": "a b", "completion": "c"}\n'.encode())
-    (tmp_path/'mine.toml').write_text('extends = "smoke"\n[sets.mine]\nfile = "mine.jsonl"\n[rows.X]\nsets = ["mine"]\n')
+    own = '[sets.mine]\nfile = "mine.jsonl"\n[rows.X]\nsets = ["mine"]\n'
+    (tmp_path/'mine.toml').write_text(f'extends = "smoke"\n{own}')
     assert main(['plan', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'store')]) == 0
     with open(tmp_path/'mine.jsonl', 'a') as f: f.write('{"prompt": "a"}\n')
     assert main(['plan', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'store')]) == 2

@@ -29,7 +29,8 @@ from ..inference.lm import RequestEncoder
 from ..models.loading import load_tokenizer
 from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
-from ..pipeline.results import asked_hash, evaluations_of, read_items, read_scores, records
+from ..pipeline.results import (
+    asked_hash, evaluations_of, parts_of_score, read_items, read_scores, records)
 from ..publishing.text import write_tables
 from ..tables import together
 
@@ -192,7 +193,8 @@ def recounted(
             records, score, wrong = _recount(exp, m, t, docs, hashes)
             problems += wrong
             found[m, t] = dict(score=score)
-            samples += [dict(doc_id=x['doc_id'], score=x['score'], model=m, task=t) for x in records]
+            parts = parts_of_score(pd.DataFrame(records), t, exp.profile.eval.protocol)
+            samples += parts.assign(model=m, task=t).to_dict('records')
     problems += _own_problems(exp)
     order = {m: k for k, m in enumerate(exp.models)}
     columns = ['model', 'task', 'metric', 'score', 'se', 'n']
