@@ -86,7 +86,7 @@ def run(package: Path, profile: str, code: str) -> None:
 
 def test_a_training_set_is_one_entry(package):
     add(package, 'data.py', 'SETS', SET, SET_ENTRY)
-    run(package, '[data.rows]\nopposites = 8\n[rows."SFT v5"]\nsets = ["opposites"]\n', '''
+    run(package, '[data.rows]\nopposites = 8\n[sft]\nwarmup_ratio = 0\n[rows."SFT v5"]\nsets = ["opposites"]\n', '''
 import solar_repro
 assert solar_repro.__file__.startswith(str(Path.cwd())), solar_repro.__file__
 from solar_repro.data import FILES

@@ -87,7 +87,7 @@ def refused(exp, says):
 def test_no_model_is_trained_for_a_preference_training_that_cannot_be(tmp_path, folder, tokenizer):
     path = profile_of(tmp_path, base_of(tmp_path/'base', 'Granite', tokenizer), folder)
     path.write_text(path.read_text().replace('[eval]', '[eval]\nn_own = 2', 1)
-                    + '[dpo]\nmax_tokens_per_microbatch = 2048\n')
+                    .replace('[dpo]', '[dpo]\nmax_tokens_per_microbatch = 2048', 1))
     refused(Experiment(path, store=tmp_path/'store'), 'logits_scaling.*max_tokens_per_microbatch')
 
 
@@ -96,7 +96,8 @@ def test_no_model_is_trained_for_held_out_rows_that_cannot_be_read(tmp_path, fol
     put(data, 'alpaca_gpt4', [dict(instruction=f'{long} {i}' if i % 2 else f'Say {i}', input='',
                                    output=f'yes {i}' if i % 2 else f'{long} {i}') for i in range(40)])
     path = profile_of(tmp_path, model_of(tmp_path/'base', window=512), data)
-    path.write_text(path.read_text().replace('[eval]', '[eval]\nn_own = 8', 1) + '[sft]\nmax_length = 400\n')
+    path.write_text(path.read_text().replace('[eval]', '[eval]\nn_own = 8', 1)
+                    .replace('[sft]', '[sft]\nmax_length = 400', 1))
     refused(Experiment(path, store=tmp_path/'store'), 'longest request of held-out rows.*Lower max_length')
 
 
