@@ -6,8 +6,8 @@
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'counted', 'parts_of_score',
            'read_samples', 'manifests', 'makers', 'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record',
            'read_record', 'records', 'recorded', 'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught',
-           'recorded_gains', 'gained_and_forgotten', 'answer_in_words', 'find_flips', 'summary', 'kinds_in_words',
-           'replications', 'replications_in_words']
+           'recorded_gains', 'gained_and_forgotten', 'answer_in_words', 'find_flips', 'alone', 'summary',
+           'kinds_in_words', 'replications', 'replications_in_words']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
 import gzip
@@ -359,6 +359,12 @@ def _kinds(status:pd.DataFrame)->str: # HTML
              'would take about': c['left_s'].map(words)}
     return pd.DataFrame(shown).to_html(index=False, border=0)
 
+def alone(
+    exp, # an `Experiment`
+): # an `Experiment`
+    "Of a profile with several seeds the one whose stages `exp` holds."
+    return exp.repeated().get(exp.profile.seed, exp)
+
 def summary(
     exp, # an `Experiment`
 )->str: # HTML
@@ -379,6 +385,7 @@ def kinds_in_words(
     return '; '.join(f"`{kind}` ran on {m['processor']} ({m['capability']}{', told so by ' if told[kind] else ''}"
                      f"{' and '.join(told[kind])})" for kind, m in made.items())
 
+# %% ../../nbs/pipeline/13_results.ipynb #16637eda
 def _judged(runs:list[dict])->pd.DataFrame:
     "Verdicts on the claims, of some recorded runs together."
     def read(r):

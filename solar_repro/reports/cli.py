@@ -221,6 +221,7 @@ def _call(f:Callable, words:dict)->int: # exit status
     if 'profile' in needs: words['profile'] = library('core.config').load_profile(profile, seed)
     return f(**words) or 0
 
+# %% ../../nbs/reports/03_cli.ipynb #542dbc2b
 def _open_streams()->None:
     "Where a standard stream is closed (`<&-`), nothing; else the next file that is opened would be taken for it."
     for n, name in enumerate(('stdin', 'stdout', 'stderr')):

@@ -143,7 +143,7 @@ def diff(exp, # the run: `Experiment`
     """
     if a == b: raise ValueError(f'diff: {a!r} twice; expected two models. Name another.')
     found = exp.flips(a, b, task)
-    n, change, label = len(exp.items(a, task)), found['change'], exp.repeated().get(exp.profile.seed, exp).label
+    n, change, label = len(exp.items(a, task)), found['change'], library('pipeline.results').alone(exp).label
     print(library('publishing.text').in_lines(
         f'{task}, {label}: {(change > 0).sum()} items for {b}, {(change < 0).sum()} for {a}: '
         f'{100*change.sum()/n:+.1f} points over {n} items'))

@@ -178,6 +178,7 @@ def fitted(
     lines = [*(f'{title} | {x}' for x in said), said[-1]]
     return next((x for x in lines if width is None or len(x) <= width), lines[-1][:width])
 
+# %% ../../nbs/reports/01_notebooks.ipynb #b7b5ffa1
 class Follower:
     "Prints what the kernels report, until closed."
     def __init__(self,

@@ -30,7 +30,7 @@ from ..models.loading import load_tokenizer
 from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
 from ..pipeline.results import (
-    asked_hash, evaluations_of, parts_of_score, read_items, read_scores, records)
+    alone, asked_hash, evaluations_of, parts_of_score, read_items, read_scores, records)
 from ..publishing.text import write_tables
 from ..tables import together
 
@@ -302,10 +302,6 @@ def verify(
     return said, pd.concat([problems, more], ignore_index=True)
 
 # %% ../../nbs/reports/00_verify.ipynb #1822a3dd
-def _alone(exp:Experiment)->Experiment:
-    "Of a profile with several seeds the one whose stages `exp` holds."
-    return exp.repeated().get(exp.profile.seed, exp)
-
 def score_record(
     exp:Experiment, # of the run
     model:str, # a row of the tables, or the base
@@ -321,7 +317,7 @@ def score_record(
     s = json.loads((exp.build(name).path/'score.json').read_text())
     s |= s['protocols'][protocol]
     score = {k: s[k] for k in ('metric', 'score', 'se', 'n')}
-    return dict(model=model, task=task, label=_alone(exp).label, protocol=protocol, **score,
+    return dict(model=model, task=task, label=alone(exp).label, protocol=protocol, **score,
                 made_from={n: exp.show(n) for n in exp.needs([name])})
 
 # %% ../../nbs/reports/00_verify.ipynb #fc53d0f0
@@ -400,7 +396,7 @@ def export_results(
     names:list[str]|None=None, # models; None: all
 )->list[Path]: # files written
     "Scores and answers in lm-eval's files."
-    exp, out, files = _alone(exp), Path(out), []     # scores of the very answers beside them
+    exp, out, files = alone(exp), Path(out), []     # scores of the very answers beside them
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'export_results: {out} is a file or holds files; '
                          'expected a new or empty folder. Choose another.')

@@ -42,7 +42,7 @@ def export(exp, # the run: `Experiment`
     """
     merging = library('merging.export')
     merging.check_target(folder)
-    print(merging.export(exp.model(name), folder, name, adapter, exp.repeated().get(exp.profile.seed, exp).label))
+    print(merging.export(exp.model(name), folder, name, adapter, library('pipeline.results').alone(exp).label))
 
 def compare(
     a:Path, # a checkpoint
