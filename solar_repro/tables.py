@@ -7,11 +7,13 @@ __all__ = ['Answers', 'ALPHA', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'MARGIN
            'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'detectable', 'all_comparisons', 'unresolved',
            'finding', 'judge', 'overall', 'paper_scores', 'claims', 'verdicts_on_paper', 'lost_with', 'second_noise',
            'standing', 'in_short', 'Verdicts', 'in_words', 'over_seeds', 'together', 'noises', 'alike', 'replication',
-           'plain_words']
+           'by_trainings', 'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
+import random
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -273,7 +275,7 @@ def second_noise(
     return [f'not with the spread of {" or ".join(x)}' if x else '' for x in lost_with(verdicts)]
 
 # %% ../nbs/06_tables.ipynb #2cafdd30
-MIN_SEEDS = 3 # trainings of each model; with fewer, verdicts are provisional
+MIN_SEEDS = 4 # trainings of each model, whose verdicts others confirm (`by_trainings`); with fewer they are provisional
 
 def standing(
     seeds:int, # trainings of each model
@@ -316,7 +318,7 @@ def over_seeds(
     "Scores over several trainings."
     if len(by_seed) < 2:
         raise ValueError(f'over_seeds: scores of seeds {list(by_seed)}; expected two seeds or more. '
-                         'Name them in the profile: seeds = [0, 1, 2].')
+                         'Name them in the profile: seeds = [0, 1, 2, 3].')
     x = item_and_training_noise({s: with_h6(r).reset_index() for s, r in by_seed.items()})
     x['se'] = np.hypot(x['item_se'], x['training_sd']/x['seeds']**.5)
     about = next(iter(by_seed.values()))[['model', 'task', 'metric', 'n']]
@@ -340,14 +342,16 @@ def noises(
     return x[['model', 'task']].assign(**{k: 100*x[k] for k in ('score', 'item_se', 'training_sd')}, seeds=x['seeds'])
 
 # %% ../nbs/06_tables.ipynb #f33c27ce
+def _shared(a:Sequence[str], b:Sequence[str])->tuple[int,int,int]: # verdicts that agree, of them decided; opposite ones
+    same = [x for x, y in zip(a, b) if x == y]
+    return len(same), len(same) - same.count(UNDECIDED), sum(x != y and UNDECIDED not in (x, y) for x, y in zip(a, b))
+
 def alike(
     r:pd.DataFrame, # of `replication`
 )->str: # such as '20 of 22 agree, 9 of them decided; 0 are opposite'
     "A replication in words."
-    two = r.iloc[:, 1:-1]
-    opposite = (two.isin([SUPPORTED, CONTRADICTED]).all(axis=1) & ~r['agree']).sum()
-    decided = (r['agree'] & (two.iloc[:, 0] != UNDECIDED)).sum()
-    return f'{r["agree"].sum()} of {len(r)} agree, {decided} of them decided; {opposite} are opposite'
+    agree, decided, opposite = _shared(r.iloc[:, 1], r.iloc[:, 2])
+    return f'{agree} of {len(r)} agree, {decided} of them decided; {opposite} are opposite'
 
 def replication(
     verdicts:dict[str,pd.DataFrame], # what the trainings were -> of `claims`
@@ -356,6 +360,27 @@ def replication(
     out = pd.DataFrame(dict(claim=next(iter(verdicts.values()))['claim']))
     for name, v in verdicts.items(): out[name] = list(v['on_ours'])
     return out.assign(agree=out[list(verdicts)].nunique(axis=1) == 1)
+
+def _verdicts(found:Answers)->list[str]: # of each claim
+    of = cache(lambda *x: pair(found, *x))
+    def on(c): return [judge(op, (x := of(t, a, b)).difference, x.se, x.df, len(c.parts)) for t, a, op, b in c.parts]
+    return [overall(on(c)) for c in CLAIMS]
+
+def by_trainings(
+    samples:pd.DataFrame, # model, task, doc_id, score, seed; of every model that a claim speaks of
+    pairs:int=12, # of sets, for each size
+)->pd.DataFrame: # trainings (in each of two sets), agree, fewest, most, decided, opposite; none of less than two seeds
+    "On how many claims separate sets of as many trainings give one verdict: means, and how many opposite ones at most."
+    found, n, draw = answers(samples), n_seeds(samples), random.Random(0)
+    verdicts = cache(lambda seeds: _verdicts({k: x[list(seeds)] for k, x in found.items()}))
+    rows = []
+    for size in range(1, n//2 + 1):
+        drawn = [draw.sample(range(n), 2*size) for _ in range(pairs)]
+        both = [[verdicts(tuple(sorted(s))) for s in (x[:size], x[size:])] for x in drawn]
+        agree, decided, opposite = np.array([_shared(*x) for x in both]).T
+        rows.append(dict(trainings=size, agree=agree.mean(), fewest=agree.min(), most=agree.max(),
+                         decided=decided.mean(), opposite=opposite.max()))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/06_tables.ipynb #ff081adc
 PLAIN = 'truthfulqa_plain' # the task, where it was scored

@@ -83,20 +83,27 @@ def in_short(profile: str) -> str:
     from solar_repro.pipeline.results import records, replications
     from solar_repro.publishing.report import summary
     from solar_repro.publishing.text import counted
-    from solar_repro.tables import alike, claims
+    from solar_repro.tables import alike, by_trainings, claims
     exp = Experiment(profile, recorded=True)
     scores, samples = exp.scores(), exp.samples()
     found = claims(scores, samples=samples)
     _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
     claimed = counted(found, 'on_ours')
     said, main = [], next(iter(records(profile)))                       # of the runs that tables are of
+    if found['seeds'].iloc[0] > 1:
+        sets = by_trainings(samples)
+        first, *more = [f'{x.agree:.1f}' for x in sets.itertuples()]
+        grown = ''.join(f', on {x} with {n}' for n, x in enumerate(more, 2))
+        worst = sets['opposite'].max()
+        said.append(f'Two sets of trainings without a seed in common agree on {first} of the {len(found)} verdicts '
+                    f'with one training in each{grown}; {f"up to {worst} are" if worst else "none is"} opposite.')
     for r in replications(profile):
         (kind, seeds), (of, others) = (c.split(', ', 1) for c in r.columns[1:3])
-        if kind == of == main: said.append(f'of {seeds} beside those of {others}: {alike(r)}')
         if kind == main != of:                                          # and by one other kind of processor
-            said.append(f'of one kind of processor ({kind}, {seeds}) beside another ({of}, {others}): {alike(r)}')
+            said.append(f'Of {seeds} on one kind of processor ({kind}) and {others} on another ({of}) '
+                        f'{alike(r)}.')
             break
-    same = f' Verdicts {"; ".join(said)}.' if said else ''
+    same = ''.join(f' {x}' for x in said)
     over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
     return f'**What the tiny world says.** Over {over} its recorded runs {claimed}.{same} {best} {chance}'
 

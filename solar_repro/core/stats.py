@@ -43,7 +43,7 @@ def _both(a:Sequence[float], b:Sequence[float])->tuple[np.ndarray,np.ndarray]:
                          'Compare two models on the same items, in the same order.')
     return a, b
 
-def _are_right_or_wrong(a:np.ndarray, b:np.ndarray)->bool: return set(a) | set(b) <= {0., 1.}
+def _are_right_or_wrong(*scores:np.ndarray)->bool: return all(((x == 0) | (x == 1)).all() for x in scores)
 
 def difference_se(
     a:Sequence[float], # score of each item under one model, in [0, 1]
@@ -66,7 +66,7 @@ def _tested(
     if not variance: return Paired(difference, 0., float(difference == 0))
     df = variance**2/sum(v**2/k for v, k in parts)
     se = math.sqrt(variance)
-    return Paired(difference, se, float(2*scipy.stats.t.sf(abs(difference)/se, df)), float(df))
+    return Paired(difference, se, float(2*scipy.special.stdtr(df, -abs(difference)/se)), float(df))
 
 def paired(
     a:Sequence[float], # score of each item under one model, in [0, 1]
@@ -76,7 +76,7 @@ def paired(
     a, b = _both(a, b)
     d, se = a - b, difference_se(a, b)
     if not _are_right_or_wrong(a, b): return _tested(float(d.mean()), [(se**2, len(d) - 1)])
-    # a second, as is scipy.stats: for comparing models, and not for asking what is built
+    # a second: for comparing models, and not for asking what is built
     from statsmodels.stats.contingency_tables import mcnemar
     won, lost = int((d > 0).sum()), int((d < 0).sum())
     return Paired(float(d.mean()), se, float(mcnemar([[0, won], [lost, 0]], exact=True).pvalue))
@@ -111,7 +111,7 @@ def resolvable(
     df:float=math.inf, # its degrees of freedom
 )->float: # in the units of `se`
     "The smallest true difference that a two-sided test at 5 % would find about four times in five."
-    return float(scipy.stats.t.isf(.05/2, df) + scipy.stats.t.isf(.2, df))*se
+    return -float(scipy.special.stdtrit(df, .05/2) + scipy.special.stdtrit(df, .2))*se
 
 # %% ../../nbs/core/06_stats.ipynb #7b862e24
 def item_and_training_noise(
@@ -150,4 +150,4 @@ def interval(
     alpha:float=.05, # two-sided
 )->float: # standard errors to either side
     "Half the width of a confidence interval."
-    return float(scipy.stats.t.isf(alpha/2, df))
+    return -float(scipy.special.stdtrit(df, alpha/2))

@@ -401,7 +401,7 @@ def replications(
     kinds, pairs = records(profile), []
     for kind, runs in kinds.items():
         half, seeds = len(runs)//2, tuple(runs)
-        sizes = dict.fromkeys((tables.MIN_SEEDS, half)) if half >= tables.MIN_SEEDS else ()
+        sizes = dict.fromkeys((3, half)) if half >= 3 else ()
         pairs += [[(kind, seeds[:n]), (kind, seeds[n:2*n])] for n in sizes]
     for a, b in combinations(kinds, 2):
         both = tuple(s for s in kinds[a] if s in kinds[b])
