@@ -69,9 +69,10 @@ def full_name(d: ast.stmt) -> str:
     return f'{ast.unparse(d.args.args[0].annotation)}.{d.name}' if patched else d.name
 
 
-def is_property(d: ast.stmt) -> bool:
-    "The reference lists methods, not properties."
-    return any('as_prop' in ast.unparse(x) for x in d.decorator_list)
+def is_listed(d: ast.stmt) -> bool:
+    "The reference lists what is public, methods of public classes too, and no properties."
+    private = any(part.startswith('_') for part in full_name(d).split('.'))
+    return not private and not any('as_prop' in ast.unparse(x) for x in d.decorator_list)
 
 
 def show_exports(nb, reference: str) -> None:
@@ -82,7 +83,7 @@ def show_exports(nb, reference: str) -> None:
         if body and EXPORT.search(c.source):
             c.source = EXPORT.sub('', c.source, count=1)
             defined = [d for d in body if isinstance(d, (ast.FunctionDef, ast.ClassDef))]
-            public = [full_name(d) for d in defined if d.name[0] != '_' and not is_property(d)]
+            public = [full_name(d) for d in defined if is_listed(d)]
             others = [
                 full_name(d) for d in defined if full_name(d) not in public
             ]  # nbdev links to these and to methods too
