@@ -8,6 +8,7 @@ import runpy
 from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -19,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from solar_repro.core.data_files import write_rows
 from solar_repro.pipeline.sources import TinyWorld
-from solar_repro.eval import PROTOCOLS, allowed, build_requests, evaluate, score_as
+from solar_repro.core.protocols import PROTOCOLS, score_as
+from solar_repro.eval import allowed, build_requests, evaluate
 from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
 from solar_repro.models import resident as resident_module
 from solar_repro.inference.lm import RequestEncoder, AnswerCache, SharedPrefixLM, encode_pairs, stopper
@@ -506,7 +508,7 @@ def test_both_protocols_from_one_record(tok, bos):
         ('#### 1,004', 1.0, 1.0),
     ]
     golds = ['4', '4', '4', '4', '1,004']
-    records = [dict(text=t, gold=g, score=m) for (t, m, _), g in zip(says, golds)]
+    records = pd.DataFrame([dict(text=t, gold=g, score=m) for (t, m, _), g in zip(says, golds)])
     assert score_as('modern', 'gsm8k', records)[0] == pytest.approx(sum(m for _, m, _ in says) / 5)
     assert score_as('leaderboard-2023', 'gsm8k', records)[0] == pytest.approx(2 / 5)
 

@@ -19,7 +19,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from solar_repro import paper, tables
 from solar_repro.data import BENCHMARKS
-from solar_repro.eval import correct_2023, mean_of_groups
+from solar_repro.core.protocols import correct_2023, mean_of_groups
 from solar_repro.core import stats as ours
 from solar_repro.core.stats import mean_se
 from solar_repro.core.config import load_profile

@@ -16,10 +16,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .. import tables
-from ..core import contamination
-from ..core import display as view
+from ..core import contamination, display as view
 from ..core.config import load_profile, must_be_in, nearest, Profile, root
 from ..core.data_files import read_rows
+from ..core.protocols import counted
 from ..core.store import Artifact, Store
 from ..models.base_source import check_wheel, wheel_path
 from ..paper import MODELS
@@ -392,7 +392,7 @@ def flips(self:Experiment,
     task:str, # one of `tasks`
 )->pd.DataFrame: # doc_id, change (b - a), score of each, gold, what each says, prompt; the largest change first
     "Items on which two models score differently, with prompts and answers in words."
-    items = {m: results.counted(self.items(m, task), task, self.profile.eval.protocol) for m in (a, b)}
+    items = {m: counted(self.profile.eval.protocol, task, self.items(m, task)) for m in (a, b)}
     return results.find_flips(a, b, items, task, *self.requests(task))
 
 @patch

@@ -21,16 +21,16 @@ import pandas as pd
 
 from ..core.display import lineage, View
 from ..core.files import content_hash, folder_files, json_object, rename_whole
+from ..core.protocols import parts_of_score, score_as
 from ..core.stats import mean_se
 from ..core.store import own_hash, Store
 from ..data import BENCHMARKS
-from ..eval import answer_requests, METRICS, request_hash, score_as
+from ..eval import answer_requests, METRICS, request_hash
 from ..inference.lm import RequestEncoder
 from ..models.loading import load_tokenizer
 from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
-from ..pipeline.results import (
-    alone, asked_hash, evaluations_of, parts_of_score, read_items, read_scores, records)
+from ..pipeline.results import alone, asked_hash, evaluations_of, read_items, read_scores, records
 from ..publishing.text import write_tables
 from ..tables import together
 
@@ -147,7 +147,7 @@ def _item_problems(
 # %% ../../nbs/reports/00_verify.ipynb #63e6d400
 def _score(protocols:list[str], task:str, records:list[dict])->dict: # as in score.json
     "What score.json is to hold."
-    by = {p: dict(zip(('score', 'se'), score_as(p, task, records))) for p in protocols}
+    by = {p: dict(zip(('score', 'se'), score_as(p, task, pd.DataFrame(records)))) for p in protocols}
     out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(records), protocols=by)
     if 'plain' in records[0]: out['plain'], out['plain_se'] = mean_se([x['plain'] for x in records])
     return out
@@ -193,7 +193,7 @@ def recounted(
             records, score, wrong = _recount(exp, m, t, docs, hashes)
             problems += wrong
             found[m, t] = dict(score=score)
-            parts = parts_of_score(pd.DataFrame(records), t, exp.profile.eval.protocol)
+            parts = parts_of_score(exp.profile.eval.protocol, t, pd.DataFrame(records))
             samples += parts.assign(model=m, task=t).to_dict('records')
     problems += _own_problems(exp)
     order = {m: k for k, m in enumerate(exp.models)}
