@@ -103,7 +103,7 @@ source = "./base"
 [data]
 source = "tiny"
 [data.rows]
-alpaca_gpt4 = 24
+alpaca_gpt4 = 96
 openorca = 16
 synth_math_instruct = 24
 ultrafeedback_clean = 12

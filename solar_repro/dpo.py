@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['completion_logps', 'dpo_loss', 'dpo_rows', 'load_policy', 'shared_prefix_length', 'shared_prefix_microbatch',
-           'shared_prefix_logps', 'pair_logps', 'reference_logps', 'PairTrainer', 'SharedPrefixTrainer', 'pair_trainer',
-           'rounded_otherwise', 'answer_lengths', 'check_start', 'train_dpo', 'plot_rewards']
+           'shared_prefix_logps', 'pair_logps', 'reference_logps', 'LikeLengths', 'PairTrainer', 'SharedPrefixTrainer',
+           'pair_trainer', 'rounded_otherwise', 'answer_lengths', 'check_start', 'train_dpo', 'plot_rewards']
 
 # %% ../nbs/03_dpo.ipynb #759bd3d2
 import math
@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -173,10 +174,23 @@ def reference_logps(
     return pd.DataFrame(out.numpy(), columns=['chosen', 'rejected'])
 
 # %% ../nbs/03_dpo.ipynb #b4146610
+class LikeLengths(LengthGroupedSampler):
+    "Batches of like length; from the second epoch on in an order of its own, wherever a training goes on from."
+    seed, epoch = 0, 0
+    def set_epoch(self, epoch): self.epoch = epoch    # accelerate tells it
+    def __iter__(self):
+        if self.epoch: self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
 class PairTrainer(DPOTrainer):
     "TRL's DPOTrainer over pairs that are tokens already and carry their reference log-probabilities."
     def _prepare_dataset(self, dataset, *args): return dataset
     def _precompute_ref_logps(self, dataset, *args): return dataset
+    def _get_train_sampler(self, *args):
+        usual = super()._get_train_sampler(*args)
+        out = LikeLengths(usual.batch_size, lengths=usual.lengths)
+        out.seed = self.args.seed
+        return out
 
 # %% ../nbs/03_dpo.ipynb #4446a9f0
 class SharedPrefixTrainer(MicrobatchMixin, PairTrainer):

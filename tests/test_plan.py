@@ -35,8 +35,9 @@ def plans(tmp_path_factory):
 def test_paper_scale_is_the_papers(plans):
     p = load_profile('a100')
     assert p.base.source == 'upstage/SOLAR-10.7B-v1.0' and len(p.base.revision) == 40
-    sets = 'alpaca_gpt4', 'openorca', 'ultrafeedback_clean', 'synth_math_alignment'
-    assert [p.data.rows[s] for s in sets] == [52_000, 100_000, 60_800, 20_100]
+    assert (p.data.rows['openorca'], p.data.rows['synth_math_alignment']) == (100_000, 20_100)
+    # of two files the paper used every row: ours are some fewer, since not all may fit
+    for s, n in dict(alpaca_gpt4=52_000, ultrafeedback_clean=60_800).items(): assert .97*n < p.data.rows[s] < .999*n
     assert p.eval.protocol == 'leaderboard-2023' and p.eval.n_items >= max(x.n for x in BENCH.values())
     assert p.eval.num_fewshot == dict(arc=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
     text = (ROOT/'solar_repro'/'profiles'/'a100.toml').read_text()
@@ -155,7 +156,8 @@ def test_a_budget_of_tokens_computes_prompts_once(plans):
     single = Experiment(p.model_copy(update=dict(dpo=dpo)), store=exp.store.folder)
     a, b = (planned(x).stages.set_index('stage') for x in (exp, single))
     for n in ('DPO v1', 'ref/SFT v3/ultrafeedback_clean'):
-        assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(60_800*LENGTHS['ultrafeedback_clean'].prompt)
+        assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(
+            p.data.rows['ultrafeedback_clean']*LENGTHS['ultrafeedback_clean'].prompt)
         assert a.loc[n, 'hours'] < .85*b.loc[n, 'hours']
     # the longest pair fills a microbatch; logits of an answer's tokens only, no mask, keys and values as they are
     assert .90*b.loc['DPO v1', 'gib'] < a.loc['DPO v1', 'gib'] < .97*b.loc['DPO v1', 'gib']

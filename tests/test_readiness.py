@@ -8,7 +8,7 @@ import transformers
 from test_sources import FILES, WORDS, model_of, profile_of, put, rows_of, tokenizer_of
 
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.pipeline.readiness import check_askable, check_budget
+from solar_repro.pipeline.readiness import check_askable, check_budget, check_packing
 
 LLAMA = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
 FALCON = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2)
@@ -61,6 +61,13 @@ def test_a_budget_of_tokens_needs_plain_logits(tmp_path, name, says, tokenizer):
     if not says: return check_budget(base)
     with pytest.raises(ValueError, match='max_tokens_per_microbatch') as e: check_budget(base)
     assert says in str(e.value)
+
+
+@pytest.mark.parametrize('name', ['Qwen2', 'GPTNeoX', 'Gemma2', 'CTRL', 'Falcon', 'OPT'])
+def test_packed_examples_need_a_mask_from_positions(tmp_path, name, tokenizer):
+    base = base_of(tmp_path, name, tokenizer)
+    if name not in ('Falcon', 'OPT'): return check_packing(base)
+    with pytest.raises(ValueError, match=f"'{name.lower()}' reads the examples before one"): check_packing(base)
 
 
 def test_a_tokenizer_without_a_file_of_the_tokenizers_library(tmp_path):

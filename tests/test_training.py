@@ -141,6 +141,23 @@ def test_killed_at_several_steps_with_checkpoints_by_the_clock(what, base, runs,
     same(tmp_path/'whole', tmp_path/'out')
 
 
+@pytest.mark.parametrize('divided', [{}, DIVIDED], ids=['whole', 'divided'])
+def test_a_second_epoch_goes_on_with_the_pairs_that_are_left(models, ref, tmp_path, divided):
+    "Stopped at its second step, DPO ends as if it had not been."
+    settings = DPO.model_copy(update=divided | dict(epochs=2, save_steps=1))
+    half = len(ref)//2
+    args = models[0], belief_pairs()[:half], ref[:half]
+    def train(out, stop):
+        def on_progress(done, total):
+            assert total == 2*math.ceil(half/settings.batch_size)
+            if done == stop: raise InterruptedError
+        train_dpo(*args, out, settings, smoke.template, seed=0, on_progress=on_progress)
+    train(tmp_path/'whole', None)
+    with pytest.raises(InterruptedError): train(tmp_path/'out', math.ceil(half/settings.batch_size) + 2)
+    train(tmp_path/'out', None)
+    same(tmp_path/'whole', tmp_path/'out')
+
+
 # what stands in a checkpoint, whole, and what may happen to one of its files
 CHECKPOINT = ('adapter_model.safetensors', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'trainer_state.json')
 

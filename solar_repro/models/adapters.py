@@ -288,15 +288,18 @@ def concat_adapter(
     if lone:
         raise ValueError(f"concat_adapter: some of {[str(f) for f,_ in adapted.adapters]} do not change {lone[0]}; "
                          "expected all to change the same weights.")
-    said = shared_settings([f for f,_ in adapted.adapters], [n.removesuffix('.weight') for n in change])
+    folders = [f for f,_ in adapted.adapters]
+    said = shared_settings(folders, [n.removesuffix('.weight') for n in change])
+    scale = sum(abs(c['lora_alpha']/c['r']) for c in map(read_adapter_config, folders))/n_adapters or 1.
     wide, tensors = lambda t: t if t.dtype==torch.float64 else t.float(), {}   # bfloat16 would round to 8 bits
     for n,parts in change.items():
-        name, root = f"base_model.model.{n.removesuffix('.weight')}", [math.sqrt(abs(f)) for f,_,_ in parts]
+        name, root = f"base_model.model.{n.removesuffix('.weight')}", [math.sqrt(abs(f)/scale) for f,_,_ in parts]
         tensors[f'{name}.lora_A.weight'] = torch.cat([r*wide(A) for r,(_,A,_) in zip(root, parts)])
         tensors[f'{name}.lora_B.weight'] = torch.cat([math.copysign(r, f)*wide(B) for r,(f,_,B) in zip(root, parts)], 1)
     broken = [n for n,t in tensors.items() if not t.float().isfinite().all()]
     if broken:
-        raise ValueError(f"concat_adapter: {broken[0]} of {[str(f) for f,_ in adapted.adapters]} becomes too large for "
+        raise ValueError(f"concat_adapter: {broken[0]} of {[str(f) for f in folders]} becomes too large for "
                          "float32; expected finite matrices. Give smaller weights.")
     rank = sum(A.shape[0] for _,A,_ in next(iter(change.values())))
-    return save_adapter(tensors, rank, rank, out, said)
+    alpha = scale*rank
+    return save_adapter(tensors, rank, int(alpha) if alpha==int(alpha) else alpha, out, said)

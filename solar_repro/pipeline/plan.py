@@ -395,13 +395,24 @@ def _offline_blockers(p:Profile, m:pd.DataFrame)->list[str]:
             f'{m["download_gib"].sum():.0f} GiB of base and data are needed. Unset it, or fetch on another '
             f'machine.{without}']
 
+def _row_blockers(p:Profile, m:pd.DataFrame)->list[str]:
+    if p.data.source != 'hub' or 'data' not in set(m['kind']): return []
+    out = []
+    for name, n in p.data.rows.items():
+        s, most = SETS[name], (p.dpo if SETS[name].is_pairs else p.sft).max_length
+        fit = round(s.n_total*(1 - s.lengths.share_over(most)))
+        if n > fit:
+            out.append(f'of the {s.n_total} rows of {name} about {fit} have at most {most} tokens; the profile asks '
+                       f'for {n}. Ask for fewer in [data.rows], or raise max_length.')
+    return out
+
 def blockers(
     p:Profile, # what is to run
     plan:Plan, # what that takes
     found:Hardware, # of `machine.detect`
     offline:bool=False, # weights or data are missing and may not be fetched
 )->list[str]: # one sentence each: what is there, what is needed, what to do
-    "Why a machine cannot run what a plan says is missing."
+    "Why a machine cannot run what a plan says is missing, or no machine can."
     m = plan.missing
     if not len(m): return []
     gpu = p.machine.device == 'cuda' and m['kind'].isin((*TRAINED, 'eval')).any()
@@ -413,4 +424,4 @@ def blockers(
     if found.gpu and gpu and not found.bf16 and 'bfloat16' in (p.sft.compute_dtype, p.dpo.compute_dtype):
         out.append(f'{found.name} has no arithmetic for bfloat16; the profile computes in it. '
                    'Take a card of the Ampere generation (A100, RTX 30) or newer.')
-    return out + _disk_blockers(plan, found) + (_offline_blockers(p, m) if offline else [])
+    return out + _row_blockers(p, m) + _disk_blockers(plan, found) + (_offline_blockers(p, m) if offline else [])
