@@ -100,7 +100,8 @@ def _add_common(p:argparse.ArgumentParser)->None:
     p.add_argument('--store', type=_path, help='folder of the results (default: runs/store)', **if_given)
 
 def _filled(text:str, indent:int=0)->str: # spaces before its further lines
-    return textwrap.fill(text, shutil.get_terminal_size().columns - 2, subsequent_indent=' '*indent)
+    width = max(11, shutil.get_terminal_size().columns - 2)     # as argparse has it
+    return textwrap.fill(text, width, subsequent_indent=' '*indent)
 
 def _new_parser(prog:str, what:str, ending:str)->_Parser:
     how = argparse.RawDescriptionHelpFormatter
