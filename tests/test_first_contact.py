@@ -23,9 +23,12 @@ from solar_repro.tables import CONTRADICTED, SUPPORTED, verdicts_on_paper
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_outside_a_clone_nothing_long_is_built_unasked(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('set_to', [None, ''])
+def test_outside_a_clone_nothing_long_is_built_unasked(set_to, tmp_path, monkeypatch, capsys):
+    "A SOLAR_STORE that was set to nothing counted as a place that somebody had named."
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('SOLAR_STORE', raising=False)
+    if set_to is not None: monkeypatch.setenv('SOLAR_STORE', set_to)
     assert main(['table', '5']) == 2
     said = capsys.readouterr().err
     assert '--yes' in said and str(tmp_path/'runs'/'store') in said, said

@@ -217,7 +217,7 @@ def _call(f:Callable, words:dict)->int: # exit status
     if 'exp' in needs:
         of_records = words.get('recorded', False)
         exp = words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store, of_records)
-        may = yes or f.__name__ not in _BUILD or store or 'SOLAR_STORE' in os.environ or _in_project()
+        may = yes or f.__name__ not in _BUILD or store or os.environ.get('SOLAR_STORE') or _in_project()
         exp.before_build = lambda missing: _announce(missing, exp, may)
     if 'profile' in needs: words['profile'] = library('core.config').load_profile(profile, seed)
     return f(**words) or 0
