@@ -8,6 +8,7 @@ __all__ = ['parse', 'can_be_mended', 'error_text', 'main']
 # %% ../../nbs/reports/03_cli.ipynb #1987974f
 import argparse
 import difflib
+import errno
 import inspect
 import io
 import math
@@ -188,7 +189,9 @@ def error_text(
     "What an error says, in words: not by its number in the system, and with what it cost (`raise_failed`)."
     text = str(e)
     if isinstance(e, OSError) and e.strerror:
-        text = e.strerror + (f': {e.filename}. Correct the path, or make it readable' if e.filename else '')
+        mend = 'Correct the path, or make it readable'
+        if e.errno == errno.EROFS: mend = 'Choose a place that can be written'
+        text = e.strerror + (f': {e.filename}. {mend}' if e.filename else '')
     return '\n'.join([text, *getattr(e, '__notes__', ())])
 
 # %% ../../nbs/reports/03_cli.ipynb #599bb739
