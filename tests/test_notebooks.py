@@ -155,6 +155,13 @@ def test_a_profile_of_ones_own_keeps_its_seed(project, without_stages):
     assert ran(project) == [f'one {own} 5']                         # the story alone
 
 
+def test_a_file_of_a_shipped_profiles_name_is_not_taken_for_it(project, without_stages):
+    "Whatever lay there under that name was read as the profile, by the notebooks alone."
+    (project/'smoke').touch()
+    runner.run_notebooks('smoke')
+    assert ran(project) == ['one smoke 0']
+
+
 def test_unknown_parameter(project):
     with pytest.raises(ValueError, match=r"00_one.ipynb has no parameter 'profil'; it knows \['profile', 'seed'\]"):
         runner.execute(project/'nbs'/'00_one.ipynb', project/'out.ipynb', dict(profil='smoke'))

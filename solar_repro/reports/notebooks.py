@@ -28,7 +28,7 @@ from fastcore.xtras import modified_env
 from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
-from ..core.config import default_profile, Profile, root
+from ..core.config import default_profile, Profile, profiles, root
 from ..core.files import expanded, file_hash, json_object, write_whole
 from ..pipeline.cost_model import fetched
 from ..pipeline.experiment import Experiment
@@ -321,7 +321,8 @@ def run_notebooks(
 )->list[Path]: # executed notebooks
     "Build all stages and run the notebooks of the story in order, the unchanged ones excepted."
     profile = profile or default_profile()
-    if Path(profile).is_file(): profile = str(Path(profile).resolve()) # kernels start elsewhere
+    own = profile not in profiles() and Path(profile).is_file()
+    if own: profile = str(Path(profile).resolve())     # kernels start elsewhere
     exp, began = Experiment(profile, seed), time.time()
     nbs = [nb for nb in notebooks() if every or of_the_story(nb)]
     (exp.folder/'notebooks').mkdir(parents=True, exist_ok=True)
