@@ -51,6 +51,7 @@ def write(tmp_path):
     (f'[rows."{100*"中"}"]\nsets = ["openorca"]', 'at most 200 bytes'),
     ('name = "tiny-seed1"', 'must not end in -recorded or -seed'),
     ('name = "tiny-recorded"', 'must not end in -recorded or -seed'),
+    ('name = "store"', "name = 'store': must not be that of the folder of the results"),
 ])
 def test_a_value_that_nothing_can_be_made_of(write, text, says):
     with pytest.raises(ValueError) as e: load_profile(write(text))

@@ -261,6 +261,7 @@ class Profile(Strict):
     def _of_one_run(cls, v):
         if re.search(r'-(seed\d+|recorded)$', v):
             raise ValueError("must not end in -recorded or -seed and a number, as folders of another profile's runs")
+        if v == 'store': raise ValueError('must not be that of the folder of the results')
         return v
 
     @field_validator('seeds')
