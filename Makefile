@@ -1,6 +1,7 @@
 # make tables   rebuild Tables 3 to 7, results in runs/PROFILE/; PROFILE=tiny, SEED=the profile's own (0)
 #               PROFILE=smol DATA=DIR: real weights and the published rows in DIR (solar_repro.core.data_files says how it is laid out)
-# make demo     two trainings, their average, a DPO step and their answers side by side, in two minutes
+# make demo     two trainings, their average, a DPO step and their answers side by side, in two minutes; PROFILE, SEED and
+#               DATA as for make tables
 # make test     notebooks in sync with the library, every notebook, the tests
 # make test-all make test, and the tests that take minutes
 # make lab      explore in JupyterLab; ROOT=1 lets root start it, in a container
@@ -17,6 +18,7 @@ PROFILE ?= tiny
 SEED    ?=
 DATA    ?=
 BIN     := .venv/bin
+CHOSEN   = --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
 
 # Set-up compiles nothing: what is imported is compiled then, and kept. Where the environment forbids to keep it, as
 # images of containers do, each process would compile torch and its like again, for a minute.
@@ -28,13 +30,14 @@ export PYTHONDONTWRITEBYTECODE :=
 setup:
 	@PYTHON='$(PYTHON)' sh tools/setup.sh
 
-tables: export SOLAR_DATA := $(or $(DATA),$(SOLAR_DATA))
+tables demo: export SOLAR_DATA := $(or $(DATA),$(SOLAR_DATA))
 tables: setup
-	@$(BIN)/solar-repro fetch-base --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
-	@$(BIN)/python -m solar_repro.reports.notebooks --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
+	@$(BIN)/solar-repro fetch-base $(CHOSEN)
+	@$(BIN)/python -m solar_repro.reports.notebooks $(CHOSEN)
 
 demo: setup
-	@$(BIN)/solar-repro demo
+	@$(BIN)/solar-repro fetch-base $(CHOSEN)
+	@$(BIN)/solar-repro demo $(CHOSEN)
 
 test: setup
 	@sh tools/test.sh
@@ -52,8 +55,8 @@ docs: setup
 	@$(BIN)/python tools/build_docs.py --profile '$(PROFILE)'
 
 notebooks: tables
-	@$(BIN)/python -m solar_repro.reports.notebooks --all --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
-	@$(BIN)/python tools/keep_outputs.py --profile '$(PROFILE)' $(if $(SEED),--seed '$(SEED)')
+	@$(BIN)/python -m solar_repro.reports.notebooks --all $(CHOSEN)
+	@$(BIN)/python tools/keep_outputs.py $(CHOSEN)
 
 record: setup
 	@$(BIN)/python tools/record_run.py --profile '$(PROFILE)' --seeds '$(or $(SEED),0)' $(if $(KIND),--kind '$(KIND)')

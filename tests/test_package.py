@@ -338,14 +338,15 @@ def test_half_made_venv_is_repaired(project, damage):
         (['SEED=3'], "--profile 'tiny' --seed '3'"),
     ],
 )
-def test_a_profile_keeps_its_own_seed(given, asked):
-    "make hands on a seed only when it is told one."
+@pytest.mark.parametrize('target, program', [('tables', 'reports.notebooks '), ('demo', 'solar-repro demo ')])
+def test_a_profile_keeps_its_own_seed(target, program, given, asked):
+    "make hands on a profile, which the demo did not, and a seed only when it is told one."
     env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'SEED', 'PROFILE')}
     done = subprocess.run(
-        ['make', '-n', '-C', str(ROOT), 'tables', *given], env=env, capture_output=True, text=True, check=True
+        ['make', '-n', '-C', str(ROOT), target, *given], env=env, capture_output=True, text=True, check=True
     )
-    command, = [s for s in done.stdout.splitlines() if 'reports.notebooks' in s]
-    assert command.split('reports.notebooks ')[1].strip() == asked
+    command, = [s for s in done.stdout.splitlines() if program in s]
+    assert command.split(program)[1].strip() == asked
 
 
 def test_missing_python_is_said(project):

@@ -57,7 +57,7 @@ def demo(exp, # the run: `Experiment`
     solar-repro demo
     """
     page = library('reports.demo').demo(exp)
-    print(f'Open {os.path.relpath(page)}. It says what to do next; make tables goes on from what is built.')
+    print(f'Open {os.path.relpath(page)}. It says what to do next; make tables of this profile goes on from here.')
 
 def status(exp, # the run: `Experiment`
     *,

@@ -54,7 +54,7 @@ def asked(
     return {p: {m: said[m][k] for m in SHOWN} for k, p in enumerate(prompts)}
 
 # %% ../../nbs/reports/04_demo.ipynb #b32c9b0c
-_NEXT = {'make tables': 'all five tables; it goes on from what the demo has built',
+_NEXT = {'make tables': 'all five tables; with the same PROFILE it goes on from what the demo has built',
          'solar-repro plan --workers 2': 'what the rest takes',
          'make lab': 'the story as notebooks: 02_sft, 03_dpo and 04_merge say how each of these models is made',
          'solar-repro status': 'what is built; nbs/07_your_own.ipynb adds rows of your own'}
