@@ -171,6 +171,18 @@ def test_an_engine_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, caps
     assert not (tmp_path/'store').exists()
 
 
+@pytest.mark.parametrize('words,engine', [([], 'auto'), (['--engine', 'local'], None), (['--engine', 'ray'], 'local')])
+def test_the_engine_that_is_named_holds_and_not_the_profiles(words, engine, tmp_path, monkeypatch):
+    "Without --engine the profile's own, which --engine local could not turn off."
+    (tmp_path/'mine.toml').write_text('extends = "smoke"\n[machine]\nray = "auto"\n')
+    with_engine = []
+    monkeypatch.setattr(Experiment, 'run', lambda self: with_engine.append(self.profile.machine.ray))
+    monkeypatch.setattr('solar_repro.pipeline.experiment.ray_engine', lambda: None)
+    monkeypatch.setattr('solar_repro.reports.published.published', lambda exp: [])
+    assert main(['run', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'store'), *words]) == 0
+    assert with_engine == [engine]
+
+
 @pytest.mark.slow
 def test_a_second_driver_takes_other_stages(full, tmp_path):
     runs = [driver(tmp_path/'store') for _ in range(2)]

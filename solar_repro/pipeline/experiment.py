@@ -174,14 +174,14 @@ LITTLE = 10. # relative cost up to which starting workers would take longer than
 
 @patch
 def build_with(self:Experiment,
-    workers:int|None=None, # at least 1; None: as many as fit
-    ray:str|None=None, # by Ray: 'local', or the address of a cluster; None: without
+    workers:int|None=None, # at least 1; this and ray: None: as the profile says
+    ray:str|None=None, # by Ray: 'local', or the address of a cluster; '': without
 )->None:
     "Build so many stages side by side from now on; this changes no result."
     if workers is not None and workers < 1: raise ValueError(f'experiment: {workers} workers; expected 1 or more.')
     if ray: ray_engine()                       # an error now if it is not installed
-    machine = self.profile.machine.model_copy(update={k: v for k, v in dict(workers=workers, ray=ray).items() if v})
-    self.profile = self.profile.model_copy(update=dict(machine=machine))
+    said = {k: v or None for k, v in dict(workers=workers, ray=ray).items() if v is not None}
+    self.profile = self.profile.model_copy(update=dict(machine=self.profile.machine.model_copy(update=said)))
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #36309589
 @patch

@@ -31,7 +31,7 @@ def _as_records(frame)->list[dict]: # of a pandas DataFrame; what is missing is 
 def run(exp, # the run: `Experiment`
     *,
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
-    engine:Literal['local', 'ray']='local', # processes of this machine, or workers that Ray places
+    engine:Literal['local', 'ray']|None=None, # processes of this machine, or workers of Ray (default: by the profile)
     address:str|None=None, # of a Ray cluster to join, such as auto (default: one is started here)
     recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs
 )->None:
@@ -44,8 +44,8 @@ def run(exp, # the run: `Experiment`
     solar-repro run --recorded
     """
     if address and engine != 'ray':
-        raise ValueError(f'run: --address {address} with the engine {engine}; expected it with --engine ray only.')
-    exp.build_with(workers, (address or 'local') if engine == 'ray' else None)
+        raise ValueError(f'run: --address {address}; expected it with --engine ray only. Say both, or neither.')
+    exp.build_with(workers, dict(local='', ray=address or 'local').get(engine))
     if not exp.records: exp.run()
     for f in library('reports.published').published(exp): print(f)
 
