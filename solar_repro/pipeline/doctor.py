@@ -100,6 +100,17 @@ def _machine_line(f:Hardware)->str:
     return (f"this machine: {kind}, {f.ram_gib:.0f} GiB of memory, {f.disk_gib:.0f} GiB of disk free; "
             f"bfloat16: {'yes' if f.bf16 else 'no'}; NF4: {f.nf4_problem or 'works'}")
 
+def _chances(name:str, store:Path, found:Hardware)->tuple[str,tuple[str,...]]: # what it takes; what it lacks
+    "Whether a shipped profile can run here."
+    try:
+        of = Experiment(name, store=store)
+        plan = make_plan(of.profile, of.graph, of.find)
+    except (ValueError, OSError) as e: return '', (str(e),)      # SOLAR_DATA, where it stands for the Hub
+    hours = plan.missing['hours'].sum()
+    took = f'{hours:.0f} h' if hours >= 1 else f'{60*hours:.0f} min'
+    said = f'can run {name}: about {took} left to do (on {plan.card.name}, as recorded)'
+    return said, tuple(lacking(of.profile, plan, found))
+
 def doctor(
     exp:Experiment, # whose store is looked at
     folder:Path=Path('.'), # where merges and exports were written
@@ -109,12 +120,9 @@ def doctor(
     found = detect(store)
     can, cannot = [], {}
     for name in profiles():
-        of = Experiment(name, store=store)
-        plan = make_plan(of.profile, of.graph, of.find)
-        hours, said = plan.missing['hours'].sum(), lacking(of.profile, plan, found)
-        took = f'{hours:.0f} h' if hours >= 1 else f'{60*hours:.0f} min'
-        if said: cannot.setdefault(tuple(said), []).append(name)
-        else: can.append(f'can run {name}: about {took} left to do (on {plan.card.name}, as recorded)')
+        takes, lacks = _chances(name, store, found)
+        if lacks: cannot.setdefault(lacks, []).append(name)
+        else: can.append(takes)
     lines = [_machine_line(found), *can]
     for said, names in cannot.items(): lines += [f"cannot run {', '.join(names)}:", *(f'  - {x}' for x in said)]
     if left: lines += ['left over, removed by solar-repro clean:', *(f'  - {told(p)}' for p in left)]
