@@ -508,6 +508,19 @@ def test_which_rows_were_drawn_is_part_of_the_keys(folder, tmp_path):
     assert Experiment(path, seed=1, store=tmp_path / 'store').find('data/alpaca_gpt4') is None
 
 
+@pytest.mark.parametrize('stage,name', [('data/alpaca_gpt4', 'alpaca_gpt4'), ('bench/gsm8k', 'gsm8k/train')])
+def test_a_file_that_changes_under_a_run_is_not_stored_under_the_old_key(stage, name, folder, tmp_path):
+    import shutil
+
+    data = shutil.copytree(folder, tmp_path / 'data')
+    path = profile_of(tmp_path, model_of(tmp_path / 'base'), data)
+    exp = Experiment(path, store=tmp_path / 'store')
+    present(data, FILES[name]).unlink()
+    put(data, name, rows_of(name, 14))
+    with pytest.raises(ValueError, match=f'{name} in .*data has changed since the run began'): exp.build(stage)
+    assert exp.find(stage) is None and Experiment(path, store=tmp_path / 'store').build(stage)
+
+
 def test_odd_line_ends_inside_a_text_break_no_row(folder, tmp_path):
     import shutil
 

@@ -106,7 +106,7 @@ def located(
     "The file of a folder that holds a set's rows; an error where there is none."
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'data: {str(folder)!r} is no folder; expected tiny, hub, or a folder of data. '
-                                'Correct source in [data] of the profile, or DATA of make.')
+                                'Correct source in [data] of the profile, SOLAR_DATA, or DATA of make.')
     if path := present(folder, file): return path
     names = ', '.join(f'{file.folder}/{stem}{ending}' for stem in file.stems for ending in ENDINGS)
     raise FileNotFoundError(f'data: {folder} has no rows of {file.name}; expected one of {names}. Put the file there, '

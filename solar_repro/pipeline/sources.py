@@ -240,4 +240,9 @@ def stage_source(
     "The source that a stage is built from."
     if settings['source'] == 'file': return CustomFile(path, settings['sha256'])
     place = str(path) if settings['source'] == 'folder' else settings['source']
-    return source_of(place, settings.get('files', {}), settings.get('max_broken', 0))
+    source = source_of(place, settings.get('files', {}), settings.get('max_broken', 0))
+    now = source.settings(settings.get('set') or settings['task']).get('files', {})
+    if other := [name for name, mark in now.items() if settings['files'].get(name) != mark]:
+        raise ValueError(f'data: {other[0]} in {place} has changed since the run began; expected the file as it was. '
+                         'Run again.')
+    return source
