@@ -385,7 +385,7 @@ def test_full_disk_in_the_builder(tmp_path, where):
     s = Store(tmp_path); a = build(s)
 
     def fills(out): (out/'half').write_bytes(b'half'); raise FULL[where]
-    with pytest.raises(OSError, match='disk is full. Finished stages are kept') as e:
+    with pytest.raises(OSError, match='or that of temporary files. Finished') as e:
         build(s, fills, settings=dict(lr=.2))
     assert e.value.errno == errno.ENOSPC and e.value.__cause__ is FULL[where]
     assert [p for p in visible(s)] == [a.path] and Store(tmp_path).find('sft', a.key)
@@ -398,7 +398,7 @@ def test_full_disk_while_publishing(tmp_path, monkeypatch, call):
 
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(OSError, match='disk is full. Finished stages are kept'): build(s, settings=dict(lr=.2))
+    with pytest.raises(OSError, match='or that of temporary files. Finished'): build(s, settings=dict(lr=.2))
     monkeypatch.undo()
     assert visible(s) == [a.path]
     assert build(s, settings=dict(lr=.2)).content

@@ -117,9 +117,9 @@ def _storage_errors(folder:Path):
     except Exception as e: # safetensors and torch raise kinds of their own
         code = getattr(e, 'errno', None)
         if code in (errno.ENOSPC, errno.EDQUOT) or any(w in str(e) for w in _FULL):
-            raise OSError(errno.ENOSPC, f'store {folder}: the disk is full. Finished stages are kept and nothing '
-                          'half-written counts. Free some space, or choose another place with --store or SOLAR_STORE, '
-                          'and run again.') from e
+            raise OSError(errno.ENOSPC, f'store {folder}: its disk is full, or that of temporary files. Finished '
+                          'stages are kept and nothing half-written counts. Free some space, or choose another place '
+                          'with --store or SOLAR_STORE, or with TMPDIR, and run again.') from e
         if isinstance(e, OSError) and code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise OSError(code, f'store {folder}: cannot be written ({e}). Expected a folder of your own. '
                           'Choose another place with --store or SOLAR_STORE.') from e
