@@ -326,9 +326,9 @@ def test_the_command_fetches_what_a_profile_pins(tmp_path, monkeypatch, capsys):
         and record['openorca']['revision'] == 'a' * 40
         and record['metamath']['revision'] == FILES['metamath'].revision
     )
-    assert 'mmlu/test from cais/mmlu' in capsys.readouterr().err and all(
-        present(tmp_path / 'data', f) for f in FILES.values()
-    )
+    said = capsys.readouterr()
+    assert 'mmlu/test from cais/mmlu' in said.err and all(present(tmp_path / 'data', f) for f in FILES.values())
+    assert 'PROFILE=mine' not in said.out                                # make knows the file, and not its name
 
 
 @pytest.mark.parametrize('note', ['{', '[]', '{"math": {}}', '{"math": 3}', '{"math": {"revision": "%s"}}'])

@@ -153,7 +153,6 @@ def _cause(name:str, inputs:Mapping[str,Collection[str]], failed:Collection[str]
 def raise_failed(
     o:Outcome, # of `execute`
     rows:Mapping[str,str], # stage that gives a row of a table its scores -> the row
-    go_on:str, # command that builds what is left
 )->None:
     "Raise the first failure, if there is one, and say what it cost."
     if not o.failed: return
@@ -162,7 +161,7 @@ def raise_failed(
     short = list(dict.fromkeys(rows[n] for n in lost if n in rows))
     error.add_note(f'{len(lost)} stages are not built: {", ".join(o.failed)} failed, {len(o.left_out)} need them.'
                    + (f' Rows without all scores: {", ".join(short)}.' if short else '')
-                   + f' What is built is kept; go on with: {go_on}')
+                   + ' What is built is kept. Run again to go on.')
     for n, e in others: error.add_note(f'{n}: {e}')
     raise error
 

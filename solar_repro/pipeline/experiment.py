@@ -236,7 +236,7 @@ def run(self:Experiment,
         engine.stop()
     for n in outcome.built: self.find(n)
     rows = {n: self.graph[n].inputs['model'] for n in missing if self.graph[n].kind == 'eval'}
-    raise_failed(outcome, rows, f'solar-repro run --profile {self.profile.name}')
+    raise_failed(outcome, rows)
 
 @patch
 def build(self:Experiment,

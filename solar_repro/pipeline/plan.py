@@ -340,7 +340,7 @@ def actual(
     rows = [dict(r, **_measured(find(r['stage']), r)) for r in plan.stages[plan.stages['held']].to_dict('records')]
     if not rows:
         raise ValueError(f'plan: nothing of profile {plan.name} is in the store; expected some stages that were built. '
-                         f'Run first: solar-repro run --profile {plan.name}')
+                         'Build some first: solar-repro run, with the same --profile, --seed and --store.')
     return pd.DataFrame(rows)[['stage', 'kind', 'tokens', 'measured_tokens', 'hours', 'hours_low', 'hours_high',
                                'measured_hours', 'ratio', 'disk_gib', 'measured_gib']]
 

@@ -310,7 +310,7 @@ def fetch(profile, # that is to run: `Profile`
     library('pipeline.graph').check_revisions(profile)
     library('core.data_files').fetch(to, library('data').FILES.values(), profile.data.revisions)
     print(f'{to} is filled. Use it: source = "{to}" in [data] of a profile, '
-          f'or make tables PROFILE={profile.name} DATA={to}')
+          f'or make tables with the same PROFILE and DATA={to}')
 
 # %% ../../nbs/reports/02_commands.ipynb #b7cc60a8
 def base(
