@@ -158,6 +158,25 @@ def test_status_of_nothing_says_no_none(tmp_path, capsys):
     assert 'None' not in out and 'NaN' not in out and '0 of ' in out
 
 
+def test_status_and_plan_say_of_which_seeds_they_speak(full, tmp_path, capsys):
+    "They named all seeds of the profile and counted the stages of one."
+    (tmp_path/'mine.toml').write_text('extends = "smoke"\nseeds = [0, 1]\n')
+    where = ['--profile', str(tmp_path/'mine.toml'), '--store', str(full)]
+    assert main(['status', *where]) == 0
+    *_, first, second = capsys.readouterr().out.splitlines()
+    n = len(Experiment('smoke').graph)
+    assert first.startswith(f'{n} of {n} stages of profile mine, seed 0 (above), are in')
+    built = int(second.split()[0])
+    assert 0 < built < n and second.startswith(f'{built} of {n} stages of profile mine, seed 1, are in')
+    assert main(['status', *where, '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['built_by_seed'] == {'0': n, '1': built}
+    assert main(['plan', *where]) == 0
+    assert 'of seed 0 alone. Still to do, seed 0: 0 s, seed 1: ' in ' '.join(capsys.readouterr().out.split())
+    assert main(['plan', *where, '--json']) == 0
+    left = json.loads(capsys.readouterr().out)['hours_left_by_seed']
+    assert left['0'] == 0 < left['1']
+
+
 def test_addresses_are_those_of_settings():
     "The placeholders stand in one place; README, citation and badges follow it."
     ini = ConfigParser(delimiters=['='], interpolation=None)

@@ -68,13 +68,16 @@ def status(exp, # the run: `Experiment`
     solar-repro status
     solar-repro status --profile smoke --json
     """
-    s = exp.status()
+    of_seed = {seed: e.status() for seed, e in (exp.repeated() or {exp.profile.seed: exp}).items()}
+    s, n_built = of_seed[exp.profile.seed], {k: int((x['state'] == 'built').sum()) for k, x in of_seed.items()}
     if format_ == 'json':
-        about = dict(profile=exp.profile.name, label=exp.label, store=str(exp.store.folder))
-        return _print_json(about | dict(stages=_as_records(s)))
+        about = dict(profile=exp.profile.name, label=exp.label, store=str(exp.store.folder), seed=exp.profile.seed)
+        return _print_json(about | dict(built_by_seed=n_built, stages=_as_records(s)))
     shown = s[['stage', 'kind', 'state', 'seconds']].astype(dict(seconds=float)) # of none built, too; keys: in JSON
     print(library('publishing.text').in_terminal(shown, na_rep='', float_format='%.1f'))
-    print(f"{(s['state'] == 'built').sum()} of {len(s)} stages of profile {exp.profile.name} are in {exp.store.folder}")
+    for k, x in of_seed.items():
+        which = f', seed {k}{" (above)"*(x is s)},'*(len(of_seed) > 1)
+        print(f'{n_built[k]} of {len(x)} stages of profile {exp.profile.name}{which} are in {exp.store.folder}')
 
 # %% ../../nbs/reports/02_commands.ipynb #75873c9f
 def table(exp, # the run: `Experiment`
@@ -233,6 +236,11 @@ def contamination(exp, # the run: `Experiment`
     print(text.in_terminal(moves.reset_index(), float_format='%+.2f'))
 
 # %% ../../nbs/reports/02_commands.ipynb #2c527d1c
+def _left_by_seed(exp, made)->dict[int,float]: # made: the `Plan` of its own seed; seed -> hours
+    of = lambda e: library('pipeline.plan').make_plan(e.profile, e.graph, e.find, made.card)
+    plans = {seed: of(e) for seed, e in exp.repeated().items()} or {exp.profile.seed: made}
+    return {seed: float(p.missing['hours'].sum()) for seed, p in plans.items()}
+
 def plan(exp, # the run: `Experiment`
     *,
     card:str|None=None, # a recorded card: A100-80GB, A100-40GB, T4 or CPU (default: by the profile)
@@ -258,15 +266,19 @@ def plan(exp, # the run: `Experiment`
     if calibrate: on = library('pipeline.machine').calibrate(exp.profile, shape)
     else: on = planning.card(card, exp.profile)
     made = planning.make_plan(exp.profile, exp.graph, exp.find, on, price)
-    measured = planning.actual(made, exp.find) if actual else None
+    measured, left = planning.actual(made, exp.find) if actual else None, _left_by_seed(exp, made)
     if format_ == 'json':
-        about = dict(profile=made.name, label=made.label, card=on.name, source=on.source, price=price)
+        about = dict(profile=made.name, label=made.label, card=on.name, source=on.source, price=price,
+                     seed=exp.profile.seed, hours_left_by_seed=left)
         if workers: about['workers'], = _as_records(planning.by_workers(made, exp.graph, [workers]))
         return _print_json(about | dict(stages=_as_records(made.stages if measured is None else measured)))
     in_lines = library('publishing.text').in_lines
     print(in_lines(f'{made.name} ({made.label}) on {on.name}: {on.source}'))
     print(planning.table(made) if measured is None else planning.actual_text(measured))
     if workers: print(in_lines(planning.workers_text(made, exp.graph, workers)))
+    took = library('pipeline.progress').duration
+    each = ', '.join(f'seed {k}: {took(3600*h)}' for k, h in left.items())
+    if len(left) > 1: print(in_lines(f'All this is of seed {exp.profile.seed} alone. Still to do, {each}.'))
 
 # %% ../../nbs/reports/02_commands.ipynb #66ec5395
 def doctor(exp, # the run: `Experiment`
