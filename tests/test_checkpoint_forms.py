@@ -123,6 +123,20 @@ def test_what_one_stores_and_the_other_computes_is_left_out(pair, swap):
     assert torch.equal(got[HEAD], want.float()) and torch.equal(got[EMBEDDING], want.float())
 
 
+@pytest.mark.parametrize('swap', [False, True])
+def test_a_tied_head_stands_for_the_embedding_where_it_alone_is_stored(pair, swap):
+    "transformers loads it so; the merge said that each lacks what the other has."
+    for folder in pair:
+        config(folder, tie_word_embeddings=True)
+        weights(folder, lambda t: t.pop(HEAD))
+    want = sum(load_file(f/'model.safetensors')[EMBEDDING].double() for f in pair)/2
+    weights(pair[swap], lambda t: t.update({HEAD: t.pop(EMBEDDING)}))
+    assert main([*LINEAR, 'A', 'B', 'out']) == 0
+    assert EMBEDDING in set(compare(*pair).tensor) and HEAD not in load_file('out/model.safetensors')
+    with quiet(): got = AutoModelForCausalLM.from_pretrained('out').state_dict()
+    assert torch.equal(got[HEAD], want.float()) and torch.equal(got[EMBEDDING], want.float())
+
+
 @pytest.mark.parametrize('words', [LINEAR, ['merge', *'--method dare_linear --density .5 --base A'.split()]])
 def test_what_all_store_twice_is_merged_once(pair, words):
     "DARE would keep other elements of the copy; and what older transformers stored of masks is no weight."

@@ -304,19 +304,34 @@ def check_same_architecture(
 # %% ../../nbs/models/04_checkpoints.ipynb #27ac16a0
 OF_MASKS = '.masked_bias' # how a buffer's name ends that older versions of transformers stored, infinite in float16
 
+def _is_head(name:str)->bool: return name.split('.')[-2:] in (['lm_head', 'weight'], ['embed_out', 'weight'])
+
+def _ties(m:Checkpoint)->bool: return bool(_as_read(m, m).get('tie_word_embeddings'))
+
+def _with_embedding(m:Checkpoint, models:Sequence[Checkpoint])->Checkpoint:
+    "A checkpoint whose tied head, stored in place of the embedding, has the embedding's name, as others give it."
+    for head in filter(_is_head, m.entries):
+        shape = m.entries[head].shape
+        lacks = {n for o in models for n,e in o.entries.items() if e.shape==shape and not _is_head(n)}-m.entries.keys()
+        if len(lacks)==1 and _ties(m):
+            named = {lacks.pop() if n==head else n: e for n,e in m.entries.items()}
+            return Checkpoint(m.folder, m.config, dict(sorted(named.items())))
+    return m
+
 def _tied_head(m:Checkpoint, name:str)->bool: # name of one of its tensors
     "Whether a tensor is an output layer that is the embedding once more, number for number."
-    if name.split('.')[-2:] not in (['lm_head', 'weight'], ['embed_out', 'weight']): return False
+    if not _is_head(name): return False
     e = m.entries[name]
     like = [o for n,o in m.entries.items() if n!=name and (o.dtype, o.shape)==(e.dtype, e.shape)]
     slices = [(lo, min(lo+SLICE, e.n)) for lo in range(0, e.n, SLICE)]
     twice = any(all(torch.equal(mapped(o, *s), mapped(e, *s)) for s in slices) for o in like)
-    return twice and bool(_as_read(m, m).get('tie_word_embeddings'))
+    return twice and _ties(m)
 
 def without_copies(
     models:Sequence[Checkpoint], # to be held against each other
 )->list[Checkpoint]: # the same without what follows from the rest
     "Checkpoints without masks, without frequencies of positions that others leave out, and without heads that all tie."
+    models = [_with_embedding(m, models) for m in models]
     common = set.intersection(*(set(m.entries) for m in models))
     computed = lambda n: n.endswith(OF_MASKS) or n.endswith('rotary_emb.inv_freq') and n not in common
     idle = [{n for n in m.entries if computed(n) or _tied_head(m, n)} for m in models]
