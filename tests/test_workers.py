@@ -3,6 +3,7 @@ driver is lost."""
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -204,3 +205,14 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path, monkeypatch):
     said = ' '.join(e.value.__notes__)
     assert 'SFT v4 failed, 1 need them' in said and 'Rows without all scores: SFT v4' in said
     assert said.endswith('What is built is kept. Run again to go on.')
+
+
+def test_the_command_that_goes_on_after_a_failure_is_the_one_that_failed(tmp_path, monkeypatch, capsys):
+    (tmp_path/'my own.toml').write_text('extends = "smoke"\n[machine]\nworkers = 1\n')
+    def fails(*_): raise OSError('no luck')
+    monkeypatch.setattr('solar_repro.pipeline.builder.Builder.build', fails)
+    words = ['run', '--profile', str(tmp_path/'my own.toml'), '--seed', '3', '--store', str(tmp_path/'store')]
+    assert main(words) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    program, *again = shlex.split(last.removeprefix('Go on with: '))
+    assert program == 'solar-repro' and again == words

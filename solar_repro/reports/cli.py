@@ -15,6 +15,7 @@ import math
 import os
 import re
 import select
+import shlex
 import shutil
 import sys
 import textwrap
@@ -245,11 +246,12 @@ def main(
     argv:list[str]|None=None, # the words after `solar-repro`; None: those of this process
 )->int: # exit status: 0 done, 1 differences found, 2 a mistake of the user's, 3 one of ours, 130 interrupted
     "The `solar-repro` command."
+    words = sys.argv[1:] if argv is None else argv
     _open_streams()
     for stream in (sys.stdout, sys.stderr):        # of an encoding that lacks ± it says ?
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
     try:
-        status = _call(*parse(sys.argv[1:] if argv is None else argv))
+        status = _call(*parse(words))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt as e:
@@ -257,7 +259,10 @@ def main(
         return 130
     except BrokenPipeError: return _hung_up()
     except Exception as e:
-        if can_be_mended(e): print(f'solar-repro: {error_text(e)}', file=sys.stderr); return 2
+        if can_be_mended(e):
+            print(f'solar-repro: {error_text(e)}', file=sys.stderr)
+            if hasattr(e, '__notes__'): print(f'Go on with: solar-repro {shlex.join(words)}', file=sys.stderr)
+            return 2
         traceback.print_exc()
         print('solar-repro: a fault of ours, not of yours; please report it with the lines above', file=sys.stderr)
         return 3
