@@ -207,10 +207,10 @@ def recorded(
     kinds = records(profile)
     found = next(iter(kinds.values()), {})
     if not found or seed not in (None, *found):
-        which, more = ('', '') if seed is None else (f' with seed {seed}', f' --seed {seed}')
+        which = '' if seed is None else f' with seed {seed}'
         there = f'seeds {list(found)}' if found else f'those of {sorted(p.name for p in RECORDED.iterdir())}'
         raise ValueError(f'recorded: no run of profile {profile!r}{which} came with the package; there are {there}. '
-                         f'Run it: solar-repro run --profile {profile}{more}')
+                         'Leave out --recorded (recorded=True) to build it.')
     return found if seed is None else {seed: found[seed]}
 
 def evaluations_of(
