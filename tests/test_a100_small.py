@@ -149,11 +149,11 @@ p = load_profile(folder/'small.toml')
 def note(stage):
     counts[stage] = [seen[True, True], seen[True, False]]
     seen.clear()
-rows = [dict(prompt=f'what is {i}', completion=f'{i} and {i} is {2*i}') for i in range(24)]
+rows = [dict(prompt=f'what is {i}', completion=f'{i} and {i} is {2*i}') for i in range(96)]
 train_sft(folder/'base', rows, out/'sft', p.sft, p.template, 0)
 note('sft')
 start = AdaptedModel(folder/'base', ((out/'sft'/'adapter', 1.),))
-pairs = [dict(prompt=f'what is {i}', chosen=f'{2*i}', rejected=f'{3*i}') for i in range(24)]
+pairs = [dict(prompt=f'what is {i}', chosen=f'{2*i}', rejected=f'{3*i}') for i in range(96)]
 ref = reference_logps(start, pairs, p.dpo, p.template)
 train_dpo(start, pairs, ref, out/'dpo', p.dpo, p.template, 0)
 note('dpo')
