@@ -125,6 +125,12 @@ def item_and_training_noise(
                  seeds=('seed', 'size')).reset_index()
 
 # %% ../../nbs/core/06_stats.ipynb #35c11d81
+def _item_se(a:np.ndarray, b:np.ndarray)->float: # (trainings, items)
+    "Of the mean over trainings; of items that are right or wrong, at least that of two models that answer all alike."
+    x, y, n = a.mean(0), b.mean(0), a.shape[1]
+    if not _are_right_or_wrong(a, b): return difference_se(x, y)
+    return max(float((x - y).std(ddof=1)/math.sqrt(n)), difference_se(np.ones(n), np.ones(n)))
+
 def _training_noise(x:np.ndarray)->tuple[float,float]: # (models, trainings) -> variance of a difference of means, df
     "What neither model nor seed explains (randomized blocks); of two models, the variance of their mean difference."
     rest = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
@@ -141,7 +147,7 @@ def over_trainings(
     if any(set(a) != set(m) for m in (b, *alike)) or len(n) != 1 or min(n) < 2:
         raise ValueError(f'over_trainings: benchmarks {sorted(a)} and {sorted(b)}, {sorted(n)} trainings; expected the '
                          'same of both, two trainings or more. Score the missing ones.')
-    parts = [((difference_se(a[t].mean(0), b[t].mean(0))/len(a))**2, a[t].shape[1] - 1) for t in a]
+    parts = [((_item_se(a[t], b[t])/len(a))**2, a[t].shape[1] - 1) for t in a]
     each = np.array([np.mean([m[t].mean(1) for t in a], axis=0) for m in (a, b, *alike)]) # models, trainings
     return _tested(float((each[0] - each[1]).mean()), [*parts, _training_noise(each)])
 
