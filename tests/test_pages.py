@@ -298,7 +298,7 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     record_run.put(nbs / 'index.ipynb', record_run.text_of('smoke', nbs))
     record_run.put(nbs / 'index.ipynb', record_run.in_short('smoke'), *record_run.FOUND)
     text = (nbs / 'index.ipynb').read_text()
-    assert text.index('Over items its recorded runs support') < text.index('## Two commands')
+    assert text.index('Over items its recorded runs support') < text.index('## Commands')
     assert '**smoke test, recorded, seed 0**, not SOLAR 10.7B, on ' in text and text.count('| SFT v3 + v4') >= 1
     assert 'On laptops, set-up included, `make tables` took 8 to 13 minutes and `make test` took 9 minutes.' in text
     assert (nbs / 'recorded' / 'table4.png').is_file() and 'alt=\\"Table 4, smoke test' in text

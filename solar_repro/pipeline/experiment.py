@@ -30,7 +30,7 @@ from .graph import (
     benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, MODEL_KINDS, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
 from .plan import make_plan
-from .progress import headline, Progress, relative_costs, say_interrupted
+from .progress import Progress, relative_costs, say_interrupted
 from .workers import n_workers, ProcessEngine, WORKER
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #70080a80
@@ -67,7 +67,7 @@ class Experiment:
         return Model(self, name)
 
     def _ipython_key_completions_(self)->list[str]: return self.models
-    def __repr__(self)->str: return f'{self.profile.name} ({self.label}): {headline(self.status())}'
+    def __repr__(self)->str: return f'{self.profile.name} ({self.label}): {results.holds(self)}'
     def _repr_html_(self)->str: return results.summary(self)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #4ce4242c

@@ -327,8 +327,10 @@ def workers_text(
     "The hours of so many workers, and what bounds them."
     if workers < 1: raise ValueError(f'plan: {workers} workers; expected 1 or more.')
     r = by_workers(plan, graph, [workers]).iloc[0]
-    return (f'{workers} workers, each with a card: {_near(r["hours"])} h from begin to end, in work {r["busy"]:.0%} of '
-            f'the time; {r["bound"]:.0%} of these hours no scheduler could save.\n'
+    each = '' if plan.card.name == 'CPU' else ', each with a card'
+    took = f'{_near(r["hours"])} h' if r['hours'] >= 1 else f'{60*r["hours"]:.0f} min'
+    return (f'{workers} workers{each}: {took} from begin to end, in work {r["busy"]:.0%} of the time; no order of the '
+            f'stages would take less than {r["bound"]:.0%} of that.\n'
             f'Longest path: {" -> ".join(critical_path(plan, graph))}')
 
 # %% ../../nbs/pipeline/07_plan.ipynb #cbe3a171

@@ -6,7 +6,7 @@
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
            'makers', 'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records',
            'recorded', 'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains',
-           'gained_and_forgotten', 'answer_in_words', 'find_flips', 'alone', 'summary', 'kinds_in_words',
+           'gained_and_forgotten', 'answer_in_words', 'find_flips', 'holds', 'alone', 'summary', 'kinds_in_words',
            'replications', 'replications_in_words']
 
 # %% ../../nbs/pipeline/13_results.ipynb #4397e2b5
@@ -337,6 +337,14 @@ def _kinds(status:pd.DataFrame)->str: # HTML
              'would take about': c['left_s'].map(words)}
     return pd.DataFrame(shown).to_html(index=False, border=0)
 
+def holds(
+    exp, # an `Experiment`
+)->str:
+    "What is there, in a line."
+    if not exp.records: return headline(exp.status())
+    runs = 'a run' if len(exp.records) == 1 else f'{len(exp.records)} runs'
+    return f'scores and answers of {runs} that came with the package, without models'
+
 def alone(
     exp, # an `Experiment`
 ): # an `Experiment`
@@ -347,6 +355,7 @@ def summary(
     exp, # an `Experiment`
 )->str: # HTML
     "What is built, what is missing, and what that would take."
+    if exp.records: return f'<p><b>{html.escape(exp.profile.name)}</b> ({html.escape(exp.label)}): {holds(exp)}.</p>'
     s = exp.status()
     missing = ', '.join(html.escape(n) for n in s.loc[s['state'] == 'missing', 'stage'])
     more = f'<details><summary>what is missing</summary>{missing}</details>' if missing else ''

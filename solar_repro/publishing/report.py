@@ -21,8 +21,8 @@ from ..paper import TITLES
 from .figures import claims_figure, figure
 from .text import as_html, counted, printed, write_tables
 from ..tables import (
-    alike, all_comparisons, claims, detectable, finding, lost_with, MARGIN, noises, PLAIN, replication, second_noise,
-    standing, table, UNDECIDED, with_h6)
+    alike, all_comparisons, ALPHA, answers, claims, detectable, finding, lost_with, MARGIN, noises, pair, PLAIN,
+    replication, second_noise, standing, table, UNDECIDED, with_h6)
 
 # %% ../../nbs/publishing/02_report.ipynb #f4d00071
 class Run(NamedTuple):
@@ -31,12 +31,22 @@ class Run(NamedTuple):
     scores: pd.DataFrame  # model, task, metric, score, se, n
     samples: pd.DataFrame # model, task, doc_id, score
 
+def _beside_base(scores:pd.DataFrame, samples:pd.DataFrame|None)->str:
+    "How many rows paired tests tell from the base that all were trained from."
+    if samples is None or 'base' not in set(samples['model']): return ''
+    found, rows = answers(samples), [m for m in dict.fromkeys(samples['model']) if m in paper.MODELS]
+    tests = [pair(found, 'h6', m, 'base') for m in rows]
+    up, down = (sum(x.p < ALPHA and sign*x.difference > 0 for x in tests) for sign in (1, -1))
+    base = 100*with_h6(scores).loc[('base', 'h6'), 'score']
+    return (f' Their base has {base:.1f} before any of these trainings: of {len(rows)} rows {up} are resolved above it '
+            f'and {down} below.')
+
 def _best(scores:pd.DataFrame, label:str, custom:dict[int,dict[str,dict[str,str]]], samples:pd.DataFrame|None)->str:
     "Which of all rows is best."
     rows = [table(n, scores, custom.get(n, {})) for n in paper.MADE]
     said = finding(0, pd.concat(rows).drop_duplicates('model'), label, samples)
     ours, theirs = said.removeprefix(f'Table 0, {label}: ').splitlines()
-    return f'Of all rows, {ours}. {theirs}.'
+    return f'Of all rows, {ours}. {theirs}.{_beside_base(scores, samples)}'
 
 def _chance(scores:pd.DataFrame, beside:Run|None)->str:
     "How large the noise of items and of trainings is, in the middle of the rows."
@@ -49,8 +59,8 @@ def _chance(scores:pd.DataFrame, beside:Run|None)->str:
     x = noises(seeds)
     items, luck = middle(x, 'item_se'), middle(x, 'training_sd')
     of = '' if seeds is scores else f' ({beside.label})'
-    return (f"One H6 has a standard error of {items['h6']:.1f} points from its items and scatters by {luck['h6']:.1f} "
-            f"from training to training{of}; for GSM8K these are {items['gsm8k']:.1f} and {luck['gsm8k']:.1f}.")
+    return (f"One H6 (the median row's) has a standard error of {items['h6']:.1f} points from its items and scatters by "
+            f"{luck['h6']:.1f} from training to training{of}; for GSM8K these are {items['gsm8k']:.1f} and {luck['gsm8k']:.1f}.")
 
 def _order(scores:pd.DataFrame)->str:
     "In how many tables the paper's best row is ours, too."
