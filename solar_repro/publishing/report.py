@@ -59,8 +59,9 @@ def _chance(scores:pd.DataFrame, beside:Run|None)->str:
     x = noises(seeds)
     items, luck = middle(x, 'item_se'), middle(x, 'training_sd')
     of = '' if seeds is scores else f' ({beside.label})'
-    return (f"One H6 (the median row's) has a standard error of {items['h6']:.1f} points from its items and scatters by "
-            f"{luck['h6']:.1f} from training to training{of}; for GSM8K these are {items['gsm8k']:.1f} and {luck['gsm8k']:.1f}.")
+    return (f"One H6 (the median row's) has a standard error of {items['h6']:.1f} points from its items and scatters "
+            f"by {luck['h6']:.1f} from training to training{of}; for GSM8K these are {items['gsm8k']:.1f} and "
+            f"{luck['gsm8k']:.1f}.")
 
 def _order(scores:pd.DataFrame)->str:
     "In how many tables the paper's best row is ours, too."
