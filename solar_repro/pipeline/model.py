@@ -10,13 +10,14 @@ import html
 from dataclasses import dataclass
 
 from ..core import display as view
+from ..core.imports import without_collector
 from .graph import in_words
 
 # %% ../../nbs/pipeline/18_model.ipynb #d45d5768
 def heavy():
     "The module that loads weights."
     # brings torch, transformers and lm-eval, which `--help`, `status` and `table` do without
-    from solar_repro.pipeline import builder
+    with without_collector(): from solar_repro.pipeline import builder
     return builder
 
 def ray_engine()->type:

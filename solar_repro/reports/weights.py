@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from ..core.imports import without_collector
+
 # %% ../../nbs/reports/06_weights.ipynb #5dde1eba
 def library(
     module:str, # of this package, below the commands
 ): # the module
     "Import a part of the library when a command needs it."
-    return import_module(f'solar_repro.{module}')
+    with without_collector(): return import_module(f'solar_repro.{module}')
 
 def bar(**how): # options of tqdm
     "A progress bar on stderr, where that is a terminal."
