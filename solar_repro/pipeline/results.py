@@ -111,6 +111,7 @@ def made_on(
                          'of libraries. Run it again into a store of its own.')
     return made[0]
 
+# %% ../../nbs/pipeline/13_results.ipynb #f2022262
 def scale(
     exp, # an `Experiment`
 )->str: # such as 'tiny world'
@@ -373,13 +374,10 @@ def kinds_in_words(
                      f"{' and '.join(told[kind])})" for kind, m in made.items())
 
 # %% ../../nbs/pipeline/13_results.ipynb #16637eda
-def _judged(runs:list[dict])->pd.DataFrame:
-    "Verdicts on the claims, of some recorded runs together."
-    def read(r):
-        of_rows = {k: e for k, e in evaluations_of(r).items() if k[0] in MODELS}
-        return read_scores(of_rows, r['protocol']), read_samples(of_rows, r['protocol'])
-    scores, samples = tables.together({r['seed']: read(r) for r in runs})
-    return tables.claims(scores, samples=samples)
+def _answers(runs:dict[int,dict])->tables.Answers: # of recorded runs, in their order
+    "What the rows of the tables answered."
+    def read(r): return read_samples({k: e for k, e in evaluations_of(r).items() if k[0] in MODELS}, r['protocol'])
+    return tables.answers(pd.concat([read(r).assign(seed=s) for s, r in runs.items()]))
 
 def replications(
     profile:str, # its name
@@ -393,8 +391,10 @@ def replications(
     for a, b in combinations(kinds, 2):
         both = tuple(s for s in kinds[a] if s in kinds[b])
         if both: pairs.append([(a, both), (b, both)])
-    judged = {x: _judged([kinds[x[0]][s] for s in x[1]]) for pair in pairs for x in pair}     # each set once
-    return [tables.replication({f'{k}, {tables.in_short(list(s))}': judged[k, s] for k, s in pair}) for pair in pairs]
+    found = {kind: _answers(runs) for kind, runs in kinds.items()} if pairs else {}
+    @cache
+    def judged(kind, seeds): return tables.verdicts_of(found[kind], [list(kinds[kind]).index(s) for s in seeds])
+    return [tables.replication({f'{k}, {tables.in_short(list(s))}': judged(k, s) for k, s in pair}) for pair in pairs]
 
 def replications_in_words(
     found:list[pd.DataFrame], # of `replications`

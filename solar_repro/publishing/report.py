@@ -22,7 +22,7 @@ from .figures import claims_figure, figure
 from .text import as_html, counted, printed, write_tables
 from ..tables import (
     alike, all_comparisons, ALPHA, answers, claims, detectable, finding, lost_with, MARGIN, noises, pair, PLAIN,
-    replication, second_noise, standing, table, UNDECIDED, with_h6)
+    replication, second_noise, standing, table, UNDECIDED, verdicts_of, with_h6)
 
 # %% ../../nbs/publishing/02_report.ipynb #f4d00071
 class Run(NamedTuple):
@@ -48,6 +48,7 @@ def _best(scores:pd.DataFrame, label:str, custom:dict[int,dict[str,dict[str,str]
     ours, theirs = said.removeprefix(f'Table 0, {label}: ').splitlines()
     return f'Of all rows, {ours}. {theirs}.{_beside_base(scores, samples)}'
 
+# %% ../../nbs/publishing/02_report.ipynb #c88c4f38
 def _chance(scores:pd.DataFrame, beside:Run|None)->str:
     "How large the noise of items and of trainings is, in the middle of the rows."
     middle = lambda x, column: x.groupby('task')[column].median()
@@ -209,7 +210,7 @@ def summary(
     lines = [claimed, _best(scores, label, custom, samples), _chance(scores, beside),
              _merging(scores, label, samples, line)]
     if beside is None: return [*lines, _order(scores)]
-    same = replication({label: verdicts, beside.label: claims(beside.scores, samples=beside.samples)})
+    same = replication({label: verdicts['on_ours'], beside.label: verdicts_of(answers(beside.samples))})
     return [*lines, f'Beside {beside.label}: of the verdicts on the claims {alike(same)}. {_order(scores)}']
 
 # %% ../../nbs/publishing/02_report.ipynb #a2de3a2a
