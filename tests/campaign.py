@@ -137,9 +137,9 @@ class Work:
 
 ON = ['--profile', 'smoke', '--store', 'store']
 WORKS = [
-    Work('training', ['show', 'SFT v1', *ON], 'SFT v1', kill_when('os.rename', '/complete', 2)),
-    Work('evaluation', ['show', 'eval/SFT v1/arc', *ON], 'eval/SFT v1/arc', kill_when('open', '/answers-')),
-    Work('SLERP', ['show', 'Merge v4', *ON], 'Merge v4'),
+    Work('training', ['show', 'SFT v1', '--yes', *ON], 'SFT v1', kill_when('os.rename', '/complete', 2)),
+    Work('evaluation', ['show', 'eval/SFT v1/arc', '--yes', *ON], 'eval/SFT v1/arc', kill_when('open', '/answers-')),
+    Work('SLERP', ['show', 'Merge v4', '--yes', *ON], 'Merge v4'),
     Work('merge', ['merge', '--method', 'linear', '--weights', '0.4,0.6', 'a', 'b', 'OUT', '--shard-size', '0.0005'],
          'OUT', kill_when('os.rename', '.part')),
     Work('export', ['export', 'Merge v1', 'OUT', *ON], 'OUT'),
@@ -288,7 +288,7 @@ def damaged_store(c:Campaign, n:int|None, rng:random.Random)->None:
     chosen = [*kinds.items(), (('store', 'store.json'), ('base', Path('store/store.json')))]
     if n is not None: chosen = rng.sample(chosen, n)
     for k, ((kind, _), (name, file)) in enumerate(chosen):
-        w = Work(f'store: {kind}', ['show', name, *ON], name)
+        w = Work(f'store: {kind}', ['show', name, '--yes', *ON], name)
         c.right[w.name] = _content(c.full/'store', name)
         for damage in DAMAGES if n is None else [DAMAGES[k % 3]]:
             folder = c.tmp/str(c.n)

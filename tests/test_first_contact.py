@@ -35,6 +35,35 @@ def test_outside_a_clone_nothing_long_is_built_unasked(set_to, tmp_path, monkeyp
     assert not list((tmp_path/'runs'/'store').glob('sft*'))
 
 
+@pytest.mark.parametrize('words', [['SFT v3'], ['SFT v3', 'gsm8k']])
+def test_what_is_shown_is_not_trained_unasked(words, tmp_path, monkeypatch, capsys):
+    "In a clone, or with a store named, show trained for minutes; what is quickly made is made."
+    monkeypatch.chdir(tmp_path)
+    there = ['--store', str(tmp_path/'store')]
+    assert main(['show', *words, *there]) == 2
+    said = capsys.readouterr().err
+    assert 'show is to look at what is there' in said and '--yes' in said, said
+    assert not list((tmp_path/'store').glob('*/*/manifest.json'))
+    assert main(['show', 'data/openorca', *there]) == 0
+    assert json.loads(capsys.readouterr().out)['kind'] == 'data'
+
+
+def test_what_made_a_recorded_score_is_shown_and_what_two_models_said(tmp_path, capsys):
+    store = ['--recorded', '--store', str(tmp_path/'none')]
+    recorded = Experiment('tiny', recorded=True).repeated()[0]
+    assert main(['show', 'Merge v4', 'gsm8k', *store]) == 0
+    said = ' '.join(capsys.readouterr().out.split())
+    score = recorded.scores(['Merge v4'], ['gsm8k'])['score'].item()
+    assert f'{100*score:.2f} %' in said and 'recorded, seed 0' in said and 'SFT v3 + v4' in said
+    assert main(['show', 'Merge v4', *store]) == 0
+    stage = recorded.provenance().set_index('stage').loc['Merge v4']
+    assert json.loads(capsys.readouterr().out)['content'] == stage['content']
+    assert main(['diff', 'DPO v1', 'DPO v2', '--task', 'gsm8k', *store]) == 0
+    said = capsys.readouterr().out
+    assert 'recorded, seed 0' in ' '.join(said.split()) and said.count('right: ') == len(
+        recorded.flips('DPO v1', 'DPO v2', 'gsm8k')) > 0
+
+
 def test_importing_says_nothing():
     "On processors with AVX512-BF16 every command began with a remark of bitsandbytes about a kernel of the Hub."
     assert not logging.getLogger('bitsandbytes.backends.cpu.ops').isEnabledFor(logging.WARNING)
@@ -240,7 +269,8 @@ def run_in_a_shell(words, folder, **env):
     return subprocess.run(['sh', '-c', command], cwd=folder, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('closed', ['<&- >&-', '2>&-', '<&- >&- 2>&-'])
+@pytest.mark.parametrize('closed', [pytest.param('<&- >&-', marks=pytest.mark.slow),
+                                    pytest.param('2>&-', marks=pytest.mark.slow), '<&- >&- 2>&-'])
 def test_a_closed_stream_is_no_fault_and_nothing_waits(closed, full, tmp_path):
     "The first file that was opened took its number, and the worker's own output replaced it."
     for a in Experiment('smoke', store=shutil.copytree(full, tmp_path/'store')).store.entries():

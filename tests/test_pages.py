@@ -322,6 +322,7 @@ def test_the_demo_is_one_page_and_part_of_the_run(full, tmp_path, monkeypatch, c
         'SFT v1 + v4', 'DPO on it', 'ref/SFT v1 + v4/ultrafeedback_clean'} and len(new) == 3 + 2*6
     for m in ('base', 'SFT v1', 'SFT v4', 'SFT v1 + v4', 'DPO on it'):
         assert page.count(f'>{m}</th>') == 6, m                  # a row of scores, and a column of each of five answers
+    assert page.count('>expected</th>') == 5 and page.count('#### ') >= 2      # two of them with what GSM8K wants
     assert 'make tables' in page and 'smoke test' in page and not re.search(r'(?:src|href)=|@import', page)
 
 

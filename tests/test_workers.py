@@ -172,9 +172,9 @@ def test_an_engine_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, caps
     assert not (tmp_path/'store').exists()
 
 
-@pytest.mark.parametrize('words,engine', [([], 'auto'), (['--engine', 'local'], None), (['--engine', 'ray'], 'local')])
+@pytest.mark.parametrize('words,engine', [([], 'auto'), (['--engine', 'local'], None), (['--engine', 'ray'], 'auto')])
 def test_the_engine_that_is_named_holds_and_not_the_profiles(words, engine, tmp_path, monkeypatch):
-    "Without --engine the profile's own, which --engine local could not turn off."
+    "--engine local could not turn off the profile's Ray, and --engine ray left its cluster for one of this machine."
     (tmp_path/'mine.toml').write_text('extends = "smoke"\n[machine]\nray = "auto"\n')
     with_engine = []
     monkeypatch.setattr(Experiment, 'run', lambda self: with_engine.append(self.profile.machine.ray))

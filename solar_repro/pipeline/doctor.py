@@ -17,6 +17,7 @@ from .experiment import Experiment
 from .hardware import Hardware
 from .machine import detect, lacking
 from .plan import make_plan
+from .progress import duration
 
 # %% ../../nbs/pipeline/16_doctor.ipynb #6a1c0e52
 _OF_MERGE = re.compile(r'\.(.+)\.[0-9a-f]{12}(-[0-9a-f]{8})?\.merging') # a private folder's name: what it was to become
@@ -107,9 +108,8 @@ def _chances(name:str, store:Path, found:Hardware)->tuple[str,tuple[str,...]]: #
         plan = make_plan(of.profile, of.graph, of.find)
     except (ValueError, OSError) as e: return '', (str(e),)      # SOLAR_DATA, where it stands for the Hub
     hours = plan.missing['hours'].sum()
-    took = f'{hours:.0f} h' if hours >= 1 else f'{60*hours:.0f} min'
-    said = f'can run {name}: about {took} left to do (on {plan.card.name}, as recorded)'
-    return said, tuple(lacking(of.profile, plan, found))
+    left = f'about {duration(3600*hours)} left to do (on {plan.card.name}; {plan.card.source})'
+    return f"can run {name}: {'all is built' if plan.missing.empty else left}", tuple(lacking(of.profile, plan, found))
 
 def doctor(
     exp:Experiment, # whose store is looked at

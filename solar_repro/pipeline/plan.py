@@ -408,6 +408,7 @@ def _row_blockers(p:Profile, m:pd.DataFrame)->list[str]:
                        f'for {n}. Ask for fewer in [data.rows], or raise max_length.')
     return out
 
+# %% ../../nbs/pipeline/07_plan.ipynb #34aedca6
 def blockers(
     p:Profile, # what is to run
     plan:Plan, # what that takes

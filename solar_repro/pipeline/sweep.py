@@ -70,6 +70,7 @@ def measured(
             rows[-1] |= dict(difference=d.difference, se=se, p=d.p, p_best=p_best)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/pipeline/17_sweep.ipynb #a4e4d6fb
 def is_built(exp:Experiment, line:pd.DataFrame)->bool: # both of `between`
     "Whether the whole line is scored, with every seed of the profile."
     wanted = [(m, t) for m in line['model'].unique() for t in exp.tasks]
@@ -131,7 +132,7 @@ def finding(
                                  f"{100*x['se']:.1f} points, p = {x['p']:.2g} after Holm's correction)")
     where = at.get(w, f'{w:g} {a} + {1 - w:.4g} {b}')
     like_it = (f'weights of {a} from {x["low"]:g} to {x["high"]:g} cannot be distinguished from it'
-               if x['low'] < x['high'] else 'every other weight can be distinguished from it')
+               if x['low'] < x['high'] else f'every other weight of {a} can be distinguished from it')
     return (f"On the line from {b} to {a} H6 is highest at {where} ({100*x['score']:.1f}){beside}; "
             f"{like_it}. SLERP is at most {100*apart:.2f} points "
             f"from the average of the same weights ({label}).")

@@ -91,7 +91,7 @@ def _command(name:str)->str: # of COMMANDS
     hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(COMMANDS)}'
     raise argparse.ArgumentTypeError(f'{name!r} is no command; {hint}')
 
-# these build what they lack, unasked
+# these build what they lack
 _BUILD = 'table', 'claims', 'show', 'diff', 'sweep', 'results', 'contamination', 'export'
 
 def _add_common(p:argparse.ArgumentParser)->None:
@@ -135,7 +135,7 @@ def _parser_of(name:str)->argparse.ArgumentParser:
         p.add_argument('--json', dest='format_', action='store_const', const='json', default=argparse.SUPPRESS,
                        help='the same as --format json')
     if name in _BUILD: p.add_argument('--yes', action='store_true', default=argparse.SUPPRESS,
-                                        help='outside a clone: build even what takes more than a minute')
+                                        help='build even what takes more than a minute, wherever that is asked')
     return p
 
 # %% ../../nbs/reports/03_cli.ipynb #533ceb47
@@ -201,18 +201,24 @@ def _in_project()->bool: return (library('core.config').root()/'settings.ini').i
 def _announce(
     missing:list, # stages that are to be built
     exp, # `Experiment`
-    may:bool, # build however long it takes
+    unasked:str|None, # why nothing long is to be built without --yes; None: it may take as long as it takes
 )->None:
-    "Say what is about to be built, and where; outside a clone nothing long is built unasked."
-    what = f'{len(missing)} stages of profile {exp.profile.name} are missing in {exp.store.folder}'
+    "Say what is about to be built, and where; nothing long is built unasked, outside a clone or to be looked at."
+    n = len(missing)
+    what = f'{n} stage{"s are" if n > 1 else " is"} missing of profile {exp.profile.name} in {exp.store.folder}'
     costs = library('pipeline.progress').relative_costs(missing)
-    if not may and sum(costs.values()) > library('pipeline.experiment').LITTLE:
-        raise ValueError(f'{what}, and would take more than a minute to build; expected --yes for that, since this is '
-                         'no clone. Say --yes, or name the store of another folder with --store.')
-    print(f'solar-repro: {what}; building them', file=sys.stderr)
+    if unasked and sum(costs.values()) > library('pipeline.progress').LITTLE:
+        raise ValueError(f'{what}, and would take more than a minute to build; expected --yes for that, since '
+                         f'{unasked}. Say --yes, or name the store of another folder with --store.')
+    print(f'solar-repro: {what}; building {"them" if n > 1 else "it"}', file=sys.stderr)
     exp.before_build = None                    # what is checked first builds data, which is a part of these
 
 # %% ../../nbs/reports/03_cli.ipynb #8f1dc7bb
+def _why_ask(f:Callable, named:bool)->str|None: # named: somebody has said where the store is
+    "Why a command wants --yes before it builds what takes more than a minute; None: it does not."
+    if f.__name__ == 'show': return 'show is to look at what is there'
+    return 'this is no clone' if f.__name__ in _BUILD and not named and not _in_project() else None
+
 def _call(f:Callable, words:dict)->int: # exit status
     "Call a command with its profile or experiment."
     needs = inspect.signature(f).parameters
@@ -221,8 +227,8 @@ def _call(f:Callable, words:dict)->int: # exit status
     if 'exp' in needs:
         of_records = words.get('recorded', False)
         exp = words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store, of_records)
-        may = yes or f.__name__ not in _BUILD or store or os.environ.get('SOLAR_STORE') or _in_project()
-        exp.before_build = lambda missing: _announce(missing, exp, may)
+        unasked = None if yes else _why_ask(f, bool(store or os.environ.get('SOLAR_STORE')))
+        exp.before_build = lambda missing: _announce(missing, exp, unasked)
     if 'profile' in needs: words['profile'] = library('core.config').load_profile(profile, seed)
     return f(**words) or 0
 

@@ -32,7 +32,7 @@ def run(exp, # the run: `Experiment`
     *,
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
     engine:Literal['local', 'ray']|None=None, # processes of this machine, or workers of Ray (default: by the profile)
-    address:str|None=None, # of a Ray cluster to join, such as auto (default: one is started here)
+    address:str|None=None, # of a Ray cluster to join, such as auto (default: the profile's, else one is started here)
     recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs
 )->None:
     """Build every stage, with every seed of the profile; write tables, figures and the report.
@@ -45,7 +45,7 @@ def run(exp, # the run: `Experiment`
     """
     if address and engine != 'ray':
         raise ValueError(f'run: --address {address}; expected it with --engine ray only. Say both, or neither.')
-    exp.build_with(workers, dict(local='', ray=address or 'local').get(engine))
+    exp.build_with(workers, dict(local='', ray=address or exp.profile.machine.ray or 'local').get(engine))
     if not exp.records: exp.run()
     for f in library('reports.published').published(exp): print(f)
 
@@ -110,8 +110,9 @@ def claims(exp, # the run: `Experiment`
     shown, text = exp.claims(), library('publishing.text')
     plain = shown.found.drop(columns=['paper_parts', 'our_parts'])
     if format_ == 'json': return _print_json(dict(label=exp.label, claims=_as_records(plain)))
-    print(dict(text=lambda: repr(shown), md=lambda: shown.iloc[:, :3].to_markdown(index=False),
-               csv=lambda: plain.to_csv(index=False).rstrip())[format_]())
+    in_md = lambda: f'Claims of section 4.3, {exp.label}:\n\n{shown.iloc[:, :3].to_markdown(index=False)}'
+    as_csv = lambda: plain.to_csv(index=False).rstrip()
+    print(dict(text=lambda: repr(shown), md=in_md, csv=as_csv)[format_]())
     if format_ != 'text': return
     print(text.in_lines(f"{exp.label}: our numbers {text.counted(shown.found, 'on_ours')}. Supported: the 95 % "
                         'interval of every difference lies where the claim says; contradicted: one lies wholly '
@@ -122,12 +123,14 @@ def show(exp, # the run: `Experiment`
     name:str, # a stage, such as 'SFT v3' or 'data/openorca'
     task:str|None=None, # a benchmark, for the lineage of the model's score on it
     *,
+    recorded:bool=False, # of the runs that came with the package: the first seed's, or --seed
     format_:Literal['text', 'json']='text', # json is for a program; without a benchmark it is JSON anyway
 )->None:
     """Print what made a model, another stage, or one score: its lineage down to base and data.
 
     solar-repro show "DPO v2"
     solar-repro show "Merge v4" gsm8k
+    solar-repro show "Merge v4" gsm8k --recorded
     """
     if task is None: return _print_json(exp.show(name))
     verification = library('reports.verify')
@@ -139,10 +142,12 @@ def diff(exp, # the run: `Experiment`
     b:str, # another
     *,
     task:str, # a benchmark, such as gsm8k
+    recorded:bool=False, # of the runs that came with the package: the first seed's, or --seed
 )->None:
     """Print the items on which two models score differently: the prompt, what is right, and what each said.
 
     solar-repro diff "DPO v1" "DPO v2" --task gsm8k
+    solar-repro diff "DPO v1" "DPO v2" --task gsm8k --recorded
     """
     if a == b: raise ValueError(f'diff: {a!r} twice; expected two models. Name another.')
     found = exp.flips(a, b, task)
@@ -241,6 +246,7 @@ def _left_by_seed(exp, made)->dict[int,float]: # made: the `Plan` of its own see
     plans = {seed: of(e) for seed, e in exp.repeated().items()} or {exp.profile.seed: made}
     return {seed: float(p.missing['hours'].sum()) for seed, p in plans.items()}
 
+# %% ../../nbs/reports/02_commands.ipynb #7615c2a4
 def plan(exp, # the run: `Experiment`
     *,
     card:str|None=None, # a recorded card: A100-80GB, A100-40GB, T4 or CPU (default: by the profile)

@@ -93,11 +93,24 @@ def results(
     return dict(s.loc[s['state'] == 'built', ['stage', 'content']].values)
 
 # %% ../../nbs/reports/01_notebooks.ipynb #8b15f73c
+_README = """# A folder to work in
+
+The notebooks of solar_repro, to run and to change; results will lie in `runs/`.
+
+    jupyter lab nbs/06_tables.ipynb
+    python -m solar_repro.reports.notebooks --profile tiny    # Tables 3 to 7, in minutes: open runs/tiny/report.html
+    solar-repro table 5 --recorded                            # results that came with the package
+    solar-repro --help
+
+`nbs/07_your_own.ipynb` adds data, rows and benchmarks of your own. What a notebook imports comes from the installed
+package; to change that, work in a clone.
+"""
+
 def lay_out(
     folder:Path, # new, or empty
     source:Path|None=None, # notebooks; None: those in the package, or a clone's
 )->list[Path]: # the notebooks
-    "A folder to work in: `nbs/` with all notebooks, and a `settings.ini` that marks it (`core.config.root`)."
+    "A folder to work in: `nbs/` with all notebooks, a README, and a `settings.ini` that marks it (`core.config.root`)."
     folder = Path(folder)
     source = source or (_PACKAGE/'notebooks' if (_PACKAGE/'notebooks').is_dir() else _PACKAGE.parent/'nbs')
     if not source.is_dir():
@@ -115,6 +128,7 @@ def lay_out(
         made += [target]*(p.suffix == '.ipynb')
     mark = '# marks the folder of a solar_repro project; results lie in runs/\n[DEFAULT]\nlib_name = solar_repro\n'
     write_whole(folder/'settings.ini', mark)
+    write_whole(folder/'README.md', _README)
     return made
 
 # %% ../../nbs/reports/01_notebooks.ipynb #4cb5dc4f

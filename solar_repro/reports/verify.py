@@ -306,7 +306,7 @@ def score_record(
     exp:Experiment, # of the run
     model:str, # a row of the tables, or the base
     task:str, # one of `BENCHMARKS`
-)->dict: # model, task, label, protocol, metric, score, se, n; made_from: stage -> manifest
+)->dict: # model, task, metric, score, se, n, label, protocol; made_from: stage -> manifest
     "One score, and the manifests of all that it was made from."
     if task not in exp.tasks:
         raise ValueError(f'show: no benchmark {task!r}; expected one of {exp.tasks}, of which H6 is the mean. '
@@ -314,10 +314,8 @@ def score_record(
     if model not in exp.models:
         raise ValueError(f'show: {model!r} is no model; expected one of {exp.models}. Name a row of the tables.')
     name, protocol = f'eval/{model}/{task}', exp.profile.eval.protocol
-    s = json.loads((exp.build(name).path/'score.json').read_text())
-    s |= s['protocols'][protocol]
-    score = {k: s[k] for k in ('metric', 'score', 'se', 'n')}
-    return dict(model=model, task=task, label=alone(exp).label, protocol=protocol, **score,
+    score = alone(exp).scores([model], [task]).to_dict('records')[0]
+    return dict(score, label=alone(exp).label, protocol=protocol,
                 made_from={n: exp.show(n) for n in exp.needs([name])})
 
 # %% ../../nbs/reports/00_verify.ipynb #fc53d0f0
