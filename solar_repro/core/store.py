@@ -163,6 +163,7 @@ def _check_folder(folder:Path)->None:
         raise ValueError(f'store {folder}: holds other files and no store.json; expected a store or an empty folder. '
                          f'Choose {_ELSEWHERE}.')
 
+# %% ../../nbs/core/02_store.ipynb #bbeb429d
 def _create(folder:Path)->None:
     "Make the folder a store; nothing happens if it is one."
     folder.mkdir(parents=True, exist_ok=True)

@@ -269,6 +269,7 @@ def _read(text:str|bytes, file:str)->dict:
         raise ValueError(f"merge: {file} has no merge_method; expected mergekit's YAML. Write it with to_yaml.")
     return _dict(said, file, _KEYS)
 
+# %% ../../nbs/merging/01_config.ipynb #3ed98135
 def _scope(said, where:str, m:Method)->dict:
     "Parameters of a method, at one place."
     found = _dict(said, where, ('int8_mask', *m.parameters))

@@ -285,6 +285,7 @@ def _as_read(m:Checkpoint, other:Checkpoint)->dict: # keys that count, with the 
     known = transformers.CONFIG_MAPPING[kind]().to_dict()
     return _spelled(_known(as_config(m.config, m.folder/'config.json').to_dict(), known))
 
+# %% ../../nbs/models/04_checkpoints.ipynb #16321010
 def check_same_architecture(
     models:Sequence[Checkpoint], # the first is what the others are held against
 )->None:
@@ -339,6 +340,7 @@ def without_copies(
     kept = lambda m: {n: e for n,e in m.entries.items() if n in needed}
     return [Checkpoint(m.folder, m.config, kept(m)) for m in models]
 
+# %% ../../nbs/models/04_checkpoints.ipynb #d4cdf381
 def check_same_shape(
     models:Sequence[Checkpoint], # the first is what the others are held against
 )->None:

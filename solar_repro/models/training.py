@@ -282,6 +282,7 @@ def keep_only(
             sync(p)
         remove(p)
 
+# %% ../../nbs/models/06_training.ipynb #1e20c065
 class Watch(TrainerCallback):
     "Report progress, ask for checkpoints by the clock, seal them, stop at a loss that is no number."
     def __init__(self,

@@ -131,6 +131,7 @@ def in_blocks(
     as_text = lambda b: tabulate(shown[b], headers='keys', tablefmt='simple', showindex=False, disable_numparse=True)
     return '\n\n'.join(map(as_text, blocks))
 
+# %% ../../nbs/publishing/00_text.ipynb #c0c2a2ca
 def terminal_width()->int|None: # in columns; None: what is printed goes to a file, a program or a notebook
     "How wide lines may be: as the terminal, or as COLUMNS says."
     return shutil.get_terminal_size().columns if sys.stdout.isatty() or 'COLUMNS' in os.environ else None
@@ -192,6 +193,7 @@ def _caption(n:int, markup:str, scores:pd.DataFrame, label:str, samples:pd.DataF
         seen = f' A difference of {points} between two rows would be seen four times in five.'
     return f'Table {n}, {label}: percent ± {noise}; {best}{close}.{seen}{plain}'
 
+# %% ../../nbs/publishing/00_text.ipynb #9607729c
 def as_text(
     n:int, # 3 to 7
     kind:str, # one of FILES, or 'text' for a terminal
