@@ -64,18 +64,21 @@ def table(
 Answers = dict[tuple[str, str], np.ndarray] # (model, benchmark) -> score of each item, (trainings, items)
 
 def answers(
-    samples:pd.DataFrame, # model, task, doc_id, score; one row an item; seed, where trainings were repeated
+    samples:pd.DataFrame|Answers, # model, task, doc_id, score; one row an item; seed, where trainings were repeated; or
+    # what this makes of them, where they are asked for often
 )->Answers:
     "Samples as arrays, seeds and items in order."
+    if isinstance(samples, dict): return samples
     s = samples if 'seed' in samples else samples.assign(seed=0)
     s = s.sort_values(['seed', 'doc_id'], kind='stable')
     return {k: g['score'].to_numpy(float).reshape(g['seed'].nunique(), -1)
             for k, g in s.groupby(['model', 'task'], sort=False)}
 
 def n_seeds(
-    samples:pd.DataFrame|None, # as `answers` takes it; None: of one training each
+    samples:pd.DataFrame|Answers|None, # as `answers` takes it; None: of one training each
 )->int:
     "How many trainings of each model there are."
+    if isinstance(samples, dict): return len(next(iter(samples.values())))
     return samples['seed'].nunique() if samples is not None and 'seed' in samples else 1
 
 # %% ../nbs/06_tables.ipynb #f9db6ede
@@ -99,12 +102,12 @@ def _alike(a:str, b:str)->list[str]: # the other trained rows of the first table
 
 # %% ../nbs/06_tables.ipynb #691b16eb
 def pair(
-    samples:pd.DataFrame|Answers, # one row an item; or `answers` of them, where many pairs are compared
+    samples:pd.DataFrame|Answers, # as `answers` takes it
     task:str, # 'h6' or one of the six
     a:str, b:str, # models
 )->Paired: # difference a - b, its standard error, p
     "Two models on one benchmark, or on all six: over items, and where trainings were repeated, over these as well."
-    found = answers(samples) if isinstance(samples, pd.DataFrame) else samples
+    found = answers(samples)
     x, y = _of(found, task, a), _of(found, task, b)
     if len(next(iter(x.values()))) > 1:
         return over_trainings(x, y, *(_of(found, task, m) for m in _alike(a, b) if all((m, t) in found for t in x)))
@@ -125,7 +128,7 @@ def compared(
 
 def comparisons(
     n:int, # 3 to 7
-    samples:pd.DataFrame, # model, task, doc_id, score
+    samples:pd.DataFrame|Answers, # as `answers` takes it
 )->pd.DataFrame: # compares, difference, se, p, p_holm, resolvable; differences in points
     "The paired tests on a table, corrected over it, and the smallest difference that so many items could have shown."
     found = answers(samples)
@@ -135,7 +138,7 @@ def comparisons(
 
 def detectable(
     n:int, # 3 to 7
-    samples:pd.DataFrame, # model, task, doc_id, score
+    samples:pd.DataFrame|Answers, # as `answers` takes it
 )->float: # points
     "The true difference in H6 of two rows of a table that so many items show about four times in five; the median."
     found = answers(samples)
@@ -143,24 +146,25 @@ def detectable(
     return float(np.median([100*resolvable(x.se, x.df) for x in pairs]))
 
 def all_comparisons(
-    samples:pd.DataFrame, # model, task, doc_id, score
+    samples:pd.DataFrame|Answers, # as `answers` takes it
 )->pd.DataFrame: # as `comparisons`, and table
     "The paired tests on all five tables."
-    return pd.concat([comparisons(n, samples).assign(table=n) for n in paper.MADE], ignore_index=True)
+    found = answers(samples)
+    return pd.concat([comparisons(n, found).assign(table=n) for n in paper.MADE], ignore_index=True)
 
 # %% ../nbs/06_tables.ipynb #dfad426a
 ALPHA = .05 # two-sided; a larger p is no difference
 
 def unresolved(
     t:pd.DataFrame, # of `table`
-    samples:pd.DataFrame, # model, task, doc_id, score
+    samples:pd.DataFrame|Answers, # as `answers` takes it
 )->frozenset[str]: # 'h6' and the six
     "The columns whose best row no paired test tells from the runner-up."
     best = {task: list(t.sort_values(task, ascending=False, kind='stable')['model'][:2]) for task in TITLES}
-    found = answers(samples[samples['model'].isin(t['model'])])
+    found = answers(samples)
     return frozenset(task for task, (a, b) in best.items() if pair(found, task, a, b).p >= ALPHA)
 
-def _ours_in_words(t:pd.DataFrame, samples:pd.DataFrame|None)->str:
+def _ours_in_words(t:pd.DataFrame, samples:pd.DataFrame|Answers|None)->str:
     "Which of our rows is best, and whether it is resolved from the runner-up."
     best, top = t['h6'].max(), t.index[t['h6'] == t['h6'].max()]
     if len(top) > 1: return f'{", ".join(top[:-1])} and {top[-1]} share the highest H6 ({best:.1f})'
@@ -170,7 +174,7 @@ def _ours_in_words(t:pd.DataFrame, samples:pd.DataFrame|None)->str:
         se = (t.loc[first, 'h6_se']**2 + t.loc[second, 'h6_se']**2)**.5
         ahead = gap > 2*se
     else:
-        test = pair(samples[samples['model'].isin(t.index)], 'h6', first, second)
+        test = pair(samples, 'h6', first, second)
         ahead, se = test.p < ALPHA, 100*test.se
     said = 'is ahead of' if ahead else 'is not resolved from'
     return f'{first} has the highest H6 ({best:.1f}) and {said} {second} ({gap:+.1f} ± {se:.1f} points)'
@@ -179,7 +183,7 @@ def finding(
     n:int, # table
     t:pd.DataFrame, # of `table`
     label:str, # what the scores are of
-    samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: errors of two models count as independent
+    samples:pd.DataFrame|Answers|None=None, # as `answers` takes it; None: errors of two models count as independent
 )->str: # two lines
     "What a table shows, ours and the paper's, from its numbers."
     t = t.set_index('model')
@@ -249,7 +253,7 @@ def _in_numbers(compared:list[tuple])->str:
 def claims(
     scores:pd.DataFrame, # model, task, score, se; fractions
     which:Sequence[Claim]=CLAIMS, # those to judge
-    samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: errors of two models count as independent
+    samples:pd.DataFrame|Answers|None=None, # as `answers` takes it; None: errors of two models count as independent
 )->pd.DataFrame: # claim, on_paper, on_ours, seeds, quote, numbers (points ± standard error), verdict of each comparison
     "Claims of section 4.3, each with its verdict on the paper's numbers and on ours."
     _require(scores['model'], sorted({m for c in which for _, a, _, b in c.parts for m in (a, b)}), 'claims')

@@ -18,7 +18,7 @@ from ..core.figures import OURS, PAPER, style
 from ..paper import models, TITLES
 from .text import counted
 from ..tables import (
-    CONTRADICTED, finding, paper_scores, second_noise, standing, SUPPORTED, table, UNDECIDED, with_h6)
+    Answers, CONTRADICTED, finding, paper_scores, second_noise, standing, SUPPORTED, table, UNDECIDED, with_h6)
 
 # %% ../../nbs/publishing/01_figures.ipynb #4e25e36f
 def _mean(t:pd.DataFrame, column:str)->float: return t.loc[t['h6_paper'].notna(), column].mean()
@@ -56,7 +56,7 @@ def figure(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     label:str, # what the scores are of, e.g. the profile's label
     custom:Sequence[str]=(), # rows below the paper's
-    samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: the title knows of no paired test
+    samples:pd.DataFrame|Answers|None=None, # as `tables.answers` takes it; None: the title knows of no paired test
 )->plt.Figure:
     "A table as a picture: rows of models, a panel a benchmark, ours filled, the paper hollow, each about its own mean."
     style()

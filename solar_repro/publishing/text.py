@@ -25,8 +25,8 @@ from .. import paper
 from ..core.files import write_whole
 from ..paper import TITLES
 from ..tables import (
-    all_comparisons, claims, CONTRADICTED, detectable, MIN_SEEDS, noises, PLAIN, plain_words, SUPPORTED, table,
-    UNDECIDED, unresolved)
+    all_comparisons, Answers, answers, claims, CONTRADICTED, detectable, MIN_SEEDS, noises, PLAIN, plain_words,
+    SUPPORTED, table, UNDECIDED, unresolved)
 
 # %% ../../nbs/publishing/00_text.ipynb #50a86052
 class _Markup(NamedTuple):
@@ -81,7 +81,7 @@ def printed(
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     markup:str, # one of MARKUPS
     custom:Mapping[str,dict[str,str]]={}, # rows below the paper's -> what stands before their scores
-    samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
+    samples:pd.DataFrame|Answers|None=None, # as `tables.answers` takes it; None: nothing is said of what is resolved
 )->pd.DataFrame: # strings
     "A table as it is printed."
     marks, t = MARKUPS[markup], table(n, scores, custom)
@@ -179,7 +179,7 @@ def _over(scores:pd.DataFrame)->str:
     "What standard errors are over, where it is not the items alone."
     return f" over items and {int(scores['seeds'].max())} trainings" if 'seeds' in scores else ''
 
-def _caption(n:int, markup:str, scores:pd.DataFrame, label:str, samples:pd.DataFrame|None)->str:
+def _caption(n:int, markup:str, scores:pd.DataFrame, label:str, samples:pd.DataFrame|Answers|None)->str:
     "What a table shows, what its marks mean, and what difference could be seen."
     resolved = samples is not None
     best = _BEST.get(markup, 'best of each column in bold, theirs and ours')
@@ -200,7 +200,7 @@ def as_text(
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     label:str, # what the scores are of
     custom:Mapping[str,dict[str,str]]={}, # rows below the paper's -> what stands before their scores
-    samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: nothing is said of what is resolved
+    samples:pd.DataFrame|Answers|None=None, # as `tables.answers` takes it; None: nothing is said of what is resolved
 )->str:
     "One table in one format."
     if kind == 'csv': return table(n, scores, custom).to_csv(index=False, float_format='%.2f')
@@ -230,7 +230,7 @@ class Table(pd.DataFrame):
     def __repr__(self)->str: return self.as_text('text')
 
 # %% ../../nbs/publishing/00_text.ipynb #3888fe34
-def _beside(scores:pd.DataFrame, samples:pd.DataFrame|None)->dict[str,pd.DataFrame]:
+def _beside(scores:pd.DataFrame, samples:Answers|None)->dict[str,pd.DataFrame]:
     "What has no place in the five tables, by name."
     verdicts = claims(scores, samples=samples)
     shown = ['claim', 'on_paper', 'on_ours', 'seeds', 'provisional', 'quote', 'paper_numbers', 'our_numbers']
@@ -246,12 +246,13 @@ def write_tables(
     folder:Path, # for the table files
     label:str, # what the scores are of
     custom:dict[int,dict[str,dict[str,str]]]={}, # table -> rows below the paper's, as `printed` takes them
-    samples:pd.DataFrame|None=None, # model, task, doc_id, score; None: no paired tests
+    samples:pd.DataFrame|Answers|None=None, # as `tables.answers` takes it; None: no paired tests
 )->list[Path]: # files written
     "All tables of a run as text; the same scores give the same bytes."
     folder.mkdir(parents=True, exist_ok=True)
-    files = {f'table{n}.{ending}': as_text(n, ending, scores, label, custom.get(n, {}), samples)
+    tested = None if samples is None else answers(samples)
+    files = {f'table{n}.{ending}': as_text(n, ending, scores, label, custom.get(n, {}), tested)
              for n in paper.MADE for ending in FILES}
-    for name, x in _beside(scores, samples).items():
+    for name, x in _beside(scores, tested).items():
         files[f'{name}.csv'] = x.to_csv(index=False, float_format='%.4g')
     return [write_whole(folder/name, text) for name, text in files.items()]
