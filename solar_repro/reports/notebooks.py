@@ -149,10 +149,11 @@ def execute(
             super().__init__(*args, **kwargs)
             if kernels is not None: kernels.append(self)
     folder = dict(metadata=dict(path=str(nb.parent))) # the kernel's; ours stays what it is, for other threads
-    quiet = ['--log-level=CRITICAL']                  # the kernel's own warnings, and its traceback at Ctrl-C
+    quiet = '--log-level=CRITICAL'                    # the kernel's own warnings, and its traceback at Ctrl-C
+    quick = '--IPKernelApp.exec_lines=exec("from solar_repro.core.imports import freeze_at_exit as f; f()", {})'
     try:
         papermill.execute_notebook(str(nb), str(part), parameters, kernel_name='python3', progress_bar=False,
-                                   kernel_manager_class=Listed, resources=folder, extra_arguments=quiet)
+                                   kernel_manager_class=Listed, resources=folder, extra_arguments=[quiet, quick])
     except BaseException:
         if part.exists(): os.replace(part, failed)
         raise
