@@ -262,20 +262,15 @@ def test_make_lab_tells_root_what_to_do(tmp_path):
     assert subprocess.run(['sh', '-c', asks], env=env).returncode == 0
 
 
-def run_in_a_shell(words, folder, **env):
-    "A command as a shell starts it; exit status and what it wrote to the file `said`."
-    command = f'{sys.executable} -m solar_repro {words}'
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), **env}
-    return subprocess.run(['sh', '-c', command], cwd=folder, env=env, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize('closed', [pytest.param('<&- >&-', marks=pytest.mark.slow),
                                     pytest.param('2>&-', marks=pytest.mark.slow), '<&- >&- 2>&-'])
-def test_a_closed_stream_is_no_fault_and_nothing_waits(closed, full, tmp_path):
-    "The first file that was opened took its number, and the worker's own output replaced it."
+def test_workers_start_without_streams_and_beside_modules_named_as_pythons(closed, full, tmp_path):
+    "The first file that was opened took a closed stream's number; a folder's secrets.py was taken for Python's."
+    for name in ('secrets', 'queue', 'random'): (tmp_path/f'{name}.py').write_text('API_TOKEN = "x"')
     for a in Experiment('smoke', store=shutil.copytree(full, tmp_path/'store')).store.entries():
         if a.manifest['name'] in ('eval/SFT v1/arc', 'eval/SFT v2/arc'): shutil.rmtree(a.path)
-    done = run_in_a_shell(f'run --profile smoke --workers 2 --store store {closed}', tmp_path)
+    command = f'{Path(sys.executable).parent}/solar-repro run --profile smoke --workers 2 --store store {closed}'
+    done = subprocess.run(['sh', '-c', command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path/'runs'/'smoke'/'report.html').is_file()
 
@@ -287,12 +282,3 @@ def test_a_reader_that_goes_ends_a_table_well_and_work_not(stream, words, status
     command = [Path(sys.executable).parent/'solar-repro', *words.split()]
     with subprocess.Popen(command, cwd=tmp_path, **{stream: subprocess.PIPE}) as p: getattr(p, stream).close()
     assert p.returncode == status
-
-
-def test_workers_take_no_module_of_the_folder_for_a_librarys(full, tmp_path):
-    for name in ('secrets', 'queue', 'random'): (tmp_path/f'{name}.py').write_text('API_TOKEN = "x"')
-    for a in Experiment('smoke', store=shutil.copytree(full, tmp_path/'store')).store.entries():
-        if a.manifest['name'] in ('eval/SFT v1/arc', 'eval/SFT v2/arc'): shutil.rmtree(a.path)
-    command = [Path(sys.executable).parent/'solar-repro', *'run --profile smoke --workers 2 --store store'.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

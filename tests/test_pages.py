@@ -297,8 +297,10 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     monkeypatch.setattr(record_run, 'TIMES', times)
     record_run.put(nbs / 'index.ipynb', record_run.text_of('smoke', nbs))
     record_run.put(nbs / 'index.ipynb', record_run.in_short('smoke'), *record_run.FOUND)
+    record_run.put(nbs / 'index.ipynb', record_run.at_length('smoke'), *record_run.TOLD)
     text = (nbs / 'index.ipynb').read_text()
-    assert text.index('Over items its recorded runs support') < text.index('## Commands')
+    assert text.index('Over items the recorded runs of the smoke test support') < text.index('## Commands')
+    assert text.index('## Commands') < text.index('has the highest H6')
     assert '**smoke test, recorded, seed 0**, not SOLAR 10.7B, on ' in text and text.count('| SFT v3 + v4') >= 1
     assert 'On laptops, set-up included, `make tables` took 8 to 13 minutes and `make test` took 9 minutes.' in text
     assert (nbs / 'recorded' / 'table4.png').is_file() and 'alt=\\"Table 4, smoke test' in text

@@ -20,6 +20,7 @@ from keep_outputs import small
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = '<!-- recorded by tools/record_run.py -->', '<!-- end of what is recorded -->'
 FOUND = '<!-- found by tools/record_run.py -->', '<!-- end of what was found -->'     # the sentences above the commands
+TOLD = '<!-- told by tools/record_run.py -->', '<!-- end of what was told -->'         # what stands behind them
 TIMES = ROOT / 'benchmarks' / 'results' / 'commands.json'          # minutes that whole commands took, set-up included
 FRONT = 'tiny'                                              # the profile whose runs stand on the front page
 SHOWN = 4                                                   # the table whose picture stands on the front page
@@ -78,34 +79,47 @@ def replicated(profile: str) -> list[str]:
 
 
 def in_short(profile: str) -> str:
-    "What becomes of the claims over all recorded seeds, what replicates, which row is best, how large chance is."
+    "In three sentences what the paper's numbers tell, what the recorded runs say, and what replicates."
+    from solar_repro.pipeline.experiment import Experiment
+    from solar_repro.publishing.report import paper_in_words
+    from solar_repro.publishing.text import counted
+    from solar_repro.tables import by_trainings, MIN_SEEDS
+    exp = Experiment(profile, recorded=True)
+    found, n = exp.claims().found, len(exp.records)
+    over = 'items' if n == 1 else f'items and {n} trainings'
+    said = f'Over {over} the recorded runs of the {exp.profile.label} {counted(found, "on_ours")}.'
+    again = ''
+    if n > 1:
+        first, *_, last = by_trainings(exp.samples()).itertuples()
+        opposite = f'up to {last.opposite} are' if last.opposite else 'none is'
+        again = (f' Two sets of these trainings without a seed in common agree on {first.agree:.1f} of the {len(found)}'
+                 f' verdicts with one training in each and on {last.agree:.1f} with {last.trainings}, and {opposite}'
+                 f' opposite: a verdict on fewer than {MIN_SEEDS} trainings is provisional here.')
+    paper = paper_in_words(found)
+    return f'**In short.** {paper[0].upper()}{paper[1:]}. {said}{again}'
+
+
+def at_length(profile: str) -> str:
+    "Which row is best and how it stands to the base, how large chance is, how agreement grows with trainings."
     from solar_repro.pipeline.experiment import Experiment
     from solar_repro.pipeline.results import records, replications
     from solar_repro.publishing.report import summary
-    from solar_repro.publishing.text import counted
     from solar_repro.tables import alike, by_trainings, claims
     exp = Experiment(profile, recorded=True)
     scores, samples = exp.scores(), exp.samples()
-    found = claims(scores, samples=samples)
-    _, best, chance, *_ = summary(scores, exp.label, found, exp.custom, samples)
-    claimed = counted(found, 'on_ours')
-    said, main = [], next(iter(records(profile)))                       # of the runs that tables are of
-    if found['seeds'].iloc[0] > 1:
-        sets = by_trainings(samples)
-        first, *more = [f'{x.agree:.1f}' for x in sets.itertuples()]
-        grown = ''.join(f', on {x} with {n}' for n, x in enumerate(more, 2))
-        worst = sets['opposite'].max()
-        said.append(f'Two sets of trainings without a seed in common agree on {first} of the {len(found)} verdicts '
-                    f'with one training in each{grown}; {f"up to {worst} are" if worst else "none is"} opposite.')
+    _, best, chance, *_ = summary(scores, exp.label, claims(scores, samples=samples), exp.custom, samples)
+    said = []
+    if len(exp.records) > 1:
+        sets = [f'{x.agree:.1f} with {x.trainings}' for x in by_trainings(samples).itertuples()]
+        said.append(f'Of the verdicts of two sets of trainings so many agree: {", ".join(sets)} in each set.')
+    main = next(iter(records(profile)))                                 # of the runs that tables are of
     for r in replications(profile):
         (kind, seeds), (of, others) = (c.split(', ', 1) for c in r.columns[1:3])
         if kind == main != of:                                          # and by one other kind of processor
             said.append(f'Of {seeds} on one kind of processor ({kind}) and {others} on another ({of}) '
                         f'{alike(r)}.')
             break
-    same = ''.join(f' {x}' for x in said)
-    over = 'items' if len(exp.records) == 1 else f'items and {len(exp.records)} trainings'
-    return f'**What the tiny world says.** Over {over} its recorded runs {claimed}.{same} {best} {chance}'
+    return ' '.join([f'**What the tiny world says.** {best} {chance}', *said])
 
 
 def times() -> str:
@@ -174,6 +188,7 @@ def main() -> None:
         return
     put(args.nbs / 'index.ipynb', text_of(args.profile, args.nbs))
     put(args.nbs / 'index.ipynb', in_short(args.profile), *FOUND)
+    put(args.nbs / 'index.ipynb', at_length(args.profile), *TOLD)
     if args.nbs.resolve() == ROOT / 'nbs':
         subprocess.run([str(Path(sys.executable).parent / 'nbdev_clean')], check=True, cwd=ROOT)
         subprocess.run([sys.executable, ROOT / 'tools' / 'build_readme.py'], check=True)
