@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,9 +26,9 @@ import yaml
 from fastcore.basics import patch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..core.files import expanded, file_hash
+from ..core.imports import without_collector
 from ..core.store import read_sealed, sealed
 from .arithmetic import fill, gram, Mix, mix_for, numbers_for, Pad, smallest_kept
 from .config import MergeConfig, to_yaml
@@ -40,7 +41,6 @@ from ..models.checkpoints import (
     check_same_architecture, check_same_shape, Checkpoint, DTYPES, Entry, layer_of, mapped, one_thread_each,
     open_checkpoint, REAL, SLICE, without_copies)
 from ..models.files import checkpoint_files
-from ..models.loading import load_empty
 
 # %% ../../nbs/merging/04_engine.ipynb #874ea64c
 def places(
@@ -74,6 +74,11 @@ def _check_filters(r:MergeConfig, names:Sequence[str])->None: # names of the ten
 # %% ../../nbs/merging/04_engine.ipynb #67358e55
 def _check_whole(m:Checkpoint)->None:
     "Raise unless a checkpoint has all weights of its architecture, if that is a causal one of transformers."
+    with without_collector():
+        # brings transformers' models, in seconds in which the inputs are hashed
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        # does the same
+        from solar_repro.models.loading import load_empty
     made, causal = m.config.get('architectures'), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(m.config.get('model_type'))
     if not isinstance(made, list) or causal not in made: return
     try: _, lacking = load_empty(m.folder)
@@ -107,7 +112,6 @@ def check_inputs(
     where, mixed = places(models[0].entries), [n for n,e in models[0].entries.items() if e.dtype in REAL]
     _check_filters(r, mixed)
     for n in mixed: mix_for(r, n, where[n])
-    _check_whole(models[0])   # the others have the same tensors
 
 # %% ../../nbs/merging/04_engine.ipynb #75c412c3
 def _copy(models:Sequence[Checkpoint], e:Entry, parts:Sequence[Tensor], out:Tensor)->None:
@@ -406,9 +410,13 @@ def merge(
     check_inputs(r, models)
     before = _as_they_are(models)
     plan = dict(format=3, config=to_yaml(r), inputs=[path for path,*_ in before], shard_bytes=shard_bytes)
-    with (private_folder(out, plan) as private, one_thread_each(threads or min(16, cores+2)) as pool,
-          ThreadPoolExecutor(cores) as hashers):
+    with ExitStack() as stack:
+        hashers = ThreadPoolExecutor(cores)
+        stack.callback(hashers.shutdown, cancel_futures=True)
         hashes = {f: hashers.submit(digest, f) for m in models for f in m.files}
+        _check_whole(models[0])   # the others have the same tensors
+        private = stack.enter_context(private_folder(out, plan))
+        pool = stack.enter_context(one_thread_each(threads or min(16, cores+2)))
         shards = lay_out(_layout(models[0], r.dtype), shard_bytes, private/MODEL)
         weights = Weights(private, shards, Job(r, models, pool), hashes)
         cosines = weights.write(Writer(private, pool, device), on_progress)

@@ -14,7 +14,6 @@ import transformers   # its tokenizers are loaded where two are of different for
 from ..core.files import file_hash
 from ..models.checkpoints import Checkpoint
 from ..models.files import read_json
-from ..models.loading import quiet
 
 # %% ../../nbs/merging/06_vocabulary.ipynb #fbca001f
 def _of_json(said:dict)->dict[str,int]: # of a tokenizer.json: token -> id
@@ -73,6 +72,8 @@ def _of_files(first:Path, other:Path)->list[str]|None: # None: no form that both
 
 # %% ../../nbs/merging/06_vocabulary.ipynb #dcea1a24
 def _loaded(folder:Path)->dict[str,int]:
+    # brings transformers' models, which tokenizers of one form do without
+    from solar_repro.models.loading import quiet
     try:
         with quiet(): return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     except Exception as e: # of several kinds, all meaning that it cannot be read

@@ -334,7 +334,7 @@ def run_notebooks(
     seed:int|None=None, # in place of the profile's
     every:bool=False, # the machinery's notebooks, too, and `OWN`
 )->list[Path]: # executed notebooks
-    "Build all stages and run the notebooks of the story in order, the unchanged ones excepted."
+    "Build all stages and run the notebooks of the story, the unchanged ones excepted; two at a time, the last first."
     profile = profile or default_profile()
     own = profile not in profiles() and Path(profile).is_file()
     if own: profile = str(Path(profile).resolve())     # kernels start elsewhere
@@ -346,9 +346,10 @@ def run_notebooks(
     with Follower(exp.folder/'progress.jsonl') as follow, modified_env(**env, SOLAR_PROGRESS=str(follow.file)):
         run = _Run(profile, seed, follow, exp)
         run.stages()
+        n = 2 if exp.profile.machine.device == 'cpu' else 1
         for story in (True, False):
             todo = [x for x in named if of_the_story(x[0]) is story]
-            run.side_by_side(todo, 2 if exp.profile.machine.device == 'cpu' else 1)
+            run.side_by_side(todo[::-1] if n > 1 else todo, n)       # what puts all together takes longest: it begins
     report = os.path.relpath(exp.folder/'report.html')
     print(f'{exp.profile.label}, seed {exp.profile.seed}: {time.time() - began:.0f} s. Open {report}')
     return [run.out/nb.relative_to(root()/'nbs') for nb in nbs]
