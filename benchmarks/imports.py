@@ -29,12 +29,13 @@ def measured(rounds: int) -> dict[str, list[float]]:
 
 
 def page(took: dict[str, list[float]]) -> str:
-    plain, ours = (statistics.median(took[w]) for w in WAYS)
+    ratio = statistics.median(o / p for p, o in zip(took['plain'], took['ours']))
     each = '\n'.join(f'{w:<6} {statistics.median(x):6.2f}   {[round(s, 2) for s in x]}' for w, x in took.items())
     return ('# Imports\n\nA process that imports what trains and scores, and ends; the two ways took turns, on '
             f'{platform.machine()}, Python {platform.python_version()}.\n\n'
-            f'- ours takes {ours/plain:.2f} of the time\n\nRepeat: `python benchmarks/imports.py --rounds '
-            f'{len(took["plain"])}` (the script overwrites this page).\n\n```\n       median s   each\n{each}\n```\n')
+            f'- ours takes {ratio:.2f} of the time (median over the rounds)\n\nRepeat: `python benchmarks/imports.py '
+            f'--rounds {len(took["plain"])}` (the script overwrites this page).\n\n```\n       median s   each\n'
+            f'{each}\n```\n')
 
 
 def main():
