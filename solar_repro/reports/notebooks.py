@@ -349,7 +349,7 @@ def run_notebooks(
         n = 2 if exp.profile.machine.device == 'cpu' else 1
         for story in (True, False):
             todo = [x for x in named if of_the_story(x[0]) is story]
-            run.side_by_side(todo[::-1] if n > 1 else todo, n)       # what puts all together takes longest: it begins
+            run.side_by_side(todo[::-1] if story and n > 1 else todo, n)     # what puts all together takes longest
     report = os.path.relpath(exp.folder/'report.html')
     print(f'{exp.profile.label}, seed {exp.profile.seed}: {time.time() - began:.0f} s. Open {report}')
     return [run.out/nb.relative_to(root()/'nbs') for nb in nbs]
