@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -78,20 +79,29 @@ def replicated(profile: str) -> list[str]:
     return ['Do the verdicts replicate?', replications_in_words(found), kinds]
 
 
+@cache
+def sets_of(profile: str):
+    "How verdicts of separate sets of the recorded trainings agree, by their size: `tables.by_trainings`."
+    from solar_repro.pipeline.experiment import Experiment
+    from solar_repro.tables import by_trainings
+    return by_trainings(Experiment(profile, recorded=True).samples())
+
+
 def in_short(profile: str) -> str:
     "In three sentences what the paper's numbers tell, what the recorded runs say, and what replicates."
     from solar_repro.pipeline.experiment import Experiment
     from solar_repro.publishing.report import paper_in_words
     from solar_repro.publishing.text import counted
-    from solar_repro.tables import by_trainings, MIN_SEEDS
+    from solar_repro.tables import MIN_SEEDS
     exp = Experiment(profile, recorded=True)
     found, n = exp.claims().found, len(exp.records)
     over = 'items' if n == 1 else f'items and {n} trainings'
     said = f'Over {over} the recorded runs of the {exp.profile.label} {counted(found, "on_ours")}.'
     again = ''
     if n > 1:
-        first, *_, last = by_trainings(exp.samples()).itertuples()
-        opposite = f'up to {last.opposite} are' if last.opposite else 'none is'
+        first, *_, last = sets_of(profile).itertuples()
+        worst = sets_of(profile)['opposite'].max()                      # of sets of any size
+        opposite = f'up to {worst} are' if worst else 'none is'
         again = (f' Two sets of these trainings without a seed in common agree on {first.agree:.1f} of the {len(found)}'
                  f' verdicts with one training in each and on {last.agree:.1f} with {last.trainings}, and {opposite}'
                  f' opposite: a verdict on fewer than {MIN_SEEDS} trainings is provisional here.')
@@ -104,13 +114,13 @@ def at_length(profile: str) -> str:
     from solar_repro.pipeline.experiment import Experiment
     from solar_repro.pipeline.results import records, replications
     from solar_repro.publishing.report import summary
-    from solar_repro.tables import alike, by_trainings, claims
+    from solar_repro.tables import alike, claims
     exp = Experiment(profile, recorded=True)
     scores, samples = exp.scores(), exp.samples()
     _, best, chance, *_ = summary(scores, exp.label, claims(scores, samples=samples), exp.custom, samples)
     said = []
     if len(exp.records) > 1:
-        sets = [f'{x.agree:.1f} with {x.trainings}' for x in by_trainings(samples).itertuples()]
+        sets = [f'{x.agree:.1f} with {x.trainings}' for x in sets_of(profile).itertuples()]
         said.append(f'Of the verdicts of two sets of trainings so many agree: {", ".join(sets)} in each set.')
     main = next(iter(records(profile)))                                 # of the runs that tables are of
     for r in replications(profile):
