@@ -221,6 +221,21 @@ def test_joint_mode_trains_on_both_sets_at_once(copy):
     assert all_ == 2*one # 16 + 16 rows against 16
 
 
+def test_a_reference_in_parts_is_the_reference(copy):
+    before, whole = stamps(copy), Experiment('smoke', store=copy)
+    parts = Experiment(changed(dpo__mode='joint', dpo__reference_parts=3), store=copy)
+    parts.run(['DPO v2'])
+    refs = [n for n in new_stages(parts, before) if n.startswith('ref/')]
+    assert sorted(refs) == [f'ref/SFT v3/{d} {k} of 3' for d in ('synth_math_alignment', 'ultrafeedback_clean')
+                            for k in (1, 2, 3)]
+    both = [pd.concat([pd.read_csv(e.build(n).path/'logps.csv') for n in names], ignore_index=True) for e, names in
+            ((parts, [f'ref/SFT v3/ultrafeedback_clean {k} of 3' for k in (1, 2, 3)]),
+             (whole, ['ref/SFT v3/ultrafeedback_clean']))]
+    pd.testing.assert_frame_equal(*both, check_exact=False, rtol=1e-5)      # pairs are grouped otherwise
+    # both sets in their order: another would be refused at the start of the training, whose loss is ln 2
+    assert abs(parts.log('DPO v2')['loss'].iloc[0] - .6931) < 1e-3
+
+
 # -- damage
 
 @pytest.mark.parametrize('name,file', [

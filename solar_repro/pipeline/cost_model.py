@@ -178,10 +178,11 @@ def train_flops(
     context:float, # tokens of a row; twice as many under a mask
     lora_r:int, # of the adapter that is trained
     again:bool, # layers are computed again in the backward pass
+    scored:float|None=None, # share of tokens whose logits are computed, once; None: all, and again, as TRL does
 )->float: # operations a token
     "Operations of a LoRA step: forward, backward to the activations, gradients of the adapters (arXiv:2106.09685)."
-    head, body = 2*s.hidden*s.vocab, forward_flops(s, context, lora_r, 0.)
-    return (2 + again)*body + 2*s.n_layers*s.hidden*context + 2*s.lora(lora_r) + 3*head
+    body, heads = forward_flops(s, context, lora_r, 0.), 3. if scored is None else 2*scored
+    return (2 + again)*body + 2*s.n_layers*s.hidden*context + 2*s.lora(lora_r) + 2*heads*s.hidden*s.vocab
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #cbc9e79c
 def run_context(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES', 'DEQUANTIZED', 'OWN_ROWS', 'Stage',
-           'in_words', 'machine_settings', 'check_revisions', 'training_sets', 'benchmarks', 'custom_stages',
+           'in_words', 'machine_settings', 'check_revisions', 'training_sets', 'benchmarks', 'part_of', 'custom_stages',
            'bos_settings', 'task_settings', 'taught_by', 'build_graph', 'custom_rows']
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
@@ -152,10 +152,24 @@ def _ref(p:Profile, start:str, data:str)->Stage:
     settings = dict(numerics=numerics, template=p.template.model_dump(), machine=machine_settings(p))
     return Stage(f'ref/{start}/{data}', 'ref', settings, dict(start=start, data=f'data/{data}'))
 
+def part_of(
+    n:int, # rows of a set
+    settings:dict, # of a stage that is about all of them, or about a part
+)->slice:
+    "The rows that a stage is about."
+    k, parts = settings.get('part', (1, 1))
+    return slice(n*(k - 1)//parts, n*k//parts)
+
+def _ref_parts(p:Profile, start:str, data:str)->dict[str,Stage]: # the role of each in a training, in the rows' order
+    whole, n = _ref(p, start, data), p.dpo.reference_parts
+    if n == 1: return {f'ref_{data}': whole}
+    return {f'ref_{data} {k} of {n}': replace(whole, name=f'{whole.name} {k} of {n}',
+                                              settings={**whole.settings, 'part': [k, n]}) for k in range(1, n + 1)}
+
 def _dpo_step(p:Profile, row:str, name:str, start:str, sets:tuple[str,...])->list[Stage]:
-    refs = [_ref(p, start, d) for d in sets]
-    inputs = dict(start=start, **{d: f'data/{d}' for d in sets},
-                  **{f'ref_{d}': r.name for d, r in zip(sets, refs)})
+    parts = {role: r for d in sets for role, r in _ref_parts(p, start, d).items()}
+    refs = list(parts.values())
+    inputs = dict(start=start, **{d: f'data/{d}' for d in sets}, **{role: r.name for role, r in parts.items()})
     return [*refs, Stage(name, 'dpo', dict(dpo=_set(p.dpo.of(row)), **_training(p)), inputs)]
 
 def _dpo_stages(p:Profile, row:str)->list[Stage]:

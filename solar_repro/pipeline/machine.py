@@ -129,7 +129,8 @@ def calibrate(
         times, n_tok = _step_times(p, model, budget_s, Path(d)/'scratch')
         in_runs = p.sft.max_tokens_per_microbatch and can_run(model.get_base_model())
     again, n_row = p.sft.activation_checkpointing, p.sft.max_length//4 if in_runs else 2*p.sft.max_length
-    flops = train_flops(replace(s, n_layers=n_layers), n_row, p.sft.lora_r, again)*n_tok
+    scored = 1. if p.sft.max_tokens_per_microbatch else None
+    flops = train_flops(replace(s, n_layers=n_layers), n_row, p.sft.lora_r, again, scored)*n_tok
     best, mid, worst = (flops/t/1e12 for t in (times[0], times[len(times)//2], times[-1]))
     found = detect(Path.cwd())
     return Card(found.name, mid, found.gib, _memory_rate(p.machine.device), found.bf16, (best/mid, 1., .8*worst/mid),

@@ -22,7 +22,7 @@ from .cost_model import (
     base_shape, count_items, eval_tokens, fetched, forward_flops, GIB, head_bytes, ItemSizes, Lengths, local_base,
     lora_rank, run_context, set_lengths, Shape, train_flops, train_memory)
 from .executor import remaining_path, simulate
-from .graph import build_graph, Stage
+from .graph import build_graph, part_of, Stage
 from .hardware import Card, card, Hardware, NET_GB_S, READ_GB_S
 from ..publishing.text import in_terminal
 
@@ -71,7 +71,8 @@ class Setting:
         "Lengths and number of the rows that a stage reads, of a training set or held out of it."
         kind, name = stage.inputs['data'].split('/')
         l, n = self.lengths(name)
-        return l, self.profile.eval.n_own if kind == 'held' else n
+        part = part_of(self.profile.eval.n_own if kind == 'held' else n, stage.settings)
+        return l, part.stop - part.start
 
     @property
     def base_bytes(self)->int:
@@ -91,6 +92,11 @@ def _context(sets:list[tuple[Lengths,int]], x:dict, sft:bool, in_runs:bool)->flo
     row = sum(fed)/sum(n for _, n in sets)
     return 2*row if x.get('max_tokens_per_microbatch') else row/2
 
+def _scored(sets:list[tuple[Lengths,int]], x:dict)->float|None: # as `train_flops` takes it; x: as above
+    "Share of the tokens that are predicted, with a budget of tokens; of SFT all, whose prompts are not counted apart."
+    if not x.get('max_tokens_per_microbatch'): return None
+    return 1 - sum(l.prompt*n for l, n in sets)/sum(_fed(l, n, x)[1] for l, n in sets)
+
 # %% ../../nbs/pipeline/07_plan.ipynb #67b92208
 def _arithmetic(x:dict, flops:tuple)->dict: # x: numerics of a stage
     return {'nf4_flops' if x['nf4'] else 'flops': flops}
@@ -107,7 +113,8 @@ def _train_cost(of:Setting, stage:Stage)->Cost:
     memory = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok,
                           None if budget else x['microbatches'], again, of.device,
                           0 if of.in_runs(x) else longest if sft or budget else longest//2)
-    return Cost(tokens, **_arithmetic(x, _times(tokens, train_flops(s, context, r, again))),
+    flops = train_flops(s, context, r, again, _scored(sets, x))
+    return Cost(tokens, **_arithmetic(x, _times(tokens, flops)),
                 other_s=_reading(of.base_bytes), memory=sum(memory.values()), disk=s.lora(r)*4)
 
 # %% ../../nbs/pipeline/07_plan.ipynb #8a83b239
@@ -121,7 +128,8 @@ def _ref_cost(of:Setting, stage:Stage)->Cost:
     if budget: logits = head_bytes(s, n_tok, x['compute_dtype'], of.device, True)
     else: logits = 12*s.vocab*n_tok                    # of every token, their float32, their log-softmax
     context = _context([(l, n)], x, False, of.in_runs(x))
-    return Cost(tokens, **_arithmetic(x, _times(tokens, forward_flops(s, context, r))), other_s=_reading(of.base_bytes),
+    flops = forward_flops(s, context, r, _scored([(l, n)], x) or 1.)
+    return Cost(tokens, **_arithmetic(x, _times(tokens, flops)), other_s=_reading(of.base_bytes),
                 memory=parts['weights'] + parts['adapter'] + logits + n_tok*layer, disk=30*n)
 
 # %% ../../nbs/pipeline/07_plan.ipynb #0016a955
@@ -184,9 +192,11 @@ def _together(costs:list[Cost])->Cost:
 def _notebook_costs(of:Setting)->dict[str,Cost]:
     "What notebooks compute beside the graph's stages."
     def scored(m): return [_eval_cost(of, of.graph[f'eval/{m}/{t}']) for t in H6_TASKS]
+    def unpacked(c): return replace(c, flops=c.nf4_flops, nf4_flops=c.flops)
     n, out = of.base_bytes, {}
     if of.profile.sft.nf4: # the base that NF4 gives back is written and read, and goes when all is scored
-        out['02_sft: as trained, read back'] = _together([*scored('SFT v3')*2, Cost(other_s=_reading(4*n), disk=n)])
+        out['02_sft: as trained, read back'] = _together(
+            [*map(unpacked, scored('SFT v3')), *scored('SFT v3'), Cost(other_s=_reading(4*n), disk=n)])
     out['04_merge: weights, outputs'] = Cost(other_s=_reading(12*n), memory=n + GIB) # one model at a time
     own = [_train_cost(of, of.graph['SFT v4']), *scored('SFT v4'), *scored('Merge v1')]
     return out | {OWN: _together(own)}
@@ -242,11 +252,11 @@ _SUMS = 'tokens_low', 'tokens', 'tokens_high', 'pflop', 'hours_low', 'hours', 'h
 def grouped(
     plan:Plan,
 )->pd.DataFrame: # what, held, and the sums; gib is the largest
-    "The plan with files, held-out rows, and each model's benchmarks in one row."
+    "The plan with files, held-out rows, each model's benchmarks and each reference pass in one row."
     s, files = plan.stages, dict(data='training sets', bench='benchmarks', own='held-out rows')
     model = np.where(s['kind'] == 'eval', s['stage'].str.rsplit('/', n=1).str[0], s['stage'])
     what = pd.Series(np.where(s['kind'].isin(list(files)), s['kind'].map(files), model))
-    what = what.str.replace('ref/', 'ref ').str.replace('eval/', 'evaluate ')
+    what = what.str.replace(r'^ref/(.*?)( \d+ of \d+)?$', r'ref \1', regex=True).str.replace('eval/', 'evaluate ')
     s = s.assign(what=what.values, n=1, built=s['held'].astype(int))
     g = s.groupby('what', sort=False).agg(dict({k: 'sum' for k in _SUMS}, gib='max', n='sum', built='sum'))
     return g.assign(held=g.pop('built').astype(str) + ' of ' + g.pop('n').astype(str)).reset_index()

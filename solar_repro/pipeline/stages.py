@@ -30,6 +30,7 @@ from ..models.loading import quiet
 from .artifacts import (
     adapted_model, base_and_terms, BuildContext, write_adapted_model)
 from .quantization import build_quantization
+from .graph import part_of
 from .sources import stage_source
 from ..sft import train_sft
 from ..tiny.base import random_base
@@ -87,8 +88,9 @@ def build_sft(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildC
 
 # %% ../../nbs/pipeline/04_stages.ipynb #49410ba2
 def build_ref(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
-    "logps.csv: log-probabilities of both answers of every pair under the start model."
+    "logps.csv: log-probabilities of both answers of every pair, or of a part of them, under the start model."
     start, rows = adapted_model(inputs['start'], context.store), read_rows(inputs['data'].path/'rows.jsonl')
+    rows = rows[part_of(len(rows), settings)]
     numerics, template = Numerics.model_validate(settings['numerics']), Template.model_validate(settings['template'])
     logps = reference_logps(start, rows, numerics, template, settings['machine']['device'], context.on_progress)
     logps.to_csv(out/'logps.csv', index=False, float_format='%.9g')
@@ -96,9 +98,9 @@ def build_ref(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildC
 # %% ../../nbs/pipeline/04_stages.ipynb #8e45cb28
 def build_dpo(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "An adapter that starts as the start model's."
-    sets = [d for d in inputs if f'ref_{d}' in inputs]
-    rows = [r for d in sets for r in read_rows(inputs[d].path/'rows.jsonl')]
-    logps = pd.concat([pd.read_csv(inputs[f'ref_{d}'].path/'logps.csv') for d in sets], ignore_index=True)
+    refs = [role for role in inputs if role.startswith('ref_')]        # sets and parts in one order, that of the rows
+    rows = [r for d in inputs if d != 'start' and d not in refs for r in read_rows(inputs[d].path/'rows.jsonl')]
+    logps = pd.concat([pd.read_csv(inputs[role].path/'logps.csv') for role in refs], ignore_index=True)
     start, template = adapted_model(inputs['start'], context.store), Template.model_validate(settings['template'])
     train_dpo(start, rows, logps, out, DpoStep.model_validate(settings['dpo']), template, settings['seed'],
               settings['machine']['device'], context.on_progress)
