@@ -222,6 +222,7 @@ class Benchmark:
     sizes: ItemSizes                # for the plan
     download: float                 # bytes on the Hub, for the plan; a rough guess
     choices: Callable[[dict], list[str]]|None = None # what can be chosen; None: the answer is generated
+    judge: Callable[[dict, str], dict]|None = None # then: (item, text) -> what is right, what was said, score
     answer: str = ''                # field with the right answer, where it is one of `answers`
     answers: Callable[[dict], Sequence]|None = None # the values of that field, in the order of the choices
     check: Callable[[dict], str]|None = None # what is wrong with an item besides; '': nothing
@@ -300,6 +301,14 @@ def _gsm8k_check(row:dict)->str:
     found = before and re.fullmatch(r'-?[.,]*\d[\d.,]*', last, re.ASCII)
     return '' if found else f"the answer {row['answer'][-40:]!r}; expected a last line '#### number', of digits"
 
+_IGNORED = re.compile(r',|\$|(?s:.*#### )|\.$') # lm-eval's gsm8k, exact_match
+
+def _gsm8k_judge(row:dict, text:str)->dict:
+    "The number after ####, compared as lm-eval's exact_match compares."
+    gold, found = row['answer'].split('#### ')[-1].strip(), re.search(r'#### (-?[0-9.,]+)', text)
+    said, bare = found[1].strip() if found else '[invalid]', lambda x: _IGNORED.sub('', x).lower()
+    return dict(gold=gold, prediction=said, score=float(bare(said) == bare(gold)))
+
 # %% ../nbs/01_data.ipynb #504c0cc0
 BENCHMARKS = dict(
     arc=Benchmark(
@@ -351,8 +360,8 @@ BENCHMARKS = dict(
         TITLES['gsm8k'], 'exact_match',
         bench_files('gsm8k', 'openai/gsm8k', 'main', '740312add88f781978c0658806c59bc2815b9866', 'MIT', 'gsm8k',
                     dict(question=str, answer=str), train=('train', 'train'), test=('test', 'test')),
-        'gsm8k/gsm8k.yaml', ItemSizes(N_ITEMS['gsm8k'], 199, 70.4, 0, 129.9), 3e6, check=_gsm8k_check,
-        text=lambda row: row['question'] + BREAK + _without_calculator(row['answer'])),
+        'gsm8k/gsm8k.yaml', ItemSizes(N_ITEMS['gsm8k'], 199, 70.4, 0, 129.9), 3e6, judge=_gsm8k_judge,
+        check=_gsm8k_check, text=lambda row: row['question'] + BREAK + _without_calculator(row['answer'])),
 )
 
 # %% ../nbs/01_data.ipynb #265e001f

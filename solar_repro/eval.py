@@ -216,12 +216,12 @@ def _metric(task:str, metrics:dict)->str:
 
 def _record(task:str, t:ConfigurableTask, doc:dict, doc_id:int, requests:list)->dict:
     "The record of one item."
-    key = 'strict-match' if task == 'gsm8k' else next(iter(requests[0].filtered_resps))   # GSM8K has two filters
+    key = next(iter(requests[0].filtered_resps))       # of GSM8K's two filters the strict one, as the Leaderboard
     metrics = t.process_results(doc, [r.filtered_resps[key] for r in requests])
     out = dict(doc_id=doc_id, asked=request_hash(requests))
-    if task == 'gsm8k':
+    if judge := BENCHMARKS[task].judge:
         (r,) = requests
-        out |= dict(gold=doc['answer'].split('#### ')[-1].strip(), prediction=r.filtered_resps[key], text=r.resps[0])
+        out |= dict(gold=judge(doc, r.resps[0])['gold'], prediction=r.filtered_resps[key], text=r.resps[0])
     else:
         lls = [r.resps[0][0] for r in requests]
         gold = ([i for i, x in enumerate(doc['mc2_targets']['labels']) if x == 1] if task == 'truthfulqa' else

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from waiting import HOUR
 
 import solar_repro.merging.engine  # noqa: F401  loaded before the first fork, as is all below
 import solar_repro.merging.export  # noqa: F401
@@ -34,7 +35,7 @@ from solar_repro.core.store import read_manifest
 from solar_repro.inference.lm import AnswerCache
 from solar_repro.reports.cli import main
 
-LIMIT_S = 900 # a command that takes longer hangs; without a fault each takes seconds
+LIMIT_S = HOUR # a command that takes longer hangs; without a fault each takes seconds
 
 
 @dataclass

@@ -15,7 +15,7 @@ import pytest
 from solar_repro.core.config import load_profile
 from solar_repro.paper import MADE, models
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.reports.notebooks import lay_out
+from solar_repro.reports.workspace import make_workspace
 
 pytestmark = pytest.mark.slow
 
@@ -170,7 +170,7 @@ def test_every_microbatch_runs_under_autocast(small, tmp_path):
 @pytest.mark.parametrize('extends', ['a100', 'a100-bf16'])
 def test_the_story_runs_on_it(small, tmp_path, extends):
     "`make tables` in a folder of its own: all stages, the checks of all notebooks, every row of the five tables."
-    lay_out(tmp_path/'project')
+    make_workspace(tmp_path/'project')
     profile = small/f'{extends}.toml'
     profile.write_text(PROFILE.replace('"a100"', f'"{extends}"'))
     command = [sys.executable, '-m', 'solar_repro.reports.notebooks', '--profile', str(profile)]

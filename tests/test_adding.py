@@ -27,6 +27,14 @@ def _items_directions(world, n, seed):
     rng = random.Random(f'directions {seed}')
     def item(i): return dict(question=f'Where is thing {i}?', options=['up', 'down'], right=rng.choice(('up', 'down')))
     return dict(train=[item(i) for i in range(100, 110)], test=[item(i) for i in range(n)])
+
+def _items_doubles(world, n, seed):
+    def item(i): return dict(ask=f'Twice {i}?', say=str(2*i))
+    return dict(train=[item(i) for i in range(100, 110)], test=[item(i) for i in range(n)])
+
+def _judge_doubles(item, text):
+    said = (text.split() or ['[invalid]'])[0]
+    return dict(gold=item['say'], prediction=said, score=float(said == item['say']))
 '''
 BENCH_ENTRY = '''    directions=Benchmark(
         'Directions', 'acc',
@@ -34,6 +42,12 @@ BENCH_ENTRY = '''    directions=Benchmark(
                     dict(question=str, options=list, right=str), train=('train', 'train'), test=('test', 'test')),
         '', ItemSizes(100, 10, 8, 2, 0), 1e3, choices=lambda item: item['options'], answer='right',
         answers=lambda item: item['options'], tiny=_items_directions, leaks=lambda item: [item['question']]),
+    doubles=Benchmark(
+        'Doubles', 'exact_match',
+        bench_files('doubles', 'me/doubles', None, 'b'*40, 'MIT', 'doubles', dict(ask=str, say=str),
+                    train=('train', 'train'), test=('test', 'test')),
+        '', ItemSizes(100, 10, 8, 0, 4), 1e3, judge=_judge_doubles, text=lambda item: item['ask'],
+        tiny=_items_doubles, leaks=lambda item: [item['ask']]),
 '''
 TASK = '''task: tiny_directions
 dataset_path: json
@@ -47,6 +61,30 @@ metric_list:
   - metric: acc
     aggregation: mean
     higher_is_better: true
+metadata:
+  version: 1.0
+'''
+GENERATED = '''task: tiny_doubles
+dataset_path: json
+test_split: test
+fewshot_split: train
+output_type: generate_until
+doc_to_text: "Question: {{ask}}\\nAnswer:"
+doc_to_target: "{{say}}"
+generation_kwargs:
+  until: ["Question:"]
+  do_sample: false
+  max_gen_toks: 8
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+filter_list:
+  - name: first-word
+    filter:
+      - function: regex
+        regex_pattern: "(\\\\S+)"
+      - function: take_first
 metadata:
   version: 1.0
 '''
@@ -99,24 +137,31 @@ assert 'data/opposites' in set(make_plan(exp.profile, exp.graph).stages['stage']
 ''')
 
 
-def test_a_benchmark_is_one_entry_and_its_task_file(package):
+def add_benchmarks(package: Path) -> None:
+    "One with choices, one whose answers are generated."
     add(package, 'data.py', 'BENCHMARKS', BENCH, BENCH_ENTRY)
-    (package/'solar_repro'/'tasks'/'directions.yaml').write_text(TASK)
-    run(package, '[eval.num_fewshot]\ndirections = 2\n', '''
+    for name, text in dict(directions=TASK, doubles=GENERATED).items():
+        (package/'solar_repro'/'tasks'/f'{name}.yaml').write_text(text)
+
+
+def test_a_benchmark_is_one_entry_and_its_task_file(package):
+    add_benchmarks(package)
+    run(package, '[eval.num_fewshot]\ndirections = 2\ndoubles = 2\n', '''
 from solar_repro.paper import H6_TASKS
 from solar_repro.reports.verify import judged
 from solar_repro.tables import with_h6
-assert sorted(exp.tasks) == sorted([*H6_TASKS, 'directions']) and 'directions' not in H6_TASKS
+assert sorted(exp.tasks) == sorted([*H6_TASKS, 'directions', 'doubles']) and 'directions' not in H6_TASKS
 s = exp.scores(['base'])
 assert set(s['task']) == {*exp.tasks, 'truthfulqa_plain'}
 six = s.set_index('task')['score'].drop('truthfulqa_plain').to_dict()
 h6 = with_h6(s).loc[('base', 'h6'), 'score']
-assert abs(h6 - sum(six[t] for t in H6_TASKS)/6) < 1e-9   # the seventh is shown, not counted
-docs, _ = exp.requests('directions')
-for x in exp.items('base', 'directions').to_dict('records'):
-    again = judged('directions', docs[x['doc_id']], x)
-    assert again == {k: x[k] for k in ('gold', 'prediction', 'score')}, (again, x)
-assert 'bench/directions' in exp.graph['contamination'].inputs
+assert abs(h6 - sum(six[t] for t in H6_TASKS)/6) < 1e-9   # a seventh is shown, not counted
+for task in ('directions', 'doubles'):
+    docs, _ = exp.requests(task)
+    for x in exp.items('base', task).to_dict('records'):
+        again = judged(task, docs[x['doc_id']], x)
+        assert again == {k: x[k] for k in ('gold', 'prediction', 'score')}, (again, x)
+    assert f'bench/{task}' in exp.graph['contamination'].inputs
 ''')
 
 
@@ -127,7 +172,8 @@ def test_the_page_of_the_data_holds_with_further_entries(package):
         add(package, 'data.py', before, functions, entry)
         cell, = (c for c in nb.cells if f'\n{before} = dict(\n' in c.source)
         cell.source = cell.source.replace(f'\n{before} = dict(\n', f'\n{functions}\n{before} = dict(\n{entry}')
-    (package/'solar_repro'/'tasks'/'directions.yaml').write_text(TASK)
+    for name, text in dict(directions=TASK, doubles=GENERATED).items():
+        (package/'solar_repro'/'tasks'/f'{name}.yaml').write_text(text)
     (package/'nbs').mkdir()
     nbformat.write(nb, package/'nbs'/'01_data.ipynb')
     env = dict(PYTHONPATH=str(package), SOLAR_STORE=str(package/'store'), SOLAR_PROFILE='smoke')
@@ -147,6 +193,17 @@ assert exp.graph['Mine'].settings == dict(method='swapped', weights=[.2, .8]), e
 merged = exp.model('Mine')
 parts = {n: exp.model(n).adapters[0][0] for n in ('SFT v1', 'SFT v4')}
 assert dict(merged.adapters) == {parts['SFT v1']: .8, parts['SFT v4']: .2}, merged.adapters
+from solar_repro.pipeline.plan import make_plan
+planned = make_plan(exp.profile, exp.graph).stages.set_index('stage')['disk_gib']
+assert planned['Mine'] == planned['Merge v1'], 'a sum of adapters takes no room'
+from solar_repro.reports.cli import main
+folders = [str(parts[n]) for n in ('SFT v1', 'SFT v4')]
+assert main(['merge', '--method', 'swapped', '--weights', '0.2,0.8', *folders, 'out']) == 0
+from solar_repro.models.adapters import deltas
+one, two = deltas([(Path(folders[0]), .8), (Path(folders[1]), .2)]), deltas([(Path('out'), 1.)])
+for name, parts in one.items():
+    a, b = (sum(f*B@A for f, A, B in x) for x in (parts, two[name]))
+    assert (a - b).abs().max() < 1e-5*a.abs().max(), name
 ''')
 
 

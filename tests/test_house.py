@@ -35,7 +35,7 @@ def part(module: str) -> str:
 
 @cache
 def imports(module: str) -> list[tuple[str, int, bool, str]]:
-    "What a module imports, functions included: module, line, inside a function?, text."
+    "What a module imports, functions included: module, line, inside a function?, text; and by `library('a.b')`."
     tree, found = ast.parse(MODULES[module].read_text(encoding='utf-8')), []
     functions = [f for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inside = {id(n) for f in functions for n in ast.walk(f)}
@@ -45,6 +45,9 @@ def imports(module: str) -> list[tuple[str, int, bool, str]]:
             above = module.split('.')[:-node.level] if node.level else []
             base = '.'.join([*above, *([node.module] if node.module else [])])
             targets = [t if (t := f'{base}.{a.name}') in MODULES else base for a in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == 'library': # a command's, of what it needs
+            found.append((f'solar_repro.{ast.literal_eval(node.args[0])}', node.lineno, False, ast.unparse(node)))
+            continue
         else: continue
         found += [(t, node.lineno, id(node) in inside, ast.unparse(node)) for t in dict.fromkeys(targets)]
     return found
@@ -73,6 +76,11 @@ def test_no_import_goes_in_a_circle():
     below, left = {m: {t for t, _ in ours(m)} for m in MODULES}, set(MODULES)
     while free := {m for m in left if not below[m] & left}: left -= free
     assert not left, f'in a circle, or above one: {sorted(left)}'
+
+
+def test_what_commands_import_by_name_is_there():
+    named = {t for m in MODULES for t, *_, text in imports(m) if text.startswith('library(')}
+    assert len(named) > 10 and not named - set(MODULES), named - set(MODULES)
 
 
 def test_imports_stand_at_the_top():
@@ -196,6 +204,8 @@ def test_no_limit_that_a_slow_machine_would_meet():
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == 'timeout' and isinstance(node.value, ast.Constant):
                 if node.value.value < HOUR: yield f'{name}: timeout={node.value.value}'
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith('LIMIT_S'):
+                if ast.unparse(node.value) != 'HOUR': yield f'{name}: {ast.unparse(node)}'
             if isinstance(node, ast.For) and 'sleep(' in ast.unparse(node):
                 ends = any(isinstance(n, ast.Break) for n in ast.walk(node))
                 if ends and ast.unparse(node.iter).startswith('range('): yield f'{name}: a counted wait'

@@ -532,10 +532,10 @@ def test_a_change_of_protocol_runs_only_what_it_must(tmp_path):
     p = load_profile('smoke')
     then = p.model_copy(update=dict(eval=p.eval.model_copy(update=dict(protocol='leaderboard-2023'))))
     assert build_graph(then) == build_graph(p)
-    foreign = lambda x: x.model_copy(
+    external = lambda x: x.model_copy(
         update=dict(base=x.base.model_copy(update=dict(source='any/llama', revision='abc')))
     )
-    again = {n for n, s in build_graph(foreign(then)).items() if s != build_graph(foreign(p))[n]}
+    again = {n for n, s in build_graph(external(then)).items() if s != build_graph(external(p))[n]}
     # a tokenizer that adds a BOS: all prompts change, no training does
     assert again == {n for n in build_graph(p) if n.startswith('eval/')}
     exp, other = Experiment(p, store=tmp_path), Experiment(then, store=tmp_path)

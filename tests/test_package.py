@@ -182,7 +182,7 @@ def test_notebook_holds_no_path_of_a_machine(name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_notebook_draws_by_a_seed(name):
-    "A check on numbers that nobody chose fails once in a while; one such stopped a run of the book after nine minutes."
+    "A check on numbers that nobody chose fails once in a while; one such stopped a run after nine minutes."
     drawn, seeded = (
         re.compile(r'torch\.(?:randn|rand|randint|randperm)(?:_like)?\((?!.*generator=)|default_rng\(\)'),
         False,

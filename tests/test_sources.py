@@ -1,4 +1,4 @@
-"""Published data and foreign bases: the folder layout, a stand-in for the Hub, strict reading, draws in the key,
+"""Published data and external bases: the folder layout, a stand-in for the Hub, strict reading, draws in the key,
 contamination, any model."""
 
 import json

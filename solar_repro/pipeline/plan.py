@@ -17,6 +17,7 @@ import pandas as pd
 from ..core.config import Profile
 from ..core.store import Artifact
 from ..data import BENCHMARKS, SETS
+from ..merging.methods import METHODS
 from ..paper import H6_TASKS
 from .cost_model import (
     base_shape, count_items, eval_tokens, fetched, forward_flops, GIB, head_bytes, ItemSizes, Lengths, local_base,
@@ -174,7 +175,7 @@ def _file_cost(of:Setting, stage:Stage)->Cost:
     return Cost(other_s=_fetching(got), disk=n*l.mean*4.2, download=got)      # 4.2 bytes a token
 
 def _merge_cost(of:Setting, stage:Stage)->Cost:
-    if stage.settings['method'] == 'linear': return Cost(disk=1e3)
+    if METHODS[stage.settings['method']].of_adapters: return Cost(disk=1e3)
     return Cost(other_s=_reading(4*of.base_bytes), disk=of.base_bytes)
 
 COSTS = dict(base=_base_cost, data=_file_cost, bench=_file_cost, sft=_train_cost, ref=_ref_cost, dpo=_train_cost,

@@ -359,7 +359,7 @@ def init(
 
     solar-repro init my-solar
     """
-    made = library('reports.notebooks').lay_out(folder)
+    made = library('reports.workspace').make_workspace(folder)
     print(f'{len(made)} notebooks in {folder.resolve()/"nbs"}\nresults will lie in {folder.resolve()/"runs"}\n'
           f'To run them:\n  cd {shlex.quote(str(folder))}\n  jupyter lab nbs/06_tables.ipynb\n'
           '  python -m solar_repro.reports.notebooks --profile tiny')

@@ -78,17 +78,9 @@ def store_problems(
     return pd.DataFrame(out, columns=PROBLEM)
 
 # %% ../../nbs/reports/00_verify.ipynb #2dd6a492
-_IGNORED = re.compile(r',|\$|(?s:.*#### )|\.$') # lm-eval's gsm8k, exact_match
-
 def _mass(lls:np.ndarray, true:np.ndarray)->float:
     p = np.exp(lls - lls.max())
     return float(p[true].sum()/p.sum())
-
-def _judge_gsm8k(doc:dict, text:str)->dict:
-    "The number after ####, compared as lm-eval's exact_match compares."
-    gold, found = doc['answer'].split('#### ')[-1].strip(), re.search(r'#### (-?[0-9.,]+)', text)
-    said, bare = found[1].strip() if found else '[invalid]', lambda x: _IGNORED.sub('', x).lower()
-    return dict(gold=gold, prediction=said, score=float(bare(said) == bare(gold)))
 
 def _judge_truthfulqa(doc:dict, lls:np.ndarray)->dict:
     "The share of probability on true answers; in the tiny world also among the plainly worded ones."
@@ -108,10 +100,10 @@ def judged(
 )->dict: # gold, prediction, score; truthfulqa of the tiny world: plain
     "What an answer comes to."
     if 'completion' in doc: return _judge_row(doc, answer['text'])
-    if task == 'gsm8k': return _judge_gsm8k(doc, answer['text'])
+    b = BENCHMARKS[task]
+    if b.judge: return b.judge(doc, answer['text'])
     lls = np.array(answer['loglikelihoods'], float)
     if task == 'truthfulqa': return _judge_truthfulqa(doc, lls)
-    b = BENCHMARKS[task]
     per = [len(c) for c in b.choices(doc)] if b.metric == 'acc_norm' else 1
     gold, said = b.gold(doc), int((lls/per).argmax())
     return dict(gold=gold, prediction=said, score=float(said == gold))
@@ -207,7 +199,7 @@ def recounted(
 def _facts(task:str, docs:list[dict], e:dict)->list[dict]: # an evaluation of a record -> items, with what is right
     out = read_items(e).to_dict('records')
     for x, doc in zip(out, docs):
-        if task == 'gsm8k': x['right'] = judged(task, doc, x)
+        if BENCHMARKS[task].judge: x['right'] = judged(task, doc, x)
         elif task == 'truthfulqa': x['right'] = dict(gold=np.flatnonzero(doc['mc2_targets']['labels']).tolist())
         else:
             gold = BENCHMARKS[task].gold(doc)
@@ -354,10 +346,11 @@ def _results(exp:Experiment, model:str, scores:pd.DataFrame, stages:dict[str,dic
 def _sample(task:str, metric:str, doc:dict, item:dict, requests:list)->dict:
     "An item in lm-eval's form; what a model said as text, as lm-eval keeps it."
     plain = lambda x: x.tolist() if isinstance(x, np.ndarray) else x
-    said = [item['text']] if task == 'gsm8k' else [[str(x)] for x in plain(item['loglikelihoods'])]
+    text = BENCHMARKS[task].judge is not None
+    said = [item['text']] if text else [[str(x)] for x in plain(item['loglikelihoods'])]
     arguments = {f'gen_args_{i}': {f'arg_{j}': x for j, x in enumerate(r.args)} for i, r in enumerate(requests)}
     return dict(doc_id=item['doc_id'], doc=doc, target=str(plain(item['gold'])), arguments=arguments,
-                resps=[[x] for x in said], filtered_resps=[item['prediction']] if task == 'gsm8k' else said,
+                resps=[[x] for x in said], filtered_resps=[item['prediction']] if text else said,
                 filter='none', metrics=[metric], request_hash=item['asked'], **{metric: item['score']})
 
 # %% ../../nbs/reports/00_verify.ipynb #c5377e75

@@ -105,8 +105,9 @@ def _from_options(models:list[Path], options:dict): # MergeConfig
     if not models and options['weights']:
         raise ValueError(f"merge: the weights {options['weights']} and no model; expected models between weights and "
                          'OUT. Put commas between the weights, as 0.4,0.6, before folders that are called by numbers.')
-    if t is not None and method != 'slerp':
-        raise ValueError(f'merge: --t {t} with {method}; expected it with slerp only. Give --weights.')
+    if t is not None and method in config.METHODS and not config.METHODS[method].takes('t'):
+        takes = ' or '.join(n for n, m in config.METHODS.items() if m.takes('t'))
+        raise ValueError(f'merge: --t {t} with {method}; expected it with {takes} only. Give --weights.')
     return config.merge_config(models=models, **options | dict(t=.5 if t is None else t))
 
 # %% ../../nbs/reports/06_weights.ipynb #1d12d757
