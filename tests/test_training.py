@@ -615,6 +615,13 @@ def test_the_check_of_a_start_sees_what_it_is_for(real):
     with pytest.raises(ValueError, match='numerical'): check(start, dtype='float32', compute_dtype='bfloat16')
 
 
+@pytest.mark.slow
+def test_a_wider_reference_hides_in_the_rounding_of_the_policy(real):
+    "What the check cannot see, as 03_dpo says: numbers of float32 or float16 for a policy in bfloat16."
+    (start, _), _, check = real
+    for dtype in ('float32', 'float16'): assert abs(check(start, compute_dtype=dtype)-math.log(2)) < .02
+
+
 @pytest.mark.parametrize('kind', ['sft', 'ref', 'dpo', 'quantization', 'eval'])
 def test_loading_for_training_lets_go_of_the_model_in_memory(kind, base, tmp_path, monkeypatch):
     "A card need not hold the evaluated model beside the one that is trained; an evaluation keeps it."
