@@ -1,11 +1,14 @@
 "The microscope's numbers by hand, and the hand-over from four bits."
 import json
 import math
+import weakref
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
+import solar_repro.pipeline.quantization as study
 from solar_repro.dpo import load_policy
 from solar_repro.models.checkpoints import compare, together
 from solar_repro.models.divergence import dequantized, kl_divergence, kl_summary, log_probs, probe_of
@@ -176,6 +179,34 @@ def test_both_ways_run_and_say_so(full, tmp_path):
     assert {a.key for a in one.store.entries()} == before                  # kept
     for n in DEQUANTIZED, 'Merge v4', 'eval/SFT v3/hellaswag':               # whole for the next process, too
         assert Experiment(two.profile, store=tmp_path/'store').find(n), n
+
+
+def test_each_model_is_gone_before_the_next_is_loaded(base, tmp_path, monkeypatch):
+    "The one in four bits is not in memory while its base is unpacked, nor a merged one while the next is loaded."
+    point, loaded, way = AdaptedModel(base, ((random_adapter(tmp_path/'adapter', 3), 1.),)), [], []
+    def load(make):
+        assert [m() for m in loaded] == [None]*len(loaded), f'a model before {len(loaded)}'
+        model = make()
+        loaded.append(weakref.ref(model))
+        return model
+    def trained(*args):
+        model = load(lambda: load_policy(*args).base_model.model)
+        return SimpleNamespace(base_model=SimpleNamespace(model=model))
+    def back(base, out, *numbers):
+        assert loaded[0]() is None
+        return dequantized(base, out, *numbers)
+    def items(adapted, model, name, task, *rest):
+        way.append((name, task, adapted.base))
+        return dict(protocols=dict(p=dict(score=.5, se=.1))), pd.DataFrame(dict(doc_id=[0], score=[.5]))
+    for name, stub in dict(adapted_model=lambda *args: point, load_policy=trained, dequantized=back, _items=items,
+                           probe_of=lambda rows, *args: probe_of(ROWS, *args)).items():
+        monkeypatch.setattr(study, name, stub)
+    context = SimpleNamespace(store=None, on_progress=lambda *done: None,
+                              materialize=lambda adapted: load(lambda: materialize(adapted)))
+    settings = quantization_stage(smoke, 'SFT v3', 2).settings | dict(protocol='p')
+    study.build_quantization(tmp_path, settings, dict(model=SimpleNamespace(kind='sft')), context)
+    assert len(loaded) == 3 and list(dict.fromkeys(w for w, *_ in way)) == list(MERGED_ONTO)
+    assert [b for *_, b in way[::len(H6_TASKS)]] == [base, tmp_path/'scratch'/'base', base]
 
 
 def test_table_by_hand():

@@ -437,23 +437,32 @@ def wide_norms(monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, 'forward', forward)
 
 
-GROUPINGS = [(budget, order) for budget in (1, 150, 300) for order in ((0, 1, 2, 3, 4), (4, 2, 0, 3, 1))]
+# Microbatches of five rows as no sorting by length makes them: groups, their order, and that of rows within.
+GROUPINGS = [[[3, 0], [1], [4, 2]], [[2, 4], [1], [0, 3]], [[4], [2], [0], [3], [1]], [[1, 2, 3, 4], [0]]]
+
+
+@pytest.fixture
+def gradient(base, packed_rows, models, moved_pairs, tmp_path, monkeypatch):
+    "A function: the gradient of one step on five rows, in given microbatches."
+    def of(what, groups, compute_dtype, dtype):
+        monkeypatch.setattr(training, 'batches_by_length', lambda length, n_tok: groups)
+        settings = divided(dict(sft=SFT, dpo=DPO)[what], 1, compute_dtype)
+        if what == 'sft': inputs, *_, grad = sft_step(base, packed_rows, settings, tmp_path, dtype)
+        else:
+            rows = [moved_pairs[i] for i in range(5)]
+            inputs, *_, grad = dpo_step(models[0], moved_pairs, settings, tmp_path, rows, dtype)
+        assert [len(m['inputs']['input_ids']) for m in inputs['microbatches']] == [len(g) for g in groups]
+        return grad
+    return of
 
 
 @pytest.mark.parametrize('autocast', ['float32', 'bfloat16'])
-def test_one_step_one_gradient(base, packed_rows, models, moved_pairs, tmp_path, wide_norms, autocast):
-    "For any budget and order of rows, to float64's rounding: autocast leaves float64 alone, and is on or off."
-    def sft(budget, order=range(5)):
-        rows = [packed_rows[i] for i in order]
-        return sft_step(base, rows, divided(SFT, budget, autocast), tmp_path, 'float64')[-1]
-
-    def dpo(budget, order=range(5)):
-        rows = [moved_pairs[i] for i in order]
-        return dpo_step(models[0], moved_pairs, divided(DPO, budget, autocast), tmp_path, rows, 'float64')[-1]
-    for gradient in (sft, dpo):
-        at_once = gradient(10**6)
-        assert {x.dtype for x in at_once.values()} == {torch.float64}
-        for budget, order in GROUPINGS: _close(gradient(budget, order), at_once, 1e-12)
+@pytest.mark.parametrize('what', ['sft', 'dpo'])
+def test_one_step_one_gradient(what, gradient, wide_norms, autocast):
+    "Of rows in any microbatches and order, to float64's rounding: autocast leaves float64 alone, and is on or off."
+    at_once = gradient(what, [[0, 1, 2, 3, 4]], autocast, 'float64')
+    assert {x.dtype for x in at_once.values()} == {torch.float64}
+    for groups in GROUPINGS: _close(gradient(what, groups, autocast, 'float64'), at_once, 1e-12)
 
 
 def varlen(q, k, v, first_q, first_k, most_q, most_k, scale, window_size, enable_gqa):
@@ -529,18 +538,17 @@ def test_runs_are_for_cards_that_have_the_kernel(change, can, monkeypatch):
     assert not training.can_run(base)
 
 
-def test_a_mean_of_means_is_another_gradient(base, packed_rows, tmp_path, monkeypatch):
-    "The mistake that the test above is for: each microbatch divided by its own tokens."
-    at_once = sft_step(base, packed_rows, divided(SFT, 10**6), tmp_path)[-1]
-    def mean(self, model, batch):
-        logps, right = training.token_logps(model, batch)
-        return dict(loss=-logps.mean()*40, mean_token_accuracy=right.sum())
-    monkeypatch.setattr(sft.PackedTrainer, 'sums', mean)
-    with pytest.raises(AssertionError): _close(sft_step(base, packed_rows, divided(SFT, 1), tmp_path)[-1], at_once, .01)
+@pytest.mark.parametrize('what', ['sft', 'dpo'])
+def test_a_mean_of_means_is_another_gradient(what, gradient):
+    "The mistake that the test above is for: the mean of each microbatch, and then the mean of these."
+    at_once = gradient(what, [[0, 1, 2, 3, 4]], 'float32', 'float32')
+    means = [gradient(what, [g], 'float32', 'float32') for g in GROUPINGS[0]]
+    mean_of_means = {n: sum(m[n] for m in means)/len(means) for n in at_once}
+    with pytest.raises(AssertionError): _close(mean_of_means, at_once, .01)
 
 
 @pytest.mark.parametrize('what', ['sft', 'dpo'])
-def test_bfloat16_runs_under_autocast(what, base, packed_rows, models, moved_pairs, tmp_path, monkeypatch):
+def test_bfloat16_runs_under_autocast(what, gradient, monkeypatch):
     "Adapters compute in bfloat16, and the gradient is that of the rows at once, to its rounding."
     seen, forward = [], torch.nn.Linear.forward
     def spy(self, x):
@@ -548,13 +556,9 @@ def test_bfloat16_runs_under_autocast(what, base, packed_rows, models, moved_pai
         if self.weight.requires_grad: seen.append((torch.is_autocast_enabled('cpu'), out.dtype))
         return out
     monkeypatch.setattr(torch.nn.Linear, 'forward', spy)
-
-    def gradient(budget):
-        settings = divided(dict(sft=SFT, dpo=DPO)[what], budget, 'bfloat16')
-        if what == 'sft': return sft_step(base, packed_rows, settings, tmp_path, 'bfloat16')[-1]
-        return dpo_step(models[0], moved_pairs, settings, tmp_path, dtype='bfloat16')[-1]
-    at_once = gradient(10**6)
-    for budget in (1, 150): _close(gradient(budget), at_once, 8*torch.finfo(torch.bfloat16).eps)
+    at_once = gradient(what, [[0, 1, 2, 3, 4]], 'bfloat16', 'bfloat16')
+    for groups in GROUPINGS[:2]:
+        _close(gradient(what, groups, 'bfloat16', 'bfloat16'), at_once, 8*torch.finfo(torch.bfloat16).eps)
     assert len(seen) > 20 and set(seen) == {(True, torch.bfloat16)}
 
 
@@ -609,6 +613,13 @@ def test_the_check_of_a_start_sees_what_it_is_for(real):
     with pytest.raises(ValueError, match='other rows'): check(start, rows=pairs[1:]+pairs[:1])
     with pytest.raises(ValueError, match='numerical'): check(start, nf4=False)
     with pytest.raises(ValueError, match='numerical'): check(start, dtype='float32', compute_dtype='bfloat16')
+
+
+@pytest.mark.slow
+def test_a_wider_reference_hides_in_the_rounding_of_the_policy(real):
+    "What the check cannot see, as 03_dpo says: numbers of float32 or float16 for a policy in bfloat16."
+    (start, _), _, check = real
+    for dtype in ('float32', 'float16'): assert abs(check(start, compute_dtype=dtype)-math.log(2)) < .02
 
 
 @pytest.mark.parametrize('kind', ['sft', 'ref', 'dpo', 'quantization', 'eval'])

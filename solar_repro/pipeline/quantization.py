@@ -50,11 +50,11 @@ def quantization_stage(
     return Stage(f'quantization/{name}', 'quantization', settings, inputs)
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #b86546fa
-def _ways(adapted:AdaptedModel, folder:Path, s:dict, context): # yields each of `MERGED_ONTO`, and it in memory
+def _ways(adapted:AdaptedModel, folder:Path, s:dict, context): # yields each of `MERGED_ONTO`, its weights, it in memory
     n, device = Numerics.model_validate(s['numerics']), s['machine']['device']
-    yield adapted, load_policy(adapted, folder/'adapter', n, device).base_model.model.eval()
+    yield MERGED_ONTO[0], adapted, load_policy(adapted, folder/'adapter', n, device).base_model.model.eval()
     back = replace(adapted, base=dequantized(adapted.base, folder/'base', n.compute_dtype, device))
-    for m in (back, adapted): yield m, context.materialize(m)
+    for way, m in zip(MERGED_ONTO[1:], (back, adapted)): yield way, m, context.materialize(m)
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #720f5aac
 def _items(adapted:AdaptedModel, model, way:str, t:str, s:dict, inputs, scratch:Path): # score, DataFrame of items
@@ -75,16 +75,15 @@ def build_quantization(out:Path, settings:dict, inputs:dict[str,Artifact], conte
     rows = [r for f in sets for r in read_rows(f)[:n]]
     template, max_length = Template.model_validate(settings['template']), settings['numerics']['max_length']
     probe = probe_of(rows, adapted.base, template, max_length)
-    for k, (m, model) in enumerate(_ways(adapted, out/'scratch', settings, context)):
-        way = MERGED_ONTO[k]
+    for way, m, model in _ways(adapted, out/'scratch', settings, context):
         said.append(log_probs(model, probe))
-        for j, t in enumerate(H6_TASKS):
+        for t in H6_TASKS:
             score, found = _items(m, model, way, t, settings, inputs, out/'scratch')
             items.append(found[['doc_id', 'score']].assign(way=way, task=t))
             shown = score['protocols'][settings['protocol']]
             scores.append(dict(way=way, task=t, score=shown['score'], se=shown['se']))
-            context.on_progress(k*len(H6_TASKS) + j + 1, len(MERGED_ONTO)*len(H6_TASKS))
-        del model                              # before the next is loaded
+            context.on_progress(len(scores), len(MERGED_ONTO)*len(H6_TASKS))
+        del model     # before the next is loaded; `enumerate` or `zip` around the loop would keep it
     far = [dict(way=w, **kl_summary(said[0], q)) for w, q in zip(MERGED_ONTO, said)]
     pd.DataFrame(far).to_csv(out/'divergence.csv', index=False)
     pd.DataFrame(scores).to_csv(out/'scores.csv', index=False)
