@@ -15,8 +15,8 @@ from solar_repro.models.divergence import dequantized, kl_divergence, kl_summary
 from solar_repro.models.adapters import AdaptedModel, average, materialize, save_adapter
 from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import DEQUANTIZED, build_graph
-from solar_repro.pipeline.quantization import MERGED_ONTO, quantization_stage, quantization_table
+from solar_repro.pipeline.graph import DEQUANTIZED, build_graph, quantization_stage
+from solar_repro.pipeline.quantization import MERGED_ONTO, quantization_table
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import geometry, rounded, rounding_loss, slerp
 from solar_repro.paper import H6_TASKS
@@ -126,6 +126,9 @@ def test_dequantised_and_merged_is_what_was_trained(base, tmp_path, dtype):
     assert load_tokenizer(back.base)('2 + 3')['input_ids'] == load_tokenizer(base)('2 + 3')['input_ids']
 
 
+def study_of(p, name): return quantization_stage(p, build_graph(p), name, 2)
+
+
 def profile(tmp_path, merge, more=''):
     (tmp_path/'own.toml').write_text(f'extends = "smoke"\n{more}\n[merge]\n{merge}\n')
     return load_profile(tmp_path/'own.toml')
@@ -139,8 +142,8 @@ def test_the_choice_is_strict(tmp_path):
     half = profile(tmp_path, 'merge_onto = "dequantized"', '[dpo]\nnf4 = false')
     with pytest.raises(ValueError, match='both trainings in four bits'): build_graph(half)
     full_weights = profile(tmp_path, '', '[dpo]\nnf4 = false')
-    with pytest.raises(ValueError, match='trained on full weights'): quantization_stage(full_weights, 'DPO v1', 2)
-    with pytest.raises(ValueError, match='quantization names the training'): quantization_stage(smoke, 'Merge v1', 2)
+    with pytest.raises(ValueError, match='trained on full weights'): study_of(full_weights, 'DPO v1')
+    with pytest.raises(ValueError, match='quantization names the training'): study_of(smoke, 'Merge v1')
 
 
 def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
@@ -148,9 +151,10 @@ def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
     assert set(back)-set(full) == {DEQUANTIZED}
     moved = {n for n in full if full[n] != back[n]}
     evals = {n for n, s in full.items() if s.kind in ('eval', 'own') and n.split('/')[1] not in ('base', 'Merge v4')}
-    assert moved == {'Merge v4'} | evals
+    study = 'quantization/SFT v3'
+    assert moved == {'Merge v4', study} | evals and back[study].settings['known'] == 'dequantized'
     assert all(back[n].inputs['merge_onto'] == DEQUANTIZED
-               and back[n].settings['merge_onto'] == 'dequantized' for n in moved)
+               and back[n].settings['merge_onto'] == 'dequantized' for n in moved - {study})
     plain = build_graph(profile(tmp_path, '', '[sft]\nnf4 = false\n[dpo]\nnf4 = false'))
     assert not any('merge_onto' in s.settings for s in plain.values())     # there is nothing to choose
 
@@ -203,7 +207,7 @@ def test_each_model_is_gone_before_the_next_is_loaded(base, tmp_path, monkeypatc
         monkeypatch.setattr(study, name, stub)
     context = SimpleNamespace(store=None, on_progress=lambda *done: None,
                               materialize=lambda adapted: load(lambda: materialize(adapted)))
-    settings = quantization_stage(smoke, 'SFT v3', 2).settings | dict(protocol='p')
+    settings = study_of(smoke, 'SFT v3').settings
     study.build_quantization(tmp_path, settings, dict(model=SimpleNamespace(kind='sft')), context)
     assert len(loaded) == 3 and list(dict.fromkeys(w for w, *_ in way)) == list(MERGED_ONTO)
     assert [b for *_, b in way[::len(H6_TASKS)]] == [base, tmp_path/'scratch'/'base', base]

@@ -27,7 +27,7 @@ from ..publishing.text import as_text, Table
 from . import results
 from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import (
-    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, MODEL_KINDS, Stage, USES_BASE)
+    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, MODEL_KINDS, N_PROBE, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
 from .plan import make_plan
 from .progress import LITTLE, Progress, relative_costs, say_interrupted
@@ -273,7 +273,7 @@ def model(self:Experiment,
 @patch
 def quantization(self:Experiment,
     name:str, # a training in four bits
-    n_probe:int=8, # rows of each of its training sets
+    n_probe:int=N_PROBE, # rows of each of its training sets
 )->pd.DataFrame: # of `quantization_table`; built where missing
     "What four bits change: a model as trained, and on full weights, either way."
     return heavy().quantization(self, name, n_probe)
