@@ -193,7 +193,8 @@ def _quantization_cost(of:Setting, stage:Stage)->Cost:
     return _together([*unpacked, *whole, Cost(other_s=_reading(4*n), disk=n)])
 
 COSTS = dict(base=_base_cost, data=_file_cost, bench=_file_cost, sft=_train_cost, ref=_ref_cost, dpo=_train_cost,
-             merge=_merge_cost, eval=_eval_cost, own=_own_cost, quantization=_quantization_cost) # other kinds compare texts: nothing to price
+             merge=_merge_cost, eval=_eval_cost, own=_own_cost,
+             quantization=_quantization_cost) # other kinds compare texts: nothing to price
 
 # %% ../../nbs/pipeline/07_plan.ipynb #7c41387a
 OWN = '07_your_own, where it is run'
