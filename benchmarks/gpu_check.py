@@ -5,16 +5,16 @@
 Steps in this order, each in a process of its own and for as long as time is left; the JSON is written after every
 part of them. What fails, dies or is cut off is written down with what it had found, and the next goes on:
   four_bits  NF4 there and back, and a step of the paged optimizer
-  recipe     a random fp16 base in shards: SFT, stopped and resumed, reference, DPO, averages, SLERP, benchmarks
-  sft, dpo   a random base of SOLAR-10.7B's shape made on the card, in NF4: tokens a second, share of the peak,
-             bytes; attention in runs beside attention under a mask, in speed and gradient; SFT with and without
-             fused norms and autocast, and once profiled; how far log-probabilities move when pairs are grouped
-             otherwise
+  recipe     a random fp16 base in shards: SFT, killed and resumed, reference, DPO, averages, SLERP, benchmarks
+  sft, dpo   a random base of SOLAR-10.7B's shape made on the card, in NF4: seconds and bytes of quantizing it; tokens a
+             second, share of the peak, bytes; attention in runs beside attention under a mask, in speed and gradient;
+             SFT with and without dropout, fused norms and autocast, and once profiled; how far log-probabilities move
+             when pairs are grouped otherwise
   scoring    benchmarks/h6.py on HellaSwag, MMLU, GSM8K in bfloat16
   merging    merges on the card and on the CPU: the same bits?
 On a machine without a card everything runs at toy size. --wheels is a folder of wheels: those that the machine lacks,
 or has in another version, are installed without an index. `--strip 130` first leaves only that CUDA version's library
-in the wheel of bitsandbytes there, so that all of them can be carried.
+in the wheel of bitsandbytes there, and fails if wheels and repository are more than can be carried.
 """
 import argparse
 import json
@@ -50,6 +50,20 @@ def stripped(wheels: Path, cuda: str):
                     text = b''.join(l for l in text.splitlines(True) if l.split(b',')[0].decode() not in gone)
                 if n not in gone: new.writestr(old.getinfo(n), text)
         less.replace(wheel)
+
+
+CARRIED = 64*2**20                                         # bytes, as files lie on the disk: only wheels are packed
+
+
+def check_size(wheels: Path):
+    "Say what wheels and repository take, and fail where that is too much to be carried."
+    said = subprocess.run(['git', 'ls-files', '-z'], cwd=HERE.parent, capture_output=True, text=True, check=True).stdout
+    tracked = [f for n in said.split('\0') if n and (f := HERE.parent/n).is_file()]
+    parts = [sum(f.stat().st_size for f in files) for files in (wheels.glob('*.whl'), tracked)]
+    print('wheels {:.1f} MiB, tracked files {:.1f} MiB as they lie on the disk'.format(*(n/2**20 for n in parts)))
+    if sum(parts) > CARRIED:
+        sys.exit(f'gpu_check: {sum(parts)/2**20:.1f} MiB in all; expected at most {CARRIED >> 20}. Take out '
+                 f'of {wheels} what the machine has.')
 
 
 def install(wheels: Path) -> list[str]:
@@ -146,31 +160,43 @@ def fp16_base(out: Path):
     tokenizer.save_pretrained(out)
 
 
-def resumed(exp, out: Path, device: str) -> dict:
-    "SFT stopped after two steps and gone on with; the same without the stop."
-    import torch
+def train_toy(exp, out: Path, device: str, on_progress=None):
     from solar_repro.sft import train_sft
-    base, rows, p = exp.build('base').path, exp.rows('data/alpaca_gpt4'), exp.profile
+    p = exp.profile
+    train_sft(exp.build('base').path, exp.rows('data/alpaca_gpt4'), out, p.sft, p.template, 0, device, on_progress)
 
-    class Stop(Exception): pass
 
-    def stop(done, total):
-        if done == 2: raise Stop
-    try: train_sft(base, rows, out/'stopped', p.sft, p.template, 0, device, stop)
-    except Stop: pass
-    found = sorted(x.name for x in (out/'stopped'/'scratch').glob('checkpoint-*'))
-    for name in ('stopped', 'whole'): train_sft(base, rows, out/name, p.sft, p.template, 0, device)
-    a, b = (bits_of(out/n/'adapter') for n in ('stopped', 'whole'))
-    return dict(checkpoints=found, same_bits=all(torch.equal(a[k], b[k]) for k in b))
+def toy_of(folder: Path):
+    from solar_repro.pipeline.experiment import Experiment
+    return Experiment(folder/'check.toml', store=folder/'store')
+
+
+def killed(folder: Path, device: str):
+    "Train, and kill this process at the second step, when the first has a checkpoint."
+    def kill(done, total):
+        if done == 2: os.kill(os.getpid(), signal.SIGKILL)
+    train_toy(toy_of(folder), folder/'killed', device, kill)
+
+
+def resumed(exp, folder: Path, device: str) -> dict:
+    "SFT in a process that is killed after two steps, and gone on with here; the same without a kill."
+    import torch
+    exp.build('data/alpaca_gpt4')
+    exp.build('base')                                      # for the other process, too
+    said = subprocess.run([sys.executable, __file__, '--killed', str(folder), device], capture_output=True, text=True)
+    if said.returncode != -signal.SIGKILL: raise RuntimeError(f'not killed: {said.returncode}, {said.stderr[-800:]}')
+    found = sorted(x.name for x in (folder/'killed'/'scratch').glob('checkpoint-*'))
+    for name in ('killed', 'whole'): train_toy(exp, folder/name, device)
+    a, b = (bits_of(folder/n/'adapter') for n in ('killed', 'whole'))
+    return dict(killed_by=-said.returncode, checkpoints=found, same_bits=all(torch.equal(a[k], b[k]) for k in b))
 
 
 def recipe(device: str, folder: Path) -> Iterator[dict]:
     "The recipe on a toy, from the base to SLERP and its six scores."
     from solar_repro.paper import H6_TASKS
-    from solar_repro.pipeline.experiment import Experiment
     (folder/'check.toml').write_text(PROFILE.format(device=device))
     fp16_base(folder/'base')
-    exp = Experiment(folder/'check.toml', store=folder/'store')
+    exp = toy_of(folder)
     yield dict(resume=resumed(exp, folder, device))
     exp.run(['Merge v1', 'Merge v4'])
     yield dict(losses={n: exp.log(n)['loss'].round(4).tolist() for n in ('SFT v3', 'Cand. 1')})
@@ -192,16 +218,14 @@ def quantized(layer, device: str):
     return new.to(device)
 
 
-def random_model(device: str, rank: int, dropout: float):
-    "SOLAR's shape (a toy's without a card), layer by layer in NF4, with a float32 adapter."
+def random_base(device: str):
+    "SOLAR's shape (a toy's without a card), made and quantized layer by layer where it will be."
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
-    from solar_repro.models.loading import lighten
-    names = 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'
-    size = (4096, 14336, 48, 32, 8) if device == 'cuda' else (64, 128, 2, 4, 2)
-    config = LlamaConfig(**dict(zip(names, size)), vocab_size=32000, tie_word_embeddings=False,
-                         max_position_embeddings=4096)
+    names = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
+             'vocab_size')
+    size = (4096, 14336, 48, 32, 8, 32000) if device == 'cuda' else (64, 128, 2, 4, 2, 1000)
+    config = LlamaConfig(**dict(zip(names, size)), tie_word_embeddings=False, max_position_embeddings=4096)
     config._attn_implementation = 'sdpa'
     with torch.device('meta'): model = LlamaForCausalLM(config).to(torch.bfloat16)
     for name, m in list(model.named_modules()):
@@ -216,6 +240,13 @@ def random_model(device: str, rank: int, dropout: float):
             m._parameters[k] = torch.nn.Parameter(value, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.is_loaded_in_4bit = True
+    return model
+
+
+def adapted(model, rank: int, dropout: float):
+    "A model in NF4 with a float32 adapter, as a training has it."
+    from peft import LoraConfig, get_peft_model
+    from solar_repro.models.loading import lighten
     lora = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules='all-linear', task_type='CAUSAL_LM')
     lighten(model)                                         # as `load_base` does on a card
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
@@ -273,6 +304,16 @@ def masked():
 
 
 @contextmanager
+def no_dropout(model):
+    "Adapters that get all of their input."
+    rates = {m: m.p for m in model.modules() if type(m).__name__ == 'Dropout'}
+    for m in rates: m.p = 0.
+    try: yield
+    finally:
+        for m, p in rates.items(): m.p = p
+
+
+@contextmanager
 def plain_norms(model):
     "Norms as transformers computes them."
     fused = {m: type(m) for m in model.modules() if type(m).__name__.endswith('RMSNorm')}
@@ -313,8 +354,14 @@ def sft(device: str, folder: Path) -> Iterator[dict]:
     from solar_repro import sft as ours
     from solar_repro.models.training import can_run
     n, rank = (2048, 64) if device == 'cuda' else (256, 8)
-    model = random_model(device, rank, .05)
-    ids, part = torch.randint(10, 30000, (n,)).tolist(), n//4
+    synchronize(device)
+    start = time.perf_counter()
+    base = random_base(device)
+    synchronize(device)
+    gib = torch.cuda.memory_allocated()/2**30 if device == 'cuda' else None
+    yield dict(nf4_load=dict(seconds=round(time.perf_counter() - start, 1), gib=gib))
+    model = adapted(base, rank, .05)
+    ids, part = torch.randint(10, base.config.vocab_size, (n,)).tolist(), n//4
     batch = ours.sft_microbatch([dict(input_ids=ids, labels=ids, seq_lengths=[part]*4)])
     batch = send_to_device(batch, device)
     trainer, step = trainer_of(ours.PackedTrainer, device), dict(microbatches=[batch], n=batch['n'])
@@ -322,7 +369,10 @@ def sft(device: str, folder: Path) -> Iterator[dict]:
     peak = peak_flops(device)
     flops, whole = flops_of(model, part, rank), flops_of(model, 2*n, rank)     # of runs; under a mask
     if not can_run(model.get_base_model()): flops = whole
-    yield dict(autocast=timed(work, n, device, flops, peak))
+    usual = timed(work, n, device, flops, peak)
+    yield dict(autocast=usual)
+    with no_dropout(model): without = timed(work, n, device, flops, peak)
+    yield dict(no_dropout=dict(without, times_as_fast=round(without['tok_s']/usual['tok_s'], 3)))
     with masked(): under_mask = timed(work, n, device, whole, peak)
     yield dict(masked=under_mask)
     with plain_norms(model): yield dict(plain_norms=timed(work, n, device, flops, peak))
@@ -339,8 +389,8 @@ def dpo(device: str, folder: Path) -> Iterator[dict]:
     from solar_repro import dpo as ours
     from solar_repro.models.training import can_run
     n, rank = (4096, 64) if device == 'cuda' else (256, 8)
-    model, part = random_model(device, rank, 0.), n//16
-    pick = lambda k: torch.randint(10, 30000, (k,)).tolist()
+    model, part = adapted(random_base(device), rank, 0.), n//16
+    pick = lambda k: torch.randint(10, model.config.vocab_size, (k,)).tolist()
     rows = [dict(prompt_ids=pick(part), chosen_ids=pick(part), rejected_ids=pick(part*2), ref_chosen_logps=0.,
                  ref_rejected_logps=0.) for _ in range(4)]
     batch = send_to_device(ours.shared_prefix_microbatch(rows), device)
@@ -439,9 +489,13 @@ def main():
     a.add_argument('--out', type=Path, default=HERE/'results'/'gpu_check.json')
     a.add_argument('--steps', nargs='+', choices=list(STEPS), default=list(STEPS))
     a.add_argument('--step', nargs=3, help=argparse.SUPPRESS)
+    a.add_argument('--killed', nargs=2, help=argparse.SUPPRESS)
     a = a.parse_args()
     if a.step: return run(*a.step[:2], Path(a.step[2]))
-    if a.strip: return stripped(a.wheels, a.strip)
+    if a.killed: return killed(Path(a.killed[0]), a.killed[1])
+    if a.strip:
+        stripped(a.wheels, a.strip)
+        return check_size(a.wheels)
     end = time.time() + 60*a.minutes
     installed = install(a.wheels) if a.wheels else []
     device, about = card()

@@ -89,18 +89,40 @@ def test_a_wheel_keeps_one_cuda_library(script, tmp_path):
     assert record.split() == [f'{n},sha256=x,9' for n in (names[0], names[2])] and list(tmp_path.iterdir()) == [wheel]
 
 
+@pytest.mark.skipif(not (CHECK.parents[1]/'.git').exists(), reason='git says what is tracked')
+def test_what_is_carried_has_a_limit(script, monkeypatch, tmp_path, capsys):
+    "Wheels and tracked files, as they lie on the disk."
+    monkeypatch.setattr(sys, 'argv', ['gpu_check', '--strip', '130', '--wheels', str(tmp_path)])
+    with open(tmp_path/'a-1-py3-none-any.whl', 'wb') as f: f.truncate(2**20)
+    script.main()
+    said = capsys.readouterr().out
+    assert said.startswith('wheels 1.0 MiB, tracked files ') and float(said.split()[5]) > 5
+    with open(tmp_path/'b-1-py3-none-any.whl', 'wb') as f: f.truncate(script.CARRIED)
+    with pytest.raises(SystemExit, match='MiB in all; expected at most 64'): script.main()
+
+
+def keys(x):
+    "What a step has found, without the values."
+    return {k: keys(v) for k, v in x.items()} if isinstance(x, dict) else None
+
+
 @pytest.mark.slow
 def test_every_step_runs_at_toy_size(tmp_path):
+    "And the recorded run of it has the same steps, with the same findings."
     said, out = check(tmp_path/'x.json', '--minutes', '60')
     steps = out['steps']
     assert {n: x['error'] for n, x in steps.items() if not x['ok']} == {}, said.stderr[-2000:]
     assert list(steps) == STEPS and said.returncode == 0
     assert .05 < steps['four_bits']['nf4_error'] < .15 and abs(steps['four_bits']['after_a_step'] - .9) < .01
-    assert steps['recipe']['resume'] == dict(checkpoints=['checkpoint-1'], same_bits=True)
+    assert steps['recipe']['resume'] == dict(killed_by=9, checkpoints=['checkpoint-1'], same_bits=True)
     assert len(steps['recipe']['scores']) == 6 and steps['dpo']['noise_nats'] < 1
     beside = steps['dpo']['runs_beside_mask']
     assert not beside['can_run'] and beside['gradient_apart'] == 0 < beside['norm']
-    assert steps['sft']['plain_norms']['tok_s'] > 0
+    assert steps['sft']['plain_norms']['tok_s'] > 0 and steps['sft']['nf4_load']['seconds'] > 0
+    with_dropout, without = (steps['sft'][k]['tok_s'] for k in ('autocast', 'no_dropout'))
+    assert steps['sft']['no_dropout']['times_as_fast'] == round(without/with_dropout, 3) > 0
     assert steps['dpo']['masked']['tok_s'] > 0
     assert steps['sft']['autocast']['tok_s'] > 0 and len(steps['sft']['profile_ms']) == 10
     assert all(v for k, v in steps['merging'].items() if k != 'seconds')
+    recorded = json.loads((CHECK.parent/'results'/'gpu_check_toy_cpu.json').read_text())
+    assert keys(recorded) == keys(out)

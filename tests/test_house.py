@@ -117,9 +117,9 @@ def cells(p: Path) -> list[dict]:
 
 
 def code() -> list[tuple[str, int, str]]:
-    "Every line of code that people write: library, profiles, tasks, tests, tools, benchmarks, and notebooks' cells."
+    "Every line of code that people write: library, profiles, tests, tools, benchmarks, and notebooks' cells."
     folders = 'solar_repro', 'tests', 'tools', 'benchmarks'
-    of = '.py', '.toml', '.yaml'
+    of = '.py', '.toml'
     files = [p for d in folders for p in sorted((ROOT / d).rglob('*')) if p.suffix in of and p.name != '_modidx.py']
     named = [(p, str(p.relative_to(ROOT))) for p in [*files, ROOT / 'setup.py']]
     lines = [(name, n, s) for p, name in named for n, s in written(p)]
