@@ -41,7 +41,9 @@ def test_paper_scale_is_the_papers(plans):
     assert p.eval.protocol == 'leaderboard-2023' and p.eval.n_items >= max(x.n for x in BENCH.values())
     assert p.eval.num_fewshot == dict(arc=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
     text = (ROOT/'solar_repro'/'profiles'/'a100.toml').read_text()
-    hyper = [l for l in text.split('[sft]')[1].split('[dpo.rows')[0].splitlines() if '=' in l and not l.startswith('#')]
+    lines = text.split('[sft]')[1].split('[dpo.rows')[0].splitlines()
+    hyper = [f'{l} {above if above.startswith("#") and "#" not in l else ""}' for above, l in zip(lines, lines[1:])
+             if '=' in l and not l.startswith('#')]          # its comment stands behind it, or above
     own = ('compute_dtype', 'save_steps', 'activation_checkpointing', 'nf4')
     bare = [l for l in hyper if '[' not in l.partition('#')[2] and not l.startswith(own)]
     assert len(hyper) > 25 and not bare, 'a hyper-parameter without its source'
