@@ -95,15 +95,19 @@ def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeyp
     assert 'SLERP' in out and report.label in ' '.join(out.split())
 
 
-@pytest.mark.parametrize('words', [['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'],
-                                   ['show', 'Merge v4', 'gsm8k'], ['contamination']], ids=' '.join)
+@pytest.mark.parametrize('words', [
+    ['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'], ['show', 'Merge v4', 'gsm8k'], ['contamination'],
+    ['diff', 'base', 'DPO v2', '--task', 'truthfulqa'], ['sweep', 'Cand. 1', 'Cand. 2', '--points', '3'], ['verify'],
+    ['results', 'new'], ['base']], ids=' '.join)
 def test_what_is_printed_fits_a_terminal(full, words, tmp_path, monkeypatch, capsys):
-    "plan was 129 columns wide, what doctor says 168, a lineage 151."
+    "plan was 129 columns wide, what doctor says 168, a lineage 151, items of diff 162, a hash of the base 89."
     monkeypatch.setenv('COLUMNS', '80')
     monkeypatch.chdir(tmp_path)
-    assert main([*words, '--profile', 'smoke', '--store', str(full)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 5 and max(len(x) for x in lines if str(full) not in x) <= 80
+    assert main([*words, *([] if words == ['base'] else ['--profile', 'smoke', '--store', str(full)])]) == 0
+    out = capsys.readouterr().out
+    lines = [x for x in out.splitlines() if str(full) not in x and str(tmp_path) not in x]      # a path stays one word
+    assert lines and max(map(len, lines)) <= 80
+    assert words != ['base'] or 'weights' in json.loads(out), 'what is for a program stays so'
 
 
 @pytest.mark.parametrize('columns', ['1', '2'])

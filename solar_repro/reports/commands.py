@@ -152,12 +152,12 @@ def diff(exp, # the run: `Experiment`
     if a == b: raise ValueError(f'diff: {a!r} twice; expected two models. Name another.')
     found = exp.flips(a, b, task)
     n, change, label = len(exp.items(a, task)), found['change'], library('pipeline.results').alone(exp).label
-    print(library('publishing.text').in_lines(
-        f'{task}, {label}: {(change > 0).sum()} items for {b}, {(change < 0).sum()} for {a}: '
-        f'{100*change.sum()/n:+.1f} points over {n} items'))
+    in_lines = library('publishing.text').in_lines
+    print(in_lines(f'{task}, {label}: {(change > 0).sum()} items for {b}, {(change < 0).sum()} for {a}: '
+                   f'{100*change.sum()/n:+.1f} points over {n} items'))
     for x in found.to_dict('records'):
-        print(f"\nitem {x['doc_id']}\n{x['prompt']}\n  right: {x['gold']}")
-        for m in (a, b): print(f"  {m} ({x[m]:.2f}): {x[f'{m} says']}")
+        said = (f"  {m} ({x[m]:.2f}): {x[f'{m} says']}" for m in (a, b))
+        print(in_lines('\n'.join([f"\nitem {x['doc_id']}", x['prompt'], f"  right: {x['gold']}", *said])))
 
 # %% ../../nbs/reports/02_commands.ipynb #8fa59bc7
 def sweep(exp, # the run: `Experiment`
@@ -341,7 +341,9 @@ def base(
     """
     tiny, folder = library('tiny.base'), library('core.config').root()/'runs'/'base'
     record = json.loads((tiny.shipped_base()/'record.json').read_text())
-    if not rebuild: return _print_json(record | dict(loss=record['loss'][::max(1, len(record['loss'])//20)]))
+    if not rebuild:
+        shown = json.dumps(record | dict(loss=record['loss'][::max(1, len(record['loss'])//20)]), indent=1)
+        return print(library('publishing.text').in_lines(shown)) # on a terminal a hash has a line of its own
     with bar() as steps:
         def step(k, n, loss): steps.set_postfix(loss=f'{loss:.3f}', refresh=False); advance(steps, k, n)
         again = json.loads((tiny.pretrain(folder, tiny.BaseSettings(), on_progress=step)/'record.json').read_text())
