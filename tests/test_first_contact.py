@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -17,6 +19,7 @@ from solar_repro.paper import MEASURED, TITLES
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.sweep import between, is_built, sweep
 from solar_repro.publishing.text import write_tables
+from solar_repro.reports import commands
 from solar_repro.reports.cli import main
 from solar_repro.tables import CONTRADICTED, SUPPORTED, verdicts_on_paper
 
@@ -96,9 +99,9 @@ def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize('words', [
-    ['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'], ['show', 'Merge v4', 'gsm8k'], ['contamination'],
-    ['diff', 'base', 'DPO v2', '--task', 'truthfulqa'], ['sweep', 'Cand. 1', 'Cand. 2', '--points', '3'], ['verify'],
-    ['results', 'new'], ['base']], ids=' '.join)
+    ['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'], ['show', 'Merge v4', 'gsm8k'], ['verify'],
+    ['contamination'], ['diff', 'base', 'DPO v2', '--task', 'truthfulqa'], ['results', 'new'], ['base'],
+    ['sweep', 'Cand. 1', 'Cand. 2', '--points', '3']], ids=' '.join)
 def test_what_is_printed_fits_a_terminal(full, words, tmp_path, monkeypatch, capsys):
     "plan was 129 columns wide, what doctor says 168, a lineage 151, items of diff 162, a hash of the base 89."
     monkeypatch.setenv('COLUMNS', '80')
@@ -108,6 +111,42 @@ def test_what_is_printed_fits_a_terminal(full, words, tmp_path, monkeypatch, cap
     lines = [x for x in out.splitlines() if str(full) not in x and str(tmp_path) not in x]      # a path stays one word
     assert lines and max(map(len, lines)) <= 80
     assert words != ['base'] or 'weights' in json.loads(out), 'what is for a program stays so'
+
+
+@pytest.mark.parametrize('is_terminal', [True, False])
+def test_what_takes_long_says_on_a_terminal_what_it_does(is_terminal, monkeypatch, capsys):
+    "doctor, diff and whatever read the recorded runs were silent for seconds."
+    monkeypatch.setattr(commands, 'PATIENCE_S', .01)
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: is_terminal)
+    said = []
+
+    def doctor():
+        "Look at nothing until somebody has been told."
+        while any(isinstance(t, threading.Timer) for t in threading.enumerate()): time.sleep(.01)
+        said.append(capsys.readouterr().err)
+    monkeypatch.setitem(commands.COMMANDS, 'doctor', doctor)
+    assert main(['doctor']) == 0 and capsys.readouterr().err == ''
+    line, = said
+    assert line == (f"solar-repro: {commands.DOING['doctor']} ...\n" if is_terminal else '')
+
+
+def test_what_says_that_it_builds_says_nothing_else(tmp_path, monkeypatch, capsys):
+    "The line would stand in the middle of the bars; and a command that ends sooner leaves nothing that waits."
+    monkeypatch.setattr(commands, 'PATIENCE_S', 3600)
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    waits = lambda: [t for t in threading.enumerate() if isinstance(t, threading.Timer) and not t.finished.is_set()]
+    seen = []
+
+    def doctor(exp):
+        "Build a set of rows."
+        before = waits()
+        exp.build('data/openorca')
+        seen.append((before, waits()))
+    monkeypatch.setitem(commands.COMMANDS, 'doctor', doctor)
+    assert main(['doctor', '--profile', 'smoke', '--store', str(tmp_path)]) == 0
+    (before, after), = seen
+    assert len(before) == 1 and after == [] and waits() == []
+    assert 'missing of profile smoke' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('columns', ['1', '2'])
