@@ -308,6 +308,28 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     assert 'src="nbs/recorded/table4.png"' in render(nbs / 'index.ipynb')
 
 
+# ---- the lineage
+
+@pytest.mark.parametrize('note', ['', '12.3 h'])
+def test_no_arrow_of_the_lineage_runs_through_a_word(note):
+    "Above the boxes stood the hours of a plan, and one arrow went through them."
+    import matplotlib.pyplot as plt
+    from matplotlib.path import Path as Line
+    from solar_repro.core.figures import graph_figure
+    from solar_repro.pipeline.graph import MODEL_KINDS
+    graph = Experiment('tiny').graph
+    fig = graph_figure(graph, MODEL_KINDS, {n: note for n, s in graph.items() if s.kind in MODEL_KINDS and note})
+    fig.canvas.draw()
+    words = [t for t in fig.axes[0].texts if t.get_text()]
+    arrows = [t.arrow_patch for t in fig.axes[0].texts if hasattr(t, 'arrow_patch')]
+    assert len(arrows) > 20 and len(words) > 30 + 15*bool(note)
+    places = {t: t.get_window_extent().padded(2) for t in words}        # pixels
+    for a in arrows:
+        line = [Line(p) for p in a.get_transform().transform_path(a.get_path()).to_polygons(closed_only=False)]
+        assert line and not [t.get_text() for t, x in places.items() if any(p.intersects_bbox(x, False) for p in line)]
+    plt.close(fig)
+
+
 # ---- the demo
 
 def test_the_demo_is_one_page_and_part_of_the_run(full, tmp_path, monkeypatch, capsys):
