@@ -291,6 +291,17 @@ def test_front_page_says_what_the_papers_numbers_tell():
     assert f'lie {of["zephyr-dpo"][0][0] - of["zephyr-dpo"][1][0]:.2f} apart' in readme
 
 
+def test_front_page_goes_from_what_was_found_to_two_commands_a_table_and_its_picture():
+    "Six paragraphs of what it is not and what it needs stood before the first command, and no table stood open."
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    order = ['**In short.**', '```sh', '| Model ', '<img src="nbs/recorded/table', '<summary>', '## What was found',
+             '## What it is not', '## What the commands need and leave']
+    assert order == sorted(order, key=readme.index)
+    first = readme[readme.index('```sh'):].split('```')[1]
+    assert re.findall(r'^make (\w+)', first, flags=re.M) == ['demo', 'tables']
+    assert all(f'{x} took' in readme for x in ('`make tables`', '`make test`')) and 'set-up included' in readme
+
+
 def test_make_lab_tells_root_what_to_do(tmp_path):
     fake = tmp_path/'id'
     fake.write_text('#!/bin/sh\necho 0\n')
