@@ -98,6 +98,22 @@ def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeyp
     assert 'SLERP' in out and report.label in ' '.join(out.split())
 
 
+@pytest.mark.parametrize('isatty, env, bold', [(True, dict(TERM='xterm'), True), (False, dict(TERM='xterm'), False),
+                                               (True, dict(TERM='dumb'), False),
+                                               (True, dict(TERM='xterm', NO_COLOR='1'), False)])
+def test_the_best_of_a_column_is_bold_where_a_terminal_can(isatty, env, bold, tmp_path, monkeypatch, capsys):
+    "Elsewhere it has a star, and the sentence below says which of the two it is."
+    for k in ('TERM', 'NO_COLOR'): monkeypatch.delenv(k, raising=False)
+    for k, v in (env | dict(COLUMNS='80')).items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: isatty)
+    assert main(['table', '5', '--recorded', '--store', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    best = Experiment('tiny', recorded=True).table(5)['h6'].max()
+    assert (f'\x1b[1m{best:.2f}\x1b[0m' in out) == bold and (f'{best:.2f}*' in out) != bold
+    assert ('best of each column in bold' in ' '.join(out.split())) == bold
+    assert max(len(re.sub(r'\x1b\[\d+m', '', x)) for x in out.splitlines()) <= 80
+
+
 @pytest.mark.parametrize('words', [
     ['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'], ['show', 'Merge v4', 'gsm8k'], ['verify'],
     ['contamination'], ['diff', 'base', 'DPO v2', '--task', 'truthfulqa'], ['results', 'new'], ['base'],
@@ -276,6 +292,39 @@ def test_binder_installs_what_is_pinned():
     assert (ROOT/'binder'/'runtime.txt').read_text().strip() == 'python-3.11'
     assert os.access(ROOT/'binder'/'postBuild', os.X_OK)
     assert subprocess.run(['sh', '-n', ROOT/'binder'/'postBuild']).returncode == 0
+
+
+def test_what_binder_runs_after_its_installation_runs(tmp_path):
+    "Its commands, on this environment: they need no network. What it installs is this package."
+    env = os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(ROOT))
+    done = subprocess.run(['sh', ROOT/'binder'/'postBuild'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and 'can run tiny' in ' '.join(done.stdout.split()), done.stderr
+    assert not list((tmp_path/'runs').glob('store/*')), 'nothing is trained while the image is built'
+    named = subprocess.run([sys.executable, 'setup.py', '--name'], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert named.stdout.split() == ['solar_repro']
+
+
+PIP_SAYS = """Obtaining file:///home/somebody/solar-repro
+Collecting torch==2.13.0 (from solar_repro==0.1.0)
+  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl.metadata (29 kB)
+Downloading https://files.example.org/a/b/torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (526.9 MB)
+Downloading six-1.17.0-py2.py3-none-any.whl (11 kB)
+Downloading regex-2026.1-cp311-cp311-manylinux_2_28_x86_64.whl (8.2 MB)
+   ---------------------------------------- 8.2/8.2 MB 90.1 MB/s  0:00:00
+Downloading transformers-5.23.0-py3-none-any.whl (10.4 MB)
+Using cached scipy-1.17.0-cp311-cp311-manylinux_2_28_x86_64.whl (35.1 MB)
+Installing collected packages: six, torch, transformers
+Successfully installed six-1.17.0 torch-2.13.0 transformers-5.23.0
+"""
+
+
+def test_set_up_says_the_large_files_as_they_come():
+    "What tools/setup.sh makes of pip's words: files of ten megabytes and more with their size, then that it unpacks."
+    program, = re.findall(r"\| awk '(.*?)'$", (ROOT/'tools'/'setup.sh').read_text(), flags=re.S | re.M)
+    said = subprocess.run(['awk', program], input=PIP_SAYS, capture_output=True, text=True)
+    assert said.stdout.splitlines() == [
+        'setup:   torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (526.9 MB)',
+        'setup:   transformers-5.23.0-py3-none-any.whl (10.4 MB)', 'setup:   unpacking'], said.stderr
 
 
 def test_front_page_says_what_the_papers_numbers_tell():
