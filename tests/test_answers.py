@@ -1,4 +1,6 @@
 "What a person asks of a model is put to it as benchmarks are: the same tokens, the same ends."
+from pathlib import Path
+
 import pytest
 from lm_eval.api.instance import Instance
 from test_sources import model_of
@@ -9,6 +11,8 @@ from solar_repro.models.adapters import AdaptedModel, materialize
 from solar_repro.models.loading import load_tokenizer, render
 from solar_repro.pipeline.builder import generate
 from solar_repro.tiny.world import shipped_base
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize('adds_bos', [True, False])
@@ -28,3 +32,13 @@ def test_a_prompt_that_cannot_be_read_is_not_answered(prompt, template):
     with pytest.raises(ValueError, match='the prompt has .* tokens; expected 1 to'):
         around = Template(prompt=template, separator=' ')
         generate(materialize(AdaptedModel(shipped_base())), shipped_base(), around, prompt, 12)
+
+
+def test_the_page_of_answers_is_what_the_recorded_run_gives(tmp_path, monkeypatch):
+    "Its items, prompts and texts, byte by byte: nobody has chosen or mended one by hand."
+    monkeypatch.syspath_prepend(str(ROOT/'tools'))
+    monkeypatch.setenv('SOLAR_STORE', str(tmp_path/'store'))
+    import record_answers
+    monkeypatch.setattr('sys.argv', ['record_answers', '--out', str(tmp_path/'answers.json')])
+    record_answers.main()
+    assert (tmp_path/'answers.json').read_bytes() == (ROOT/'nbs'/'recorded'/'answers.json').read_bytes()

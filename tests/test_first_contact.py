@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -17,6 +19,7 @@ from solar_repro.paper import MEASURED, TITLES
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.sweep import between, is_built, sweep
 from solar_repro.publishing.text import write_tables
+from solar_repro.reports import commands
 from solar_repro.reports.cli import main
 from solar_repro.tables import CONTRADICTED, SUPPORTED, verdicts_on_paper
 
@@ -95,15 +98,71 @@ def test_a_table_fits_a_terminal_and_says_what_the_report_says(tmp_path, monkeyp
     assert 'SLERP' in out and report.label in ' '.join(out.split())
 
 
-@pytest.mark.parametrize('words', [['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'],
-                                   ['show', 'Merge v4', 'gsm8k'], ['contamination']], ids=' '.join)
+@pytest.mark.parametrize('isatty, env, bold', [(True, dict(TERM='xterm'), True), (False, dict(TERM='xterm'), False),
+                                               (True, dict(TERM='dumb'), False),
+                                               (True, dict(TERM='xterm', NO_COLOR='1'), False)])
+def test_the_best_of_a_column_is_bold_where_a_terminal_can(isatty, env, bold, tmp_path, monkeypatch, capsys):
+    "Elsewhere it has a star, and the sentence below says which of the two it is."
+    for k in ('TERM', 'NO_COLOR'): monkeypatch.delenv(k, raising=False)
+    for k, v in (env | dict(COLUMNS='80')).items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: isatty)
+    assert main(['table', '5', '--recorded', '--store', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    best = Experiment('tiny', recorded=True).table(5)['h6'].max()
+    assert (f'\x1b[1m{best:.2f}\x1b[0m' in out) == bold and (f'{best:.2f}*' in out) != bold
+    assert ('best of each column in bold' in ' '.join(out.split())) == bold
+    assert max(len(re.sub(r'\x1b\[\d+m', '', x)) for x in out.splitlines()) <= 80
+
+
+@pytest.mark.parametrize('words', [
+    ['status'], ['plan'], ['plan', '--actual'], ['doctor'], ['claims'], ['show', 'Merge v4', 'gsm8k'], ['verify'],
+    ['contamination'], ['diff', 'base', 'DPO v2', '--task', 'truthfulqa'], ['results', 'new'], ['base'],
+    ['sweep', 'Cand. 1', 'Cand. 2', '--points', '3']], ids=' '.join)
 def test_what_is_printed_fits_a_terminal(full, words, tmp_path, monkeypatch, capsys):
-    "plan was 129 columns wide, what doctor says 168, a lineage 151."
+    "plan was 129 columns wide, what doctor says 168, a lineage 151, items of diff 162, a hash of the base 89."
     monkeypatch.setenv('COLUMNS', '80')
     monkeypatch.chdir(tmp_path)
-    assert main([*words, '--profile', 'smoke', '--store', str(full)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 5 and max(len(x) for x in lines if str(full) not in x) <= 80
+    assert main([*words, *([] if words == ['base'] else ['--profile', 'smoke', '--store', str(full)])]) == 0
+    out = capsys.readouterr().out
+    lines = [x for x in out.splitlines() if str(full) not in x and str(tmp_path) not in x]      # a path stays one word
+    assert lines and max(map(len, lines)) <= 80
+    assert words != ['base'] or 'weights' in json.loads(out), 'what is for a program stays so'
+
+
+@pytest.mark.parametrize('is_terminal', [True, False])
+def test_what_takes_long_says_on_a_terminal_what_it_does(is_terminal, monkeypatch, capsys):
+    "doctor, diff and whatever read the recorded runs were silent for seconds."
+    monkeypatch.setattr(commands, 'PATIENCE_S', .01)
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: is_terminal)
+    said = []
+
+    def doctor():
+        "Look at nothing until somebody has been told."
+        while any(isinstance(t, threading.Timer) for t in threading.enumerate()): time.sleep(.01)
+        said.append(capsys.readouterr().err)
+    monkeypatch.setitem(commands.COMMANDS, 'doctor', doctor)
+    assert main(['doctor']) == 0 and capsys.readouterr().err == ''
+    line, = said
+    assert line == (f"solar-repro: {commands.DOING['doctor']} ...\n" if is_terminal else '')
+
+
+def test_what_says_that_it_builds_says_nothing_else(tmp_path, monkeypatch, capsys):
+    "The line would stand in the middle of the bars; and a command that ends sooner leaves nothing that waits."
+    monkeypatch.setattr(commands, 'PATIENCE_S', 3600)
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    waits = lambda: [t for t in threading.enumerate() if isinstance(t, threading.Timer) and not t.finished.is_set()]
+    seen = []
+
+    def doctor(exp):
+        "Build a set of rows."
+        before = waits()
+        exp.build('data/openorca')
+        seen.append((before, waits()))
+    monkeypatch.setitem(commands.COMMANDS, 'doctor', doctor)
+    assert main(['doctor', '--profile', 'smoke', '--store', str(tmp_path)]) == 0
+    (before, after), = seen
+    assert len(before) == 1 and after == [] and waits() == []
+    assert 'missing of profile smoke' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('columns', ['1', '2'])
@@ -235,6 +294,39 @@ def test_binder_installs_what_is_pinned():
     assert subprocess.run(['sh', '-n', ROOT/'binder'/'postBuild']).returncode == 0
 
 
+def test_what_binder_runs_after_its_installation_runs(tmp_path):
+    "Its commands, on this environment: they need no network. What it installs is this package."
+    env = os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', PYTHONPATH=str(ROOT))
+    done = subprocess.run(['sh', ROOT/'binder'/'postBuild'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and 'can run tiny' in ' '.join(done.stdout.split()), done.stderr
+    assert not list((tmp_path/'runs').glob('store/*')), 'nothing is trained while the image is built'
+    named = subprocess.run([sys.executable, 'setup.py', '--name'], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert named.stdout.split() == ['solar_repro']
+
+
+PIP_SAYS = """Obtaining file:///home/somebody/solar-repro
+Collecting torch==2.13.0 (from solar_repro==0.1.0)
+  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl.metadata (29 kB)
+Downloading https://files.example.org/a/b/torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (526.9 MB)
+Downloading six-1.17.0-py2.py3-none-any.whl (11 kB)
+Downloading regex-2026.1-cp311-cp311-manylinux_2_28_x86_64.whl (8.2 MB)
+   ---------------------------------------- 8.2/8.2 MB 90.1 MB/s  0:00:00
+Downloading transformers-5.23.0-py3-none-any.whl (10.4 MB)
+Using cached scipy-1.17.0-cp311-cp311-manylinux_2_28_x86_64.whl (35.1 MB)
+Installing collected packages: six, torch, transformers
+Successfully installed six-1.17.0 torch-2.13.0 transformers-5.23.0
+"""
+
+
+def test_set_up_says_the_large_files_as_they_come():
+    "What tools/setup.sh makes of pip's words: files of ten megabytes and more with their size, then that it unpacks."
+    program, = re.findall(r"\| awk '(.*?)'$", (ROOT/'tools'/'setup.sh').read_text(), flags=re.S | re.M)
+    said = subprocess.run(['awk', program], input=PIP_SAYS, capture_output=True, text=True)
+    assert said.stdout.splitlines() == [
+        'setup:   torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (526.9 MB)',
+        'setup:   transformers-5.23.0-py3-none-any.whl (10.4 MB)', 'setup:   unpacking'], said.stderr
+
+
 def test_front_page_says_what_the_papers_numbers_tell():
     readme = ' '.join((ROOT/'README.md').read_text(encoding='utf-8').split())
     verdicts = verdicts_on_paper()
@@ -246,6 +338,17 @@ def test_front_page_says_what_the_papers_numbers_tell():
     (h6, *_, gsm8k), (h6_again, *_, gsm8k_again) = of['solar'][1:]
     assert f'H6 by {h6_again - h6:.2f} and GSM8K by {gsm8k_again - gsm8k:.2f}' in readme
     assert f'lie {of["zephyr-dpo"][0][0] - of["zephyr-dpo"][1][0]:.2f} apart' in readme
+
+
+def test_front_page_goes_from_what_was_found_to_two_commands_a_table_and_its_picture():
+    "Six paragraphs of what it is not and what it needs stood before the first command, and no table stood open."
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    order = ['**In short.**', '```sh', '| Model ', '<img src="nbs/recorded/table', '<summary>', '## What was found',
+             '## What it is not', '## What the commands need and leave']
+    assert order == sorted(order, key=readme.index)
+    first = readme[readme.index('```sh'):].split('```')[1]
+    assert re.findall(r'^make (\w+)', first, flags=re.M) == ['demo', 'tables']
+    assert all(f'{x} took' in readme for x in ('`make tables`', '`make test`')) and 'set-up included' in readme
 
 
 def test_make_lab_tells_root_what_to_do(tmp_path):

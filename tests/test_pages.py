@@ -308,6 +308,60 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     assert 'src="nbs/recorded/table4.png"' in render(nbs / 'index.ipynb')
 
 
+def test_a_report_says_what_made_it(full, tmp_path, monkeypatch):
+    "Beneath its summary: processor, versions, seeds, days and the commit of the code."
+    from solar_repro.reports import published
+    monkeypatch.chdir(ROOT)
+    here = run('git', 'describe', '--always', '--dirty', '--exclude=*').stdout.strip()
+    assert published.commit() == here
+    monkeypatch.chdir(tmp_path)
+    assert published.commit() == '', 'this folder is no clone'
+    monkeypatch.setattr(published, 'commit', lambda: '1234abc')
+    published.published(Experiment('smoke', store=full))
+    page = (tmp_path / 'runs' / 'smoke' / 'report.html').read_text(encoding='utf-8')
+    made, = re.findall(r'<p class="soft">(smoke test.*?)</p>', page)
+    wanted = r'smoke test, seed 0; .*torch \S+, .*scored \d{4}-\d\d-\d\d.*solar_repro \S+, commit 1234abc'
+    assert re.fullmatch(wanted, made), made
+    assert 'seeds 0 to 9; ' in published.made_by(Experiment('tiny', recorded=True))
+
+
+def test_what_the_front_page_says_of_smol_is_its_record():
+    "Differences that could be seen, items, and minutes on two cores, which are at least half of one processor's."
+    from solar_repro.tables import detectable
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    row, = re.findall(r'^\| `smol` \|.*$', readme, flags=re.M)
+    exp = Experiment('smol', recorded=True)
+    samples = exp.samples()
+    seen = [detectable(n, samples) for n in range(3, 8)]
+    assert f'{min(seen):.1f} to {max(seen):.1f} points in H6' in row
+    items = samples[samples['task'] != 'gsm8k'].groupby(['model', 'task']).size()
+    assert f'{items.min()} items of each choice benchmark' in row and items.min() == items.max()
+    minutes, record = int(re.search(r'in (\d+) minutes on two busy cores', row)[1]), next(iter(exp.records.values()))
+    assert record['seconds']/60/2 <= minutes <= record['seconds']/60
+
+
+# ---- the lineage
+
+@pytest.mark.parametrize('note', ['', '12.3 h'])
+def test_no_arrow_of_the_lineage_runs_through_a_word(note):
+    "Above the boxes stood the hours of a plan, and one arrow went through them."
+    import matplotlib.pyplot as plt
+    from matplotlib.path import Path as Line
+    from solar_repro.core.figures import graph_figure
+    from solar_repro.pipeline.graph import MODEL_KINDS
+    graph = Experiment('tiny').graph
+    fig = graph_figure(graph, MODEL_KINDS, {n: note for n, s in graph.items() if s.kind in MODEL_KINDS and note})
+    fig.canvas.draw()
+    words = [t for t in fig.axes[0].texts if t.get_text()]
+    arrows = [t.arrow_patch for t in fig.axes[0].texts if hasattr(t, 'arrow_patch')]
+    assert len(arrows) > 20 and len(words) > 30 + 15*bool(note)
+    places = {t: t.get_window_extent().padded(2) for t in words}        # pixels
+    for a in arrows:
+        line = [Line(p) for p in a.get_transform().transform_path(a.get_path()).to_polygons(closed_only=False)]
+        assert line and not [t.get_text() for t, x in places.items() if any(p.intersects_bbox(x, False) for p in line)]
+    plt.close(fig)
+
+
 # ---- the demo
 
 def test_the_demo_is_one_page_and_part_of_the_run(full, tmp_path, monkeypatch, capsys):
@@ -508,7 +562,7 @@ Experiment('smoke', store={store!r})"""
 def lab(home, port):
     "JupyterLab as `make lab` starts it; yields a function that asks it."
     recipe = run('make', '-n', '--no-print-directory', 'lab').stdout.splitlines()[-1]
-    assert '.venv/bin/python -m jupyterlab nbs' in recipe
+    assert recipe.split() == ['.venv/bin/python', '-m', 'jupyterlab', 'nbs/06_tables.ipynb']
     command = recipe.replace('.venv/bin/python', shlex.quote(sys.executable))
     command += f' --no-browser --allow-root --ip=127.0.0.1 --port={port} --IdentityProvider.token=t'
     env = {**{k: v for k, v in ENV.items() if not k.startswith(('JUPYTER', 'XDG'))}, 'HOME': str(home)}
@@ -566,6 +620,10 @@ def test_make_lab_starts_the_environments_own_kernel(full, tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     with lab(tmp_path, port) as ask:
         assert b'04_merge.ipynb' in ask('api/contents') and b'jupyter-config-data' in ask('lab')
+        opened, = tmp_path.rglob('jpserver-file-to-run-*-open.html')        # what it has a browser read
+        first, = set(re.findall(rf'http://[\w.]+:{port}/([^"?]+)', opened.read_text()))
+        page = re.search(rb'jupyter-config-data" type="application/json">(.*?)</script>', ask(first), re.S)[1]
+        assert json.loads(page)['treePath'] == '06_tables.ipynb'
         kernel = json.loads(ask('api/kernels', dict(name='python3')))['id']
         code = LAB_CODE.format(store=str(full))
         said, shown = executed(websocket.create_connection, port, kernel, code)

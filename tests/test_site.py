@@ -1,5 +1,7 @@
 "The documentation site, as a browser shows it, and the tables that sort and filter."
 
+import html
+import inspect
 import json
 import os
 import re
@@ -117,6 +119,61 @@ def test_site_pictures_are_described_and_code_is_shown(site, pages):
     api = (site[0] / 'api' / 'merge.html').read_text()
     assert 'merge_models' in api and 'checkpoint folder to write' in api
     assert '#| export' not in merge and str(ROOT) not in merge
+
+
+STORY = 'paper', 'data', 'sft', 'dpo', 'merge', 'eval', 'tables', 'your_own', 'tiny/world', 'tiny/base'
+
+
+def test_site_code_of_the_story_is_folded(site):
+    "Results and prose stand open; on pages of the machinery, of which code is the matter, it stands open, too."
+    folded = re.compile(r'<details class="code-fold">.*?</details>', flags=re.S)
+    for name in STORY:
+        text = (site[0] / f'{name}.html').read_text()
+        assert folded.search(text) and 'cell-code' not in folded.sub('', text), name
+    assert 'cell-code' in folded.sub('', (site[0] / 'core' / 'stats.html').read_text())
+
+
+def test_site_pages_say_where_their_notebook_is(site, pages):
+    "To download, at its source, in Colab with what a first cell has to do there, in Binder."
+    notebooks = {p for p in pages if 'api' not in p.parts and p.name not in ('index.html', 'answers.html')}
+    assert len(notebooks) == len(NOTEBOOKS)              # less the front page, and the new one
+    for p in notebooks:
+        line, = re.findall(r'<p class="elsewhere">(.*?)</p>', p.read_text(), flags=re.S)
+        file = re.search(r'href="([^"]+)" download=', line)[1]
+        assert (p.parent / file).is_file() and file.endswith('.ipynb')
+        name = file.split('notebooks/', 1)[1]
+        assert f'/blob/main/nbs/{name}">its source' in line and f'/nbs/{name}">open in Colab' in line
+        assert re.search(r'open in Colab</a> \(first cell: <code>%pip install git\+https://\S+</code>\)', line), p
+
+
+def test_site_leads_with_results_and_tells_the_story_before_the_machinery(site):
+    text = (site[0] / 'index.html').read_text()
+    side = re.findall(r'href="([^"]+)" class="sidebar-item-text', text)
+    order = ['index.html', 'tables.html', 'answers.html', *(f'{n}.html' for n in STORY if n != 'tables'),
+             'core/config.html', 'reports/cli.html', 'api/merge.html']
+    assert side[:4] == order[:4] and order == sorted(order, key=side.index)
+
+
+def test_site_reference_shows_parameters_as_a_table(site):
+    from solar_repro.merge import merge_models
+    text = (site[0] / 'api' / 'merge.html').read_text()
+    part = re.search(r'<section id="merge_models".*?</section>', text, flags=re.S)[0]
+    head, *rows = [re.findall(r'<t[dh]>(.*?)</t[dh]>', r, flags=re.S) for r in re.findall(r'<tr>.*?</tr>', part, re.S)]
+    assert head == ['Parameter', 'Type', 'Default', 'Description']
+    names = [re.sub('<.*?>', '', r[0]) for r in rows]
+    assert names == [*inspect.signature(merge_models).parameters, 'returns']
+    assert all(r[3] for r in rows), 'each says what it is'
+
+
+def test_site_answers_are_those_of_the_record(site):
+    "Every prompt, every text, and who was right, letter by letter."
+    text = html.unescape((site[0] / 'answers.html').read_text(encoding='utf-8')).replace('<br>', '\n')
+    kept = json.loads((ROOT / 'nbs' / 'recorded' / 'answers.json').read_text(encoding='utf-8'))
+    asked = re.findall(r'<p class="asked">(.*?)</p>', text, flags=re.S)
+    right = re.findall(r'<p class="asked-right">right: (.*?)</p>', text, flags=re.S)
+    assert [(a, r) for a, r in zip(asked, right)] == [(x['prompt'], x['right']) for x in kept['items']]
+    cards = re.findall(r'<div class="answer( right)?"><b>(.*?)</b> <span>\S+</span>\n(.*?)</div>', text, flags=re.S)
+    assert cards == [(' right'*(x['score'][m] >= .5), m, a) for x in kept['items'] for m, a in x['said'].items()]
 
 
 def test_site_config_is_valid_for_quarto():

@@ -128,7 +128,9 @@ def elsewhere(name: str, up: str) -> str:
         'open in Colab': f'https://colab.research.google.com/github/{repo}/blob/{cfg.branch}/nbs/{name}',
         'open in Binder': f'https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath={quote(f"nbs/{name}", safe="")}',
     }
-    return '<p class="elsewhere">' + ' · '.join(f'<a href="{u}">{t}</a>' for t, u in links.items()) + '</p>'
+    first = f' (first cell: <code>%pip install git+{cfg.git_url}</code>)'       # Colab knows nothing of this package
+    shown = [f'<a href="{u}">{t}</a>' + first*('Colab' in t) for t, u in links.items()]
+    return f'<p class="elsewhere">{" · ".join(shown)}</p>'
 
 
 def answers_page(recorded: Path) -> str:

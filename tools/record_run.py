@@ -24,7 +24,7 @@ FOUND = '<!-- found by tools/record_run.py -->', '<!-- end of what was found -->
 TOLD = '<!-- told by tools/record_run.py -->', '<!-- end of what was told -->'         # what stands behind them
 TIMES = ROOT / 'benchmarks' / 'results' / 'commands.json'          # minutes that whole commands took, set-up included
 FRONT = 'tiny'                                              # the profile whose runs stand on the front page
-SHOWN = 4                                                   # the table whose picture stands on the front page
+SHOWN = 4                                                   # the table that stands on the front page, above its picture
 
 
 def record(
@@ -138,11 +138,12 @@ def times() -> str:
     ends = {c: (math.floor(min(m)), math.ceil(max(m))) for c, m in seen['minutes'].items()}
     spans = {c: ' to '.join(map(str, dict.fromkeys(x))) for c, x in ends.items()}
     said = [f'`{command}` took {span} minutes' for command, span in spans.items()]
-    return f' On {seen["machines"]}, set-up included, {" and ".join(said)}.'
+    *first, last = said
+    return f' On {seen["machines"]}, set-up included, {" and ".join(filter(None, [", ".join(first), last]))}.'
 
 
 def text_of(profile: str, nbs: Path) -> str:
-    "The part of the front page: what was run and on what, two pictures, what replicates, five tables."
+    "The part of the front page: a table and its picture, what was run and on what, what replicates, other tables."
     from solar_repro.pipeline.experiment import Experiment
     from solar_repro.publishing.report import publish
     from solar_repro.tables import finding
@@ -153,23 +154,25 @@ def text_of(profile: str, nbs: Path) -> str:
         publish(exp.scores(), Path(d), exp.label, exp.provenance(), exp.custom, samples, exp.made_on())
         for png in sorted(Path(d).glob('figures/*.png')):
             (nbs / 'recorded' / png.name).write_bytes(small(png.read_bytes()))
-        numbers = '\n\n'.join((Path(d) / 'tables' / f'table{n}.md').read_text(encoding='utf-8').strip()
-                              for n in range(3, 8))
+        numbers = {n: (Path(d) / 'tables' / f'table{n}.md').read_text(encoding='utf-8').strip() for n in range(3, 8)}
+    unfolded = numbers.pop(SHOWN)
     alt = '. '.join(finding(SHOWN, exp.table(SHOWN), exp.label, samples).splitlines())
     took = minutes(min(r['seconds'] for r in exp.records.values()))     # the others shared the machine with more
     return '\n\n'.join(
         [
+            unfolded,
+            f'<p><img src="recorded/table{SHOWN}.png" alt="{alt}"></p>',
             f'Recorded runs: **{exp.label}**, not SOLAR 10.7B, on {exp.made_on()}. All {len(exp.graph)} stages of one'
             f' seed took {took} of one processor where least else ran.{times()} A run of your own says of'
             ' itself what made it;'
             ' on another processor its sums are rounded otherwise, and its scores differ as those of another seed do.',
-            f'<p><img src="recorded/table{SHOWN}.png" alt="{alt}"></p>',
             (
                 '<p><img src="recorded/claims.png" alt="Each claim of section 4.3 with its verdict on the paper\'s'
                 ' numbers and on ours"></p>'
             ),
             *replicated(profile),
-            f'<details>\n<summary>Tables 3 to 7 in numbers</summary>\n\n{numbers}\n\n</details>',
+            '<details>\n<summary>The other four tables in numbers</summary>\n\n'
+            + '\n\n'.join(numbers.values()) + '\n\n</details>',
         ]
     )
 

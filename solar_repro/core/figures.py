@@ -30,7 +30,7 @@ def style()->None:
 _PLACES = {
     'base': (0, 4), 'base (dequantized)': (0, 2.6),
     'SFT v1': (1, 6.3), 'SFT v2': (1, 5.1), 'SFT v3': (1, 3.6), 'SFT v4': (1, 1.4), 'SFT v3 + v4': (2, 2.2),
-    'DPO v1': (3, 6.1), 'DPO v2': (4, 6.1), 'DPO v1 + v2': (5, 6.6), 'DPO v3 step 1': (3, 3), 'DPO v3': (4, 3),
+    'DPO v1': (3, 6.7), 'DPO v2': (4, 6.1), 'DPO v1 + v2': (5, 6.6), 'DPO v3 step 1': (3, 3), 'DPO v3': (4, 3),
     'Cand. 1 step 1': (3, 4.8), 'Cand. 1': (4, 4.8), 'Cand. 2 step 1': (3, 1), 'Cand. 2': (4, 1),
     'Merge v1': (5, 4.7), 'Merge v2': (5, 3.6), 'Merge v3': (5, 2.5), 'Merge v4': (5, 1.4)} # columns and heights
 _HEADINGS = 'base', 'SFT (Table 3)', '', 'DPO, first set', 'DPO, second set', 'merges (Tables 4, 7)'
@@ -72,7 +72,7 @@ def graph_figure(
     boxes = {s.name: _box(ax, s, *places[s.name]) for s in models}
     # out of the right side and into the left one, clear of what stands below a box
     arrow = dict(arrowstyle='-|>', lw=.9, color='#9ca3af', shrinkA=4, shrinkB=4,
-                 connectionstyle='arc,angleA=0,angleB=180,armA=35,armB=14,rad=8')
+                 connectionstyle='arc,angleA=0,angleB=180,armA=42,armB=14,rad=8')
     for s in models:
         for i in filter(boxes.get, s.inputs.values()):
             ax.annotate('', (0, .5), (1, .5), xycoords=boxes[s.name], textcoords=boxes[i], zorder=1, arrowprops=arrow)

@@ -29,7 +29,7 @@ from fastcore.docments import docments
 
 from .. import __version__
 from ..core.files import expanded
-from .commands import COMMANDS, RENAMED
+from .commands import COMMANDS, RENAMED, said_if_long
 from .weights import library
 
 # %% ../../nbs/reports/03_cli.ipynb #9fe2b897
@@ -224,13 +224,14 @@ def _call(f:Callable, words:dict)->int: # exit status
     needs = inspect.signature(f).parameters
     chosen = ('profile', 'seed', 'store') if {'exp', 'profile'} & set(needs) else () # a merge has a seed of its own
     yes, (profile, seed, store) = words.pop('yes', False), [words.pop(k, None) for k in chosen] or [None]*3
-    if 'exp' in needs:
-        of_records = words.get('recorded', False)
-        exp = words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store, of_records)
-        unasked = None if yes else _why_ask(f, bool(store or os.environ.get('SOLAR_STORE')))
-        exp.before_build = lambda missing: _announce(missing, exp, unasked)
-    if 'profile' in needs: words['profile'] = library('core.config').load_profile(profile, seed)
-    return f(**words) or 0
+    with said_if_long(f) as timer:
+        if 'exp' in needs:
+            of_records = words.get('recorded', False)
+            exp = words['exp'] = library('pipeline.experiment').Experiment(profile, seed, store, of_records)
+            unasked = None if yes else _why_ask(f, bool(store or os.environ.get('SOLAR_STORE')))
+            exp.before_build = lambda missing: (timer.cancel(), _announce(missing, exp, unasked))
+        if 'profile' in needs: words['profile'] = library('core.config').load_profile(profile, seed)
+        return f(**words) or 0
 
 # %% ../../nbs/reports/03_cli.ipynb #542dbc2b
 def _open_streams()->None:
