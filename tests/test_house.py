@@ -187,6 +187,14 @@ def test_every_figure_has_the_one_style():
     assert not wrong, wrong
 
 
+def test_figures_are_drawn_by_functions():
+    "What a cell draws by itself, to be seen and not closed, can be tried by nobody."
+    wrong = [f"{p.relative_to(ROOT)}#{c['id']}" for p in NOTEBOOKS for c in cells(p)
+             if 'plt.subplots(' in (text := ''.join(c['source'])) and not text.startswith('#| export')
+             and 'plt.close(' not in text]
+    assert not wrong, wrong
+
+
 def test_no_merge_was_left_half_done():
     "Marks of a conflict went into the changelog once, where nothing else reads them."
     folders = [ROOT / d for d in ('nbs', 'solar_repro', 'tests', 'tools', 'benchmarks')]
