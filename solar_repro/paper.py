@@ -262,12 +262,13 @@ class Measured:
     source: str                 # where it can be read
     scores: tuple[float, ...]   # H6 and the six benchmarks, percent
 
-_WHERE = dict(paper='arxiv.org/abs/2312.15166', evalverse='github.com/UpstageAI/evalverse, tests/test_results',
+_WHERE = dict(paper='arxiv.org/abs/2312.15166',
+              own='github.com/UpstageAI/evalverse, tests/test_results, Mar 2024',
               board='huggingface.co/spaces/open-llm-leaderboard-old/open_llm_leaderboard')
 _MEASURED = '''
 solar|the paper, Table 7 (Merge v1)|paper|74.00 71.16 88.01 66.14 71.71 82.08 64.90
 solar|leaderboard, which Table 2 prints|board|74.20 71.08 88.16 66.21 71.43 83.58 64.75
-solar|its authors, lm-eval 22f5854, fp16 (GSM8K flexible: 68.54)|evalverse|74.62 71.33 88.19 65.52 71.72 83.19 67.78
+solar|its authors, lm-eval 22f5854, fp16, batch 16 (GSM8K flexible: 68.54)|own|74.62 71.33 88.19 65.52 71.72 83.19 67.78
 zephyr-dpo|leaderboard, alignment-handbook/zephyr-7b-dpo-qlora|board|63.51 63.65 85.35 63.82 47.14 79.01 42.08
 zephyr-dpo|leaderboard, dball/zephyr-7b-dpo-qlora|board|61.27 63.82 84.92 62.28 44.03 78.61 33.97
 zephyr-sft|leaderboard, alignment-handbook/zephyr-7b-sft-qlora|board|59.00 60.07 82.36 61.65 38.88 76.80 34.27

@@ -38,6 +38,15 @@ def test_outside_a_clone_nothing_long_is_built_unasked(set_to, tmp_path, monkeyp
     assert not list((tmp_path/'runs'/'store').glob('sft*'))
 
 
+def test_refused_results_leave_no_folder(tmp_path, monkeypatch, capsys):
+    "An empty one was left, and it was said first that something was being written."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('SOLAR_STORE', raising=False)
+    assert main(['results', 'new']) == 2
+    said = capsys.readouterr().err
+    assert '--yes' in said and 'writing' not in said and not (tmp_path/'new').exists()
+
+
 @pytest.mark.parametrize('words', [['SFT v3'], ['SFT v3', 'gsm8k']])
 def test_what_is_shown_is_not_trained_unasked(words, tmp_path, monkeypatch, capsys):
     "In a clone, or with a store named, show trained for minutes; what is quickly made is made."

@@ -391,10 +391,10 @@ def export_results(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'export_results: {out} is a file or holds files; '
                          'expected a new or empty folder. Choose another.')
-    out.mkdir(parents=True, exist_ok=True)
     scores = exp.scores(names).set_index(['model', 'task'])
     requests = {t: exp.requests(t) for t in exp.tasks}
     folders = _folder_names(list(scores.index.unique('model')))
+    out.mkdir(parents=True, exist_ok=True)          # not before, since scores may be refused
     with TemporaryDirectory(dir=out, prefix='.') as private:
         for model, folder in folders.items():
             (Path(private)/folder).mkdir()
