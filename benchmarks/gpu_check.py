@@ -359,7 +359,7 @@ def sft(device: str, folder: Path) -> Iterator[dict]:
     base = random_base(device)
     synchronize(device)
     gib = torch.cuda.memory_allocated()/2**30 if device == 'cuda' else None
-    yield dict(nf4_load=dict(seconds=round(time.perf_counter() - start, 1), gib=gib))
+    yield dict(nf4_load=dict(seconds=round(time.perf_counter() - start, 3), gib=gib))
     model = adapted(base, rank, .05)
     ids, part = torch.randint(10, base.config.vocab_size, (n,)).tolist(), n//4
     batch = ours.sft_microbatch([dict(input_ids=ids, labels=ids, seq_lengths=[part]*4)])

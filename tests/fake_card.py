@@ -88,7 +88,8 @@ def run(func, args, kwargs):
     if ours and name not in MAY_MIX: check(func, leaves)
     target = torch.device(kwargs['device']) if kwargs.get('device') is not None else None
     if name == '_local_scalar_dense': SYNCS[place()] += 1
-    if ours and target is not None and target.type == 'cpu': TO_CPU[place()] += 1
+    into_cpu = name in ('copy_', '_copy_from') and not on_card(args[name == '_copy_from'])
+    if ours and (into_cpu or target is not None and target.type == 'cpu'): TO_CPU[place()] += 1
     on_cpu = tree_map(bare, kwargs)
     if on_cpu.get('pin_memory'): on_cpu['pin_memory'] = False
     out = func(*tree_map(bare, args), **on_cpu)

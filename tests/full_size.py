@@ -36,7 +36,7 @@ PRODUCTS = 'mm', 'addmm', 'bmm', 'linear', 'gemm_4bit'
 
 
 class Ledger(TorchDispatchMode):
-    "Counts the bytes of the storages that exist, and the products by dtype."
+    "Counts the bytes of the storages that exist, and the products by the widest dtype that they read."
     def __init__(self):
         super().__init__()
         self.sizes, self.now, self.peak, self.products = {}, 0, 0, Counter()
@@ -57,7 +57,9 @@ class Ledger(TorchDispatchMode):
         if name == '_local_scalar_dense': return 0.           # a fake tensor has no value
         out = func(*args, **(kwargs or {}))
         if any(name.startswith(p) for p in PRODUCTS):
-            self.products[str(next(x for x in args if isinstance(x, torch.Tensor)).dtype)] += 1
+            read = [x.dtype for x in args if isinstance(x, torch.Tensor)]
+            if name.startswith('gemm_4bit'): del read[1:]     # weights in four bits, and what belongs to them
+            self.products[str(max(read, key=lambda dtype: dtype.itemsize))] += 1
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor): self.see(t)
         return out

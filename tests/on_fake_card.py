@@ -1,6 +1,7 @@
-"""Training, evaluation and merging on the fake card; prints JSON. Run: python tests/on_fake_card.py WHAT FOLDER
+"""Training, evaluation, merges and their geometry on the fake card; prints JSON.
 
-FOLDER holds base/ and bench/TASK/ (train.jsonl, test.jsonl). WHAT is kept or again (training), eval or merge.
+Run: python tests/on_fake_card.py WHAT FOLDER. FOLDER holds base/, a/, b/ and bench/TASK/ (train.jsonl, test.jsonl).
+WHAT is kept or again (training), eval, merge or geometry.
 """
 import json
 import os
@@ -18,13 +19,13 @@ import torch
 import transformers.training_args
 from safetensors.torch import load_file
 
-from solar_repro import dpo, sft
+from solar_repro import dpo, merge, sft
 from solar_repro.core.config import load_profile
 from solar_repro.eval import evaluate
 from solar_repro.inference import forward
 from solar_repro.merging.config import merge_config
 from solar_repro.merging import engine
-from solar_repro.models.adapters import AdaptedModel
+from solar_repro.models.adapters import AdaptedModel, save_adapter
 from solar_repro.models.resident import Resident
 from solar_repro.models.training import MicrobatchMixin
 from solar_repro.paper import H6_TASKS
@@ -100,7 +101,7 @@ def evaluated(folder):
 
 
 def merged(folder):
-    "Merges on the card and on the CPU: whether they have the same bits."
+    "Merges on the card and on the CPU: whether they have the same bits, and how often the host waited."
     base, models, out = folder/'base', [folder/'a', folder/'b'], {}
     methods = dict(linear=dict(weights=[.4, .6]), slerp=dict(t=.5), task_arithmetic=dict(base=base),
                    ties=dict(base=base, density=.5), dare_ties=dict(base=base, density=.5))
@@ -110,11 +111,39 @@ def merged(folder):
             to = folder/f'{method}-{device}'
             with fake_card.Card(), patch.object(engine, '_check_options'): # which knows no such device
                 engine.merge(merge_config(method, models, **x), to, device=device, threads=1)
+                if device == CARD: waits = dict(fake_card.SYNCS), dict(fake_card.TO_CPU)
             got.append({k: v for f in sorted(to.glob('*.safetensors')) for k, v in load_file(f).items()})
-        out[method] = got[0].keys() == got[1].keys() and all(torch.equal(v, got[1][k]) for k, v in got[0].items())
+        same = got[0].keys() == got[1].keys() and all(torch.equal(v, got[1][k]) for k, v in got[0].items())
+        out[method] = dict(same=same, tensors=len(got[1]), waits=waits)
     return out
 
 
+def adapter(folder, seed):
+    "A random one on feed-forward layers of base/."
+    drawn, tensors = torch.Generator().manual_seed(seed), {}
+    for module, (n_out, n_in) in dict(up_proj=(128, 64), down_proj=(64, 128)).items():
+        name = f'base_model.model.model.layers.0.mlp.{module}'
+        tensors |= {f'{name}.lora_A.weight': torch.randn(4, n_in, generator=drawn),
+                    f'{name}.lora_B.weight': torch.randn(n_out, 4, generator=drawn)*.02}
+    return save_adapter(tensors, 4, 4, folder)
+
+
+def geometries(folder):
+    "Of two adapted models and their SLERP, and what storing one takes: on the card and on the CPU, equal?"
+    base = folder/'base'
+    a, b = (AdaptedModel(base, ((adapter(folder/f'adapter{k}', k), 1.),)) for k in (0, 1))
+    merge.slerp(a, b, .5, .9995, folder/'slerp')
+    models = dict(a=a, b=b, slerp=AdaptedModel(folder/'slerp'))
+    def found(device):
+        with fake_card.Card():
+            tables = [*merge.geometry_of(models, base, device), merge.rounded(a, device)]
+            return tables, dict(fake_card.SYNCS)
+    (ours, waits), (theirs, none) = found(CARD), found('cpu')
+    return dict(same=[x.equals(y) for x, y in zip(ours, theirs)], rows=[len(x) for x in ours], waits=waits, none=none,
+                apart=ours[1].loc['a', 'slerp']/ours[1].loc['a', 'b'])
+
+
 if __name__ == '__main__':
-    work = dict(kept=partial(train, again=False), again=partial(train, again=True), eval=evaluated, merge=merged)
+    work = dict(kept=partial(train, again=False), again=partial(train, again=True), eval=evaluated, merge=merged,
+                geometry=geometries)
     print(json.dumps(work[sys.argv[1]](Path(sys.argv[2]))))

@@ -50,6 +50,9 @@ with fake_card.Card():
         else: sys.exit('a CPU tensor met one of the card')
     assert x.sum().item() == 15 and sum(fake_card.SYNCS.values()) == 1
     assert x.cpu().tolist() == [0, 1, 2, 3, 4, 5] and sum(fake_card.TO_CPU.values()) == 1
+    assert torch.empty(6).copy_(x).sum() == 15 and sum(fake_card.TO_CPU.values()) == 2
+    x.copy_(torch.ones(6))
+    assert sum(fake_card.TO_CPU.values()) == 2
 """
 
 
@@ -81,5 +84,17 @@ def test_six_benchmarks_run_on_the_card_with_two_waits_a_pass_at_most(folder):
 
 @pytest.mark.slow
 def test_merges_on_the_card_have_the_bits_of_the_cpu(folder):
-    same = on_card('merge', folder)
-    assert len(same) == 5 and all(same.values()), same
+    "And wait for the card once a tensor, to fetch what is merged."
+    methods = on_card('merge', folder)
+    assert len(methods) == 5
+    for name, x in methods.items():
+        waited, fetched = (sum(places.values()) for places in x['waits'])
+        assert x['same'] and not waited and 0 < fetched <= x['tensors'], (name, x)
+
+
+def test_geometry_and_rounding_on_the_card_have_the_numbers_of_the_cpu(folder):
+    "Of sums of adapters and of a SLERP's checkpoint; all of it happens on the card that was asked for."
+    x = on_card('geometry', folder)
+    assert x['same'] == [True]*3 and x['rows'] == [20, 3, 2] and .5 < x['apart'] < .6, x
+    assert {place.split(':')[0] for place in x['waits']} == {'checkpoints.py', 'adapters.py', 'merge.py'}, x
+    assert not x['none']

@@ -2,23 +2,25 @@
 import json
 import math
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
+import solar_repro.merge as merging
 import solar_repro.pipeline.quantization as study
 from solar_repro.dpo import load_policy
 from solar_repro.models.checkpoints import compare, together
 from solar_repro.models.divergence import dequantized, kl_divergence, kl_summary, log_probs, probe_of
 from solar_repro.models.adapters import AdaptedModel, average, materialize, save_adapter
-from solar_repro.models.loading import load_tokenizer, quiet
+from solar_repro.models.loading import load_base, load_tokenizer, quiet
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import DEQUANTIZED, build_graph, quantization_stage
 from solar_repro.pipeline.quantization import MERGED_ONTO, quantization_table
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.merge import geometry, rounded, rounding_loss, slerp
+from solar_repro.merge import geometry, geometry_of, rounded, rounding_loss, slerp
 from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.base import random_base
 
@@ -109,6 +111,21 @@ def test_rounding_of_known_weights(base, tmp_path):
                  for n, size in (('far', 1.), ('near', 1e-4)))
     share = lambda r: math.sqrt((r.lost**2).sum()/(r.change**2).sum())
     assert len(far) == len(near) == 4 and share(far) < .01 < share(near)   # small changes lose more
+
+
+def test_each_sweep_reads_every_file_once_a_model(base, tmp_path, monkeypatch):
+    "Of a base in shards: it, two models on it and their SLERP; and once to round one."
+    with quiet(): load_base(base).save_pretrained(tmp_path/'base', max_shard_size='200KB')
+    a, b = (AdaptedModel(tmp_path/'base', ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (0, 1))
+    slerp(a, b, .5, .9995, tmp_path/'slerp')
+    files = {d: sorted((tmp_path/d).glob('*.safetensors')) for d in ('base', 'slerp')}
+    opened, read = Counter(), merging.safe_open
+    monkeypatch.setattr(merging, 'safe_open', lambda file, how: opened.update([file]) or read(file, how))
+    geometry_of(dict(a=a, b=b, slerp=AdaptedModel(tmp_path/'slerp')), tmp_path/'base')
+    assert len(files['base']) > 2 and opened == {**dict.fromkeys(files['base'], 3), **dict.fromkeys(files['slerp'], 1)}
+    opened.clear()
+    rounded(a)
+    assert opened == dict.fromkeys(files['base'], 1)
 
 
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))

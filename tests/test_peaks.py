@@ -19,8 +19,9 @@ GIB = {'a100': 80, 'a100-bf16': 80, 'gpu-24gib': 24, 'gpu-48gib': 48, 'gpu-16gib
 CASES = [(p, *kind) for p in GIB for kind in (('sft', 64), ('dpo', 128))]
 CASES += [('a100', 'dpo', 64)]
 SOME, ALL = 4, 48                           # layers, or as many as there are
-# an SFT, a DPO that computes layers again, a DPO after one adapter, an SFT in float16
-FEW = [('a100', 'sft', 64), ('gpu-24gib', 'dpo', 128), ('a100', 'dpo', 64), ('gpu-16gib', 'sft', 64)]
+# an SFT, one on bfloat16, a DPO that computes layers again, a DPO after one adapter, an SFT in float16
+FEW = [('a100', 'sft', 64), ('a100-bf16', 'sft', 64), ('gpu-24gib', 'dpo', 128), ('a100', 'dpo', 64),
+       ('gpu-16gib', 'sft', 64)]
 
 
 def counted(n_layers, cases):
@@ -59,14 +60,19 @@ def test_planned_is_within_10_percent_of_counted(some):
     assert len(some) == len(FEW) and differences(SOME, some) == []
 
 
-def test_no_product_is_in_float32_where_two_bytes_were_asked_for(some):
-    assert all(sum(x['products'].values()) > 30*SOME for x in some.values()), 'products are counted'
-    asked = {c: f'torch.{getattr(load_profile(c[0]), c[1]).compute_dtype}' for c in some}
-    assert {c: x['products'] for c, x in some.items() if set(x['products']) != {asked[c]}} == {}
+def in_another_dtype(n_layers, found):
+    "Products that are not in the dtype that was asked for."
+    assert found and all(sum(x['products'].values()) > 30*n_layers for x in found.values()), 'products are counted'
+    asked = {c: f'torch.{getattr(load_profile(c[0]), c[1]).compute_dtype}' for c in found}
+    return {c: x['products'] for c, x in found.items() if set(x['products']) != {asked[c]}}
+
+
+def test_no_product_is_in_float32_where_two_bytes_were_asked_for(some): assert in_another_dtype(SOME, some) == {}
 
 
 @pytest.mark.slow
 def test_all_layers_fit_their_cards_as_planned():
     found = counted(ALL, CASES)
     assert differences(ALL, found) == [] and differences(SOME, counted(SOME, CASES)) == []
+    assert in_another_dtype(32, found) == {}             # layers of the smallest base
     assert all(x['peak'] < .95*GIB[c[0]]*2**30 for c, x in found.items())

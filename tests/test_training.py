@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from forked import forked
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -20,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import solar_repro.dpo as dpo
 import solar_repro.models.training as training
 import solar_repro.pipeline.builder as builder
+import solar_repro.pipeline.machine as machine
 import solar_repro.sft as sft
 from solar_repro.dpo import (
     check_start, dpo_loss, dpo_rows, load_policy, pair_logps, pair_trainer, reference_logps, shared_prefix_length,
@@ -28,6 +31,7 @@ from solar_repro.models.adapters import AdaptedModel, average, concat_adapter, m
 from solar_repro.models.loading import load_base, load_tokenizer, quiet
 from solar_repro.core.config import load_profile
 from solar_repro.core.store import Store
+from solar_repro.pipeline.cost_model import Shape
 from solar_repro.pipeline.graph import build_graph, Stage
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import slerp
@@ -560,6 +564,24 @@ def test_bfloat16_runs_under_autocast(what, gradient, monkeypatch):
     for groups in GROUPINGS[:2]:
         _close(gradient(what, groups, 'bfloat16', 'bfloat16'), at_once, 8*torch.finfo(torch.bfloat16).eps)
     assert len(seen) > 20 and set(seen) == {(True, torch.bfloat16)}
+
+
+def test_calibrating_times_the_steps_that_a100_trains_by(monkeypatch):
+    "In four bits, bfloat16 under autocast and a budget of tokens: by the trainer's own microbatches."
+    p, seen, sums = load_profile('a100'), [], sft.PackedTrainer.sums
+    small = dict(lora_r=4, batch_size=4, max_length=64, max_tokens_per_microbatch=64)
+    p = p.model_copy(update=dict(sft=p.sft.model_copy(update=small),
+                                 machine=p.machine.model_copy(update=dict(device='cpu', threads=1))))
+    def spy(self, model, batch):
+        in_four_bits = sum(isinstance(m, Linear4bit) for m in model.modules())
+        seen.append((torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu'), in_four_bits))
+        return sums(self, model, batch)
+    monkeypatch.setattr(sft.PackedTrainer, 'sums', spy)
+    threads = torch.get_num_threads()
+    try: found = machine.calibrate(p, Shape(64, 128, 2, 4, 32, 99, False), budget_s=0.)
+    finally: torch.set_num_threads(threads)
+    assert len(seen) >= 3 and set(seen) == {(torch.bfloat16, 2*7)}
+    assert found.tflops > 0 and re.fullmatch('measured: [0-9]+ steps of 2 layers, 64 tokens each', found.source)
 
 
 @pytest.mark.parametrize('what', ['sft', 'dpo'])
