@@ -340,6 +340,18 @@ def test_what_the_front_page_says_of_smol_is_its_record():
     assert record['seconds']/60/2 <= minutes <= record['seconds']/60
 
 
+def test_the_models_of_the_front_page_part_on_its_question(tmp_path):
+    "It is an item of GSM8K of the tiny world that one of the two solves in every recorded run, and the other in none."
+    code, = [b for b in blocks('python') if 'Experiment(' in b]
+    asked = re.search(r"leo = '(.+)'", code)[1]
+    wrong, right = re.search(r"side_by_side\(leo, '(.+)', '(.+)'\)", code).groups()
+    exp = Experiment('tiny', store=tmp_path, recorded=True)
+    item, = [i for i, d in enumerate(exp.requests('gsm8k')[0]) if d['question'] == asked]
+    score = lambda e, m: e.items(m, 'gsm8k').set_index('doc_id').loc[item, 'score']
+    runs = exp.repeated().values()
+    assert len(runs) > 4 and {(score(e, wrong), score(e, right)) for e in runs} == {(0, 1)}
+
+
 # ---- the lineage
 
 @pytest.mark.parametrize('note', ['', '12.3 h'])
