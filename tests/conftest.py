@@ -19,7 +19,7 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 # The longest files, so that no worker is left with one at the end. The first two do not start with a store, so that
 # one of them builds it (`full`) while the other goes on.
 LONG = ['site', 'training', 'notebooks', 'pages', 'workers', 'run', 'campaign', 'plan', 'checkpoints', 'tiny', 'card',
-        'tables', 'package', 'verify', 'sources', 'eval', 'inference']
+        'a100_small', 'tables', 'package', 'verify', 'sources', 'eval', 'inference']
 
 
 def pytest_collection_modifyitems(items):

@@ -14,7 +14,6 @@ import torch
 import yaml
 from forked import forked, Forked
 from safetensors.torch import load_file, save_file
-from waiting import wait_for
 
 from solar_repro.merging import arithmetic, engine as merging, shards
 from solar_repro.models.adapters import AdaptedModel
@@ -29,6 +28,17 @@ from solar_repro.merging.shards import private_folder
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
 SHELL = 'from solar_repro.reports.cli import main; raise SystemExit(main())'
+KILLED = '''
+import os, signal
+from solar_repro.merging import shards
+named, rename = [], os.rename
+def killed(a, b):
+    if str(b).endswith('.safetensors'):
+        if len(named) == 4: os.kill(os.getpid(), signal.SIGKILL)
+        named.append(b)
+    rename(a, b)
+shards.os = type('os', (), dict(vars(os), rename=staticmethod(killed)))
+''' + SHELL # dies where a fifth weight file would get its name
 
 
 def write(folder: Path, tensors: dict, n_files: int = 1, **config) -> Path:
@@ -299,11 +309,10 @@ def test_killed_and_run_again(tmp_path):
     A = {f'model.layers.{i}.w': torch.randn(500, 4000, generator=g).bfloat16() for i in range(12)}
     a, b = write(tmp_path/'A', A), write(tmp_path/'B', noise(1, A, .5))
     words = ['merge', *'--method ties --density .5 --shard-size .008 --threads 1 --base'.split(), a, a, b]
-    p = Forked(SHELL, *words, tmp_path/'out', env=ENV)
-    marks = lambda: sorted(tmp_path.glob('.out.*.merging/*.safetensors.json'))
-    done = wait_for(lambda: len(marks()) >= 3 and marks(), p)
-    p.send_signal(signal.SIGKILL); p.communicate()
-    assert 3 <= len(done) < 12 and not (tmp_path/'out').exists(), p.returncode
+    p = Forked(KILLED, *words, tmp_path/'out', env=ENV)
+    err = p.communicate()[1]
+    done = sorted(tmp_path.glob('.out.*.merging/*.safetensors.json'))
+    assert p.returncode == -signal.SIGKILL and 3 <= len(done) < 5 and not (tmp_path/'out').exists(), err
     [private] = tmp_path.glob('.out.*.merging')
     finished = {f.stem: (private/'model'/f.stem).stat().st_mtime_ns for f in done}
     (private/'model-00012-of-00012.safetensors.part').write_bytes(b'half')

@@ -158,14 +158,15 @@ def tensor_sums(
     base:Tensor|None=None, # as many, what both started from
 )->dict[str,float]: # aa, bb, ab, dd (of a-b); with a base cc, and uu, vv, uv of the changes u=a-c, v=b-c
     "Dot products of two tensors, and of their changes from a base, in float64."
-    total = dict.fromkeys(['aa', 'bb', 'ab', 'dd', *([] if base is None else ['cc', 'uu', 'vv', 'uv'])], 0.)
+    names = ['aa', 'bb', 'ab', 'dd', *([] if base is None else ['cc', 'uu', 'vv', 'uv'])]
+    total = torch.zeros(len(names), dtype=torch.float64, device=a.device)    # read once, which is what a card waits for
     parts = [x.flatten().split(PIECE) for x in (a, b, *([] if base is None else [base]))]
     for xs in zip(*parts):
         v = dict(zip('abc', (x.double() for x in xs)))
         v['d'] = v['a']-v['b']
         if base is not None: v['u'], v['v'] = v['a']-v['c'], v['b']-v['c']
-        for k in total: total[k] += v[k[0]].dot(v[k[1]]).item()
-    return total
+        total += torch.stack([v[k[0]].dot(v[k[1]]) for k in names])
+    return dict(zip(names, total.tolist()))
 
 # %% ../../nbs/models/04_checkpoints.ipynb #fa7e3780
 def angle_deg(
