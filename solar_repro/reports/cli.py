@@ -30,6 +30,7 @@ from fastcore.docments import docments
 from .. import __version__
 from ..core.files import expanded
 from .commands import COMMANDS, RENAMED
+from ..pipeline.executor import WorkerDied
 from .weights import library
 
 # %% ../../nbs/reports/03_cli.ipynb #9fe2b897
@@ -181,7 +182,7 @@ def can_be_mended(
     "Whether an error was raised by this library, or by the system, for a user to read."
     *_, (last, _) = traceback.walk_tb(e.__traceback__)
     ours = last.f_globals.get('__name__', '').split('.')[0] in ('solar_repro', '__main__')
-    told = ValueError, ImportError, FloatingPointError, MemoryError
+    told = ValueError, ImportError, FloatingPointError, MemoryError, WorkerDied
     return isinstance(e, OSError) or isinstance(e, told) and ours
 
 def error_text(
