@@ -188,16 +188,18 @@ def test_an_engine_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, caps
     assert not (tmp_path/'store').exists()
 
 
-@pytest.mark.parametrize('words,engine', [([], 'auto'), (['--engine', 'local'], None), (['--engine', 'ray'], 'auto')])
+@pytest.mark.parametrize('words,engine', [
+    ([], ('auto', 2)), (['--engine', 'local'], (None, 2)), (['--engine', 'ray'], ('auto', 2)),
+    (['--engine', 'inline'], (None, 1))])
 def test_the_engine_that_is_named_holds_and_not_the_profiles(words, engine, tmp_path, monkeypatch):
     "--engine local could not turn off the profile's Ray, and --engine ray left its cluster for one of this machine."
-    (tmp_path/'mine.toml').write_text('extends = "smoke"\n[machine]\nray = "auto"\n')
+    (tmp_path/'mine.toml').write_text('extends = "smoke"\n[machine]\nray = "auto"\nworkers = 2\n')
     with_engine = []
-    monkeypatch.setattr(Experiment, 'run', lambda self: with_engine.append(self.profile.machine.ray))
+    monkeypatch.setattr(Experiment, 'run', lambda self: with_engine.append(self.profile.machine))
     monkeypatch.setattr('solar_repro.pipeline.experiment.ray_engine', lambda: None)
     monkeypatch.setattr('solar_repro.reports.published.published', lambda exp: [])
     assert main(['run', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'store'), *words]) == 0
-    assert with_engine == [engine]
+    assert [(m.ray, m.workers) for m in with_engine] == [engine]
 
 
 # workers that need no library: one dies at each stage; one stays in it, and leaves its number beside the store
@@ -325,3 +327,17 @@ def test_the_command_that_goes_on_after_a_failure_is_the_one_that_failed(tmp_pat
     *_, last = capsys.readouterr().err.splitlines()
     program, *again = shlex.split(last.removeprefix('Go on with: '))
     assert program == 'solar-repro' and again == words
+
+
+def test_a_full_store_is_put_on_the_clock_with_the_times_that_were_measured(full, capsys):
+    "It said 0 min, and a longest path of nothing."
+    words = ['plan', '--profile', 'smoke', '--store', str(full), '--workers', '2']
+    assert main([*words, '--actual', '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    hours = sum(s['measured_hours'] for s in told['stages'])
+    assert hours/2 <= told['workers']['hours'] < hours
+    assert main([*words, '--actual']) == 0
+    said = capsys.readouterr().out
+    assert 'Longest path: base -> SFT v' in said and 'From first start to last end it took' in said
+    assert main(words) == 0
+    assert 'Nothing is left to build.' in capsys.readouterr().out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'OWN', 'TRAINED', 'Cost', 'Setting', 'Plan', 'nothing', 'make_plan', 'grouped', 'table', 'critical_path',
-           'by_workers', 'workers_text', 'actual', 'actual_text', 'blockers']
+           'by_workers', 'workers_text', 'actual', 'as_measured', 'wall_hours', 'actual_text', 'blockers']
 
 # %% ../../nbs/pipeline/07_plan.ipynb #b2221a58
 from collections.abc import Callable, Sequence
@@ -336,9 +336,10 @@ def workers_text(
 )->str:
     "The hours of so many workers, and what bounds them."
     if workers < 1: raise ValueError(f'plan: {workers} workers; expected 1 or more.')
+    if plan.missing.empty: return 'Nothing is left to build. What was measured is put on the clock with --actual.'
     r = by_workers(plan, graph, [workers]).iloc[0]
     each = '' if plan.card.name == 'CPU' else ', each with a card'
-    took = f'{_near(r["hours"])} h' if r['hours'] >= 1 else f'{60*r["hours"]:.0f} min'
+    took = f'{_near(h)} h' if (h := r['hours']) >= 1 else f'{60*h:.0f} min' if h > .05 else f'{3600*h:.0f} s'
     return (f'{workers} workers{each}: {took} from begin to end, in work {r["busy"]:.0%} of the time; no order of the '
             f'stages would take less than {r["bound"]:.0%} of that.\n'
             f'Longest path: {" -> ".join(critical_path(plan, graph))}')
@@ -354,14 +355,23 @@ def actual(
         raise ValueError(f'plan: nothing of profile {plan.name} is in the store; expected some stages that were built. '
                          'Build some first: solar-repro run, with the same --profile, --seed and --store.')
     return pd.DataFrame(rows)[['stage', 'kind', 'tokens', 'measured_tokens', 'hours', 'hours_low', 'hours_high',
-                               'measured_hours', 'ratio', 'disk_gib', 'measured_gib']]
+                               'measured_hours', 'ratio', 'disk_gib', 'measured_gib', 'started']]
+
+def as_measured(plan:Plan, x:pd.DataFrame)->Plan: # x: of `actual`
+    "What is built, as if it were to be built again in the hours that it took: for the scheduler on a clock."
+    return replace(plan, stages=x.assign(hours=x['measured_hours'], held=False))
+
+def wall_hours(x:pd.DataFrame)->float: # x: of `actual`
+    "From the first start to the last end, with whatever lay between."
+    began = pd.to_datetime(x['started'])
+    return ((began + pd.to_timedelta(x['measured_hours'], 'h')).max() - began.min())/pd.Timedelta('1h')
 
 def _measured(a:Artifact, r:dict)->dict: # r: the stage's row of the plan
-    log, took = a.path/'log.csv', a.manifest['seconds']/3600
+    log, hours = a.path/'log.csv', a.manifest['seconds']/3600
     seen = pd.read_csv(log)['tokens'].iloc[-1] if r['kind'] == 'sft' and log.is_file() else np.nan
     size = sum(f['bytes'] for f in a.manifest['files'].values())/GIB
-    ratio = took/r['hours'] if r['hours'] else np.nan
-    return dict(measured_tokens=seen, measured_hours=took, ratio=ratio, measured_gib=size)
+    return dict(measured_tokens=seen, measured_hours=hours, ratio=hours/r['hours'] if r['hours'] else np.nan,
+                measured_gib=size, started=a.manifest['started'])
 
 def actual_text(x:pd.DataFrame)->str: # of `actual`
     "Planned beside measured, in seconds, and the sums by kind."
