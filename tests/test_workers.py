@@ -3,6 +3,7 @@ driver is lost."""
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from solar_repro.pipeline import experiment, ray as by_ray
 from solar_repro.pipeline.builder import LOADS_ITS_OWN
 from solar_repro.pipeline.executor import execute
 from solar_repro.pipeline.experiment import Experiment, KEEPS_BASE
-from solar_repro.pipeline.graph import MODELS, USES_BASE
+from solar_repro.pipeline.graph import MODELS, Stage, USES_BASE
 from solar_repro.pipeline.plan import make_plan
 from solar_repro.publishing.text import write_tables
 from solar_repro.reports.cli import main
@@ -341,3 +342,14 @@ def test_a_full_store_is_put_on_the_clock_with_the_times_that_were_measured(full
     assert 'Longest path: base -> SFT v' in said and 'From first start to last end it took' in said
     assert main(words) == 0
     assert 'Nothing is left to build.' in capsys.readouterr().out
+
+
+def test_the_benchmark_counts_the_start_of_a_worker_as_idle():
+    "Two workers load libraries for 2 and 3 s; then one trains 4 s and scores 2 s, and the other trains 4 s."
+    idle = runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'workers.py'))['idle']
+    graph = dict(data=Stage('data', 'data', {}, {}), a=Stage('a', 'sft', {}, dict(data='data')),
+                 b=Stage('b', 'sft', {}, dict(data='data')), c=Stage('c', 'eval', {}, dict(model='a')))
+    events = [(0, 0, 'data', 'start'), (1, 0, 'data', 'done'), (2, 0, 'a', 'start'), (2, 1, 'b', 'start'),
+              (4, 0, 'a', 'step'), (5, 1, 'b', 'step'), (8, 0, 'a', 'done'), (8, 0, 'c', 'start'), (9, 1, 'b', 'done'),
+              (10, 0, 'c', 'done')]
+    assert idle(graph, events, 2) == 1 - (4 + 4 + 2)/(2*8)
