@@ -42,7 +42,7 @@ QUIET = dict(OMP_NUM_THREADS='1', GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM
 ROOT = Path(__file__).resolve().parents[1]
 FILES = 'base', 'data', 'bench'                          # kinds of stages that are built before workers are started
 AIMS = dict(faster=1.7, idle=.15, ray_s=20., hours=14., bound=.85)
-COMMAND_AIMS = {'status': 2., 'run': 5., 'make tables': 10., 'make tables, after a change of a docstring': 60.} # seconds
+COMMAND_AIMS = {'status': 2., 'run': 5., 'make tables': 10., 'make tables, after a change of a docstring': 60.}  # s
 
 
 def side(profile: str, way: str, store: str) -> dict:
