@@ -1,8 +1,8 @@
 """Runs on one store, each in a process of its own, that note what they build and stop where a test wants them to.
 
 NOTED goes before other code. A run, or its workers, appends the name of each stage that it builds itself, not those
-that it finds or leaves to others, to the file that BUILT names. In the stage that HOLD names, if there is one, it
-stays until the file at BUILT with `.go` is there.
+that it finds or leaves to others, to the file that BUILT names. In stages whose names begin with HOLD, if that
+is not empty, it stays until the file at BUILT with `.go` is there.
 """
 from pathlib import Path
 
@@ -13,11 +13,11 @@ NOTED = '''
 import os, time
 from pathlib import Path
 from solar_repro.core.store import Store
-whole, built = Store.build, os.environ['BUILT']
+whole, built, hold = Store.build, os.environ['BUILT'], os.environ['HOLD']
 def noted(self, kind, key, fn, **how):
     def writes(out):
         with open(built, 'a') as f: f.write(how['name'] + '\\n')
-        while how['name'] == os.environ.get('HOLD') and not Path(built + '.go').exists(): time.sleep(.05)
+        while hold and how['name'].startswith(hold) and not Path(built + '.go').exists(): time.sleep(.05)
         fn(out)
     return whole(self, kind, key, writes, **how)
 Store.build = noted
@@ -51,12 +51,12 @@ def built(store: Path, name: str) -> list[str]:
 
 
 def two(store: Path, workers: int, names: list[str], hold: str) -> tuple[list[Forked], list[list[str]]]:
-    """Two runs that want the same: one stays in a stage until the other builds something, too.
+    """Two runs that want the same: one stays in stages of a name until the other builds something, too.
 
     Returns both, ended, and what each has built.
     """
     one = start(store, 'one', workers, names, hold)
-    wait_for(lambda: hold in built(store, 'one'), one)
+    wait_for(lambda: any(n.startswith(hold) for n in built(store, 'one')), one)
     other = start(store, 'other', workers, names)
     wait_for(lambda: built(store, 'other') or 'waiting for it.' in other.err, other)
     Path(f'{store}.one.go').touch()
