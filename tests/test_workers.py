@@ -311,9 +311,9 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path, monkeypatch):
     exp = Experiment('smoke', store=tmp_path)
     build = exp.builder.build
 
-    def fails(s, *rest):
+    def fails(s, *rest, **how):
         if s.name == 'SFT v4': raise RuntimeError('no luck')
-        return build(s, *rest)
+        return build(s, *rest, **how)
     monkeypatch.setattr(exp.builder, 'build', fails)
     with pytest.raises(RuntimeError, match='no luck') as e: exp.run(['eval/SFT v4/arc', 'SFT v1'])
     assert exp.find('SFT v1') and exp.find('SFT v4') is None
@@ -324,7 +324,7 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path, monkeypatch):
 
 def test_the_command_that_goes_on_after_a_failure_is_the_one_that_failed(tmp_path, monkeypatch, capsys):
     (tmp_path/'my own.toml').write_text('extends = "smoke"\n[machine]\nworkers = 1\n')
-    def fails(*_): raise OSError('no luck')
+    def fails(*_, **how): raise OSError('no luck')
     monkeypatch.setattr('solar_repro.pipeline.builder.Builder.build', fails)
     words = ['run', '--profile', str(tmp_path/'my own.toml'), '--seed', '3', '--store', str(tmp_path/'store')]
     assert main(words) == 2
