@@ -2,11 +2,17 @@
 each in a process of its own on an empty store; and what the scheduler would take at the paper's scale on 1 to 8 cards.
 
     python benchmarks/workers.py [--profile smoke] [--repeats 3]
+    python benchmarks/workers.py --commands [--profile tiny] [--store runs/store]
 
 Every time is that of `Experiment.run` alone, loading of libraries included: what a user waits for after set-up. Ways
 take turns, so that what else the machine does falls on all of them; the table shows medians. A worker is idle while no
 stage is in work in its slot, from the first stage after the data until the longest path of stages, by their measured
-times, has ended. All stores are compared: every stage has the same content, whoever built it.
+times, has ended; and while it loads its libraries, up to the first step of its first stage. All stores are compared:
+every stage has the same content, whoever built it. What it saves that the base stays in memory is seen with two
+evaluations, one after the other in one worker, and by two workers that are fresh.
+
+With --commands: what is waited for on a store that is full. Each command is run once before it is timed, which builds
+what the store lacks, if anything.
 """
 
 import argparse
@@ -16,31 +22,37 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.executor import remaining_path
+from solar_repro.pipeline.executor import execute, remaining_path
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.graph import build_graph
 from solar_repro.pipeline.plan import by_workers, make_plan
 from solar_repro.pipeline.progress import Progress
+from solar_repro.pipeline.workers import ProcessEngine, WORKER
 
 WAYS = {'inline': dict(workers=1), '2 workers': dict(workers=2), '2 workers, Ray': dict(workers=2, ray='local')}
 QUIET = dict(OMP_NUM_THREADS='1', GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',
              MPLBACKEND='Agg', PYTHONWARNINGS='ignore')
 ROOT = Path(__file__).resolve().parents[1]
+FILES = 'base', 'data', 'bench'                          # kinds of stages that are built before workers are started
 AIMS = dict(faster=1.7, idle=.15, ray_s=20., hours=14., bound=.85)
+COMMAND_AIMS = {'status': 2., 'run': 5., 'make tables': 10., 'make tables, after a change of a docstring': 60.}  # s
 
 
 def side(profile: str, way: str, store: str) -> dict:
     "Build a profile's stages in one way: seconds, what each slot did when, contents."
-    follow, events = Progress.follow, []
+    follow, events, loaded = Progress.follow, [], set()
 
     def noted(self, e):
-        if e.kind != 'step': events.append((time.perf_counter() - began, e.slot, e.name, e.kind))
+        first = e.kind == 'step' and e.slot not in loaded and exp.graph[e.name].kind not in FILES
+        if e.kind != 'step' or first: events.append((time.perf_counter() - began, e.slot, e.name, e.kind))
+        if first: loaded.add(e.slot)
         follow(self, e)
     Progress.follow = noted
     exp, began = Experiment(profile, store=store), time.perf_counter()
@@ -59,19 +71,39 @@ def run(profile: str, way: str) -> dict:
 
 
 def idle(graph: dict, events: list, n: int) -> float:
-    "Share of the time of `n` workers in which they had no stage, until the longest path has ended."
-    began, spans = {}, {}                                # stage -> when and where it was last begun; and its time
+    "Share of the time of `n` workers in which they had no stage or were starting, until the longest path has ended."
+    began, spans, starts = {}, {}, []                    # stage -> when it was last begun; and its time
     for t, slot, name, kind in events:
-        if kind == 'start': began[name] = t
+        if graph[name].kind in FILES: continue
+        if kind == 'start': starts.append(t)
+        if kind in ('start', 'step'): began[name] = t    # the first step of a slot: before, its worker loads libraries
         elif kind == 'done': spans[name] = began[name], t
-    spans = {s: x for s, x in spans.items() if graph[s].kind not in ('base', 'data', 'bench')}
     inputs = {s: [i for i in graph[s].inputs.values() if i in spans] for s in graph if s in spans}
     left, path = remaining_path(inputs, {s: b - a for s, (a, b) in spans.items()}), []
     while ready := [s for s in inputs if (path[-1] in inputs[s] if path else not inputs[s])]:
         path.append(max(ready, key=left.get))
-    first, last = min(a for a, _ in spans.values()), spans[path[-1]][1]
+    first, last = min(starts), spans[path[-1]][1]
     busy = sum(max(0., min(b, last) - a) for a, b in spans.values())
     return 1 - busy/(n*(last - first))
+
+
+def evaluate(profile: str, fresh: bool) -> float:
+    "Seconds of two evaluations of the base, one after the other, by one worker or each by a fresh one."
+    names = ['eval/base/arc', 'eval/base/winogrande']
+    with TemporaryDirectory() as d:
+        exp = Experiment(profile, store=f'{d}/store')
+        exp.run([i for n in names for i in exp.graph[n].inputs.values()])
+        hello = dict(profile=exp.profile.model_dump(mode='json'), store=f'{d}/store')
+        began, engine = time.perf_counter(), None
+        for name in names:
+            if fresh or engine is None:
+                if engine: engine.stop()
+                engine = ProcessEngine([sys.executable, *WORKER], hello, 1)
+            done = execute({name: ()}, engine, {})
+            assert done.built == [name], done.failed
+        seconds = time.perf_counter() - began
+        engine.stop()
+    return seconds
 
 
 def cards() -> list[dict]:
@@ -93,7 +125,8 @@ def measure(profile: str, repeats: int) -> dict:
     rows = [dict(way=w, seconds=median(r['seconds'] for r in rs), all_s=[round(r['seconds'], 1) for r in rs],
                  idle=median(idle(graph, r['events'], WAYS[w]['workers']) for r in rs)) for w, rs in seen.items()]
     same = all(c == contents[0] for c in contents)
-    return dict(profile=profile, stages=len(graph), rows=rows, same=same, cards=cards())
+    stays = {fresh: median(evaluate(profile, fresh) for _ in range(repeats)) for fresh in (False, True)}
+    return dict(profile=profile, stages=len(graph), rows=rows, same=same, cards=cards(), stays=stays)
 
 
 def verdicts(r: dict) -> list[str]:
@@ -119,7 +152,40 @@ def show(r: dict) -> str:
     lines += [f'{x["way"]:<16}{x["seconds"]:>9.1f}{x["idle"]:>7.0%}   {x["all_s"]}' for x in r['rows']]
     lines += ['', f'{"cards":<16}{"hours":>9}{"busy":>7}{"of bound":>10}']
     lines += [f'{x["workers"]:<16}{x["hours"]:>9.1f}{x["busy"]:>7.0%}{x["bound"]:>10.2f}' for x in r['cards']]
+    one, two = r['stays'][False], r['stays'][True]
+    lines += ['', f'Two evaluations of the base: {one:.1f} s by one worker, {two:.1f} s by two fresh ones, '
+                  f'{two/one:.2f} times as long.']
     return '\n'.join(lines)
+
+
+@contextmanager
+def other_docstring():
+    "While this holds, one docstring of the library is another."
+    file = ROOT/'solar_repro'/'publishing'/'text.py'
+    was = file.read_bytes()
+    file.write_bytes(was.replace(b'"""', b'"""Changed: ', 1))
+    try: yield
+    finally: file.write_bytes(was)
+
+
+def seconds_of(words: list, store: str) -> float:
+    began = time.perf_counter()
+    env = dict(os.environ, SOLAR_STORE=store, PYTHONPATH=str(ROOT))
+    subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def commands(profile: str, store: str) -> dict[str, float]:
+    "Seconds of commands that have nothing to build."
+    of = [sys.executable, '-m', 'solar_repro']
+    ask = {'status': [*of, 'status', '--profile', profile], 'run': [*of, 'run', '--profile', profile],
+           'make tables': ['make', 'tables', f'PROFILE={profile}']}
+    found = {}
+    for name, words in ask.items():
+        seconds_of(words, store)
+        found[name] = seconds_of(words, store)
+    with other_docstring(): found['make tables, after a change of a docstring'] = seconds_of(ask['make tables'], store)
+    return found
 
 
 def page(r: dict, command: str) -> str:
@@ -134,10 +200,14 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description='Stages side by side: inline, workers, Ray; and simulated on 1 to 8 cards.')
     p.add_argument('--profile', default='smoke', help='name of a profile')
     p.add_argument('--repeats', type=int, default=3)
+    p.add_argument('--commands', action='store_true', help='time commands on a full store instead')
+    p.add_argument('--store', default=str(ROOT/'runs'/'store'), help='that store')
     p.add_argument('--side', choices=WAYS, help=argparse.SUPPRESS)
-    p.add_argument('--store', help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.side: print(json.dumps(side(a.profile, a.side, a.store)))
+    elif a.commands:
+        for name, s in commands(a.profile, a.store).items():
+            print(f'{name:<45}{s:>7.1f} s; aim {COMMAND_AIMS[name]:.0f} s', flush=True)
     else:
         load = os.getloadavg()[0]
         r = dict(measure(a.profile, a.repeats), load=load)

@@ -13,7 +13,8 @@ from solar_repro.pipeline.cost_model import (
     BENCH, LENGTHS, SHAPES, eval_tokens, forward_flops, train_flops, train_memory)
 from solar_repro.pipeline.hardware import CARDS, Hardware
 from solar_repro.pipeline import machine
-from solar_repro.pipeline.plan import actual, blockers, by_workers, make_plan, nothing, OWN, table
+from solar_repro.pipeline.machine import blockers
+from solar_repro.pipeline.plan import actual, by_workers, make_plan, nothing, OWN, table
 from solar_repro.core.config import load_profile
 from solar_repro.models.training import arguments
 from solar_repro.pipeline.experiment import Experiment

@@ -5,6 +5,7 @@ import shutil
 import signal
 from importlib.metadata import version
 
+import drivers
 import pandas as pd
 import pytest
 from forked import Forked, HELD
@@ -145,13 +146,14 @@ def test_ctrl_c_says_what_is_kept(tmp_path):
 
 
 def test_two_processes_on_one_store_build_each_stage_once(full, tmp_path):
-    store = tmp_path/'store'
-    names = ['eval/DPO v1/arc', 'eval/SFT v2/gsm8k']
-    ps = [start(store, *names) for _ in range(2)]
-    errs = [finish(p) for p in ps]
-    assert any('is being built by another process; waiting for it' in e for e in errs)
-    assert not any('damaged' in e for e in errs)
+    "Neither waits for a stage that the other is building while there is another to build."
+    store, names = tmp_path/'store', ['eval/DPO v1/arc', 'eval/SFT v2/gsm8k']
+    ps, (one, other) = drivers.two(store, 1, names, hold='SFT v3')
     whole, exp = artifacts(full), Experiment('smoke', store=store)
+    assert 'SFT v3' in one and other and sorted(one + other) == sorted(exp.needs(names))
+    told = ps[1].err.splitlines()
+    assert told.count('SFT v3 is being built by another run; waiting for it beside other work') == 1
+    assert not any('damaged' in p.err for p in ps)
     assert artifacts(store) == {n: whole[n] for n in exp.needs(names)}
     assert not list((store/'building').iterdir())
 

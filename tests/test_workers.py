@@ -3,6 +3,7 @@ driver is lost."""
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -10,13 +11,19 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import drivers
 import pytest
 import waiting
 from forked import Forked
 
 from solar_repro.core.store import Store
-from solar_repro.pipeline import ray as by_ray
-from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline import experiment, ray as by_ray
+from solar_repro.pipeline.builder import LOADS_ITS_OWN
+from solar_repro.pipeline.executor import execute
+from solar_repro.pipeline.experiment import Experiment, KEEPS_BASE
+from solar_repro.pipeline.graph import MODELS, Stage, USES_BASE
+from solar_repro.pipeline.plan import make_plan
+from solar_repro.publishing.text import write_tables
 from solar_repro.reports.cli import main
 
 WANTED = ['DPO v1', 'SFT v4', 'eval/DPO v1/arc', 'eval/SFT v4/arc']
@@ -27,12 +34,14 @@ store, ray, worker = sys.argv[1:]
 if worker: experiment.WORKER = '-c', worker
 exp = experiment.Experiment('smoke', store=store)
 exp.build_with(2, ray or None)
-exp.run({WANTED})
+exp.run({WANTED}, apart=True)          # by a worker, even where there is memory for only one
 '''
-# a worker that stays, the first time, where SFT v3 takes its first step, and leaves its number beside the store
+# a worker that stays, the first time, where SFT v3 is past its first checkpoint, and leaves its number beside the
+# store; the next one that trains SFT v3 leaves there the first step that it takes
 HELD = '''
 import os, sys, time
 from pathlib import Path
+from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.serve import make_builder
 from solar_repro.pipeline.workers import serve
 
@@ -41,7 +50,11 @@ def make(hello):
     def held(name, step):
         def stays(done, total):
             step(done, total)
-            if name != 'SFT v3' or mark.exists(): return
+            if name != 'SFT v3': return
+            if mark.exists():
+                if not mark.with_suffix('.next').exists(): mark.with_suffix('.next').write_text(str(done))
+                return
+            if done <= Experiment('smoke').profile.sft.save_steps: return
             mark.with_suffix('.part').write_text(str(os.getpid()))
             mark.with_suffix('.part').rename(mark)
             time.sleep(10**6)
@@ -93,14 +106,17 @@ def wait_for(what, of: Forked | None = None):
         pytest.skip(f'Ray does not start: {of.err.splitlines()[-1]}')
 
 
-@pytest.mark.slow                       # that of a killed worker sees the same
-def test_two_workers_build_what_one_process_builds(full, tmp_path):
-    exp = Experiment('smoke', store=tmp_path)
-    exp.build_with(2)
-    exp.run(WANTED)
-    want = contents(full)
-    got = contents(tmp_path)
-    assert set(got) >= set(exp.needs(WANTED)) and got == {n: want[n] for n in got}
+@pytest.mark.slow                       # that of a killed worker sees the same of a few stages
+@pytest.mark.parametrize('workers', [2, 4])
+def test_workers_build_what_one_process_builds(workers, full, tmp_path):
+    "All of it, and the tables as written."
+    exp, one = Experiment('smoke', store=tmp_path/'store'), Experiment('smoke', store=full)
+    exp.build_with(workers)
+    exp.run()
+    assert contents(tmp_path/'store') == contents(full)
+    ours, its = (write_tables(e.scores(), tmp_path/name, e.label, e.custom, e.samples())
+                 for name, e in (('ours', exp), ('its', one)))
+    assert ours and {f.name: f.read_bytes() for f in ours} == {f.name: f.read_bytes() for f in its}
 
 
 # a cluster that somebody else has started, until its input ends
@@ -145,6 +161,7 @@ def test_a_killed_worker_costs_only_what_it_did_since_its_checkpoint(ray, full, 
     run = driver(tmp_path/'store', ray, HELD)
     os.kill(held(tmp_path/'store', run), signal.SIGKILL)
     assert run.wait() == 0, run.err
+    assert int((tmp_path/'store.next').read_text()) > Experiment('smoke').profile.sft.save_steps
     want, got = contents(full), contents(tmp_path/'store')
     assert set(got) >= set(Experiment('smoke').needs(WANTED)) and got == {n: want[n] for n in got}
 
@@ -172,33 +189,131 @@ def test_an_engine_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, caps
     assert not (tmp_path/'store').exists()
 
 
-@pytest.mark.parametrize('words,engine', [([], 'auto'), (['--engine', 'local'], None), (['--engine', 'ray'], 'auto')])
+@pytest.mark.parametrize('words,engine', [
+    ([], ('auto', 2)), (['--engine', 'local'], (None, 2)), (['--engine', 'ray'], ('auto', 2)),
+    (['--engine', 'inline'], (None, 1))])
 def test_the_engine_that_is_named_holds_and_not_the_profiles(words, engine, tmp_path, monkeypatch):
     "--engine local could not turn off the profile's Ray, and --engine ray left its cluster for one of this machine."
-    (tmp_path/'mine.toml').write_text('extends = "smoke"\n[machine]\nray = "auto"\n')
+    (tmp_path/'mine.toml').write_text('extends = "smoke"\n[machine]\nray = "auto"\nworkers = 2\n')
     with_engine = []
-    monkeypatch.setattr(Experiment, 'run', lambda self: with_engine.append(self.profile.machine.ray))
+    monkeypatch.setattr(Experiment, 'run', lambda self: with_engine.append(self.profile.machine))
     monkeypatch.setattr('solar_repro.pipeline.experiment.ray_engine', lambda: None)
     monkeypatch.setattr('solar_repro.reports.published.published', lambda exp: [])
     assert main(['run', '--profile', str(tmp_path/'mine.toml'), '--store', str(tmp_path/'store'), *words]) == 0
-    assert with_engine == [engine]
+    assert [(m.ray, m.workers) for m in with_engine] == [engine]
+
+
+# workers that need no library: one dies at each stage; one stays in it, and leaves its number beside the store
+DIES = '''
+import os, signal, sys
+from solar_repro.pipeline.workers import serve
+serve(lambda hello: lambda name, step: os.kill(os.getpid(), signal.SIGKILL), int(sys.argv[1]))
+'''
+STAYS = '''
+import os, sys, time
+from pathlib import Path
+from solar_repro.pipeline.workers import serve
+def make(hello):
+    def stays(name, step):
+        Path(f"{hello['store']}.{os.getpid()}.stays").touch()
+        time.sleep(10**6)
+    return stays
+serve(make, int(sys.argv[1]))
+'''
+
+
+@pytest.fixture
+def words(tmp_path):
+    "Of a command that builds side by side."
+    return ['run', '--workers', '2', '--profile', 'smoke', '--store', str(tmp_path/'store')]
+
+
+def test_a_worker_that_dies_three_times_is_told_in_words_with_what_is_missing_and_how_to_go_on(
+        words, monkeypatch, capsys):
+    "It came as a traceback, and was called a fault of ours."
+    monkeypatch.setattr(experiment, 'WORKER', ('-c', DIES))
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    said = err[err.index('solar-repro: the worker'):]
+    assert 'that built SFT v3 was killed (SIGKILL)' in said and 'Tried 3 times. Where memory is short' in said
+    short = said.partition('Rows without all scores: ')[2].partition('. What is built is kept.')[0]
+    assert set(short.split(', ')) == {'base', *MODELS} and 'Traceback' not in said
+    program, *again = shlex.split(said.splitlines()[-1].removeprefix('Go on with: '))
+    assert (program, again) == ('solar-repro', words)
+
+
+def test_ctrl_c_ends_two_workers_and_is_one_line(words, tmp_path):
+    code = f'import sys\nfrom solar_repro.pipeline import experiment\nexperiment.WORKER = "-c", {STAYS!r}\n' \
+           'from solar_repro.reports.cli import main\nsys.exit(main(sys.argv[1:]))'
+    run = Forked(code, *words, env=dict(SOLAR_PROGRESS=os.devnull))
+    wait_for(lambda: len(list(tmp_path.glob('*.stays'))) == 2, run)
+    workers = {int(p.name.split('.')[1]) for p in tmp_path.glob('*.stays')}
+    assert workers <= below(run.pid)
+    run.send_signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert not any(map(alive, workers))
+    _, *lines = filter(None, run.err.splitlines())                 # after what is going to be built
+    said, = lines
+    assert said.startswith('interrupted in SFT') and said.endswith('stages are finished and kept. Run again to go on.')
+
+
+@pytest.mark.parametrize('where', ['pipeline.builder.check_before_training', 'pipeline.experiment.Experiment._engine'])
+def test_ctrl_c_before_the_first_stage_is_one_line_too(where, words, monkeypatch, capsys):
+    def interrupted(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(f'solar_repro.{where}', interrupted)
+    assert main(words) == 130
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith('interrupted; ') and said.endswith('stages are finished and kept. Run again to go on.')
+
+
+# a worker that leaves beside the store, under the stage's name, the card that it sees
+SEES = '''
+import os, sys
+from pathlib import Path
+from solar_repro.pipeline.workers import serve
+def make(hello):
+    return lambda name, step: Path(f"{hello['store']}.{name}").write_text(os.environ['CUDA_VISIBLE_DEVICES'])
+serve(make, int(sys.argv[1]))
+'''
+
+
+def test_each_worker_sees_a_card_of_its_own_and_stages_cost_what_the_plan_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, 'WORKER', ('-c', SEES))
+    monkeypatch.setattr('solar_repro.pipeline.builder.visible_cards', lambda: ['2', '5'])
+    exp, names, slots = Experiment('a100-bf16', store=tmp_path/'store'), ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4'], {}
+    apart = dict.fromkeys(names, ())
+    engine, costs = exp._engine(names, apart, print, False)
+    execute(apart, engine, costs, on_event=lambda e: slots.update({e.name: e.slot}))
+    engine.stop()
+    assert {n: Path(f'{tmp_path}/store.{n}').read_text() for n in names} == {n: ['2', '5'][slots[n]] for n in names}
+    assert set(slots.values()) == {0, 1}
+    assert costs == make_plan(exp.profile, exp.graph).stages.set_index('stage').loc[names, 'hours'].to_dict()
+
+
+def test_kinds_of_stages_that_keep_the_base_are_those_that_load_no_model_of_their_own():
+    assert set(KEEPS_BASE) == set(USES_BASE) - set(LOADS_ITS_OWN)
 
 
 @pytest.mark.slow
 def test_a_second_driver_takes_other_stages(full, tmp_path):
-    runs = [driver(tmp_path/'store') for _ in range(2)]
-    assert [r.wait() for r in runs] == [0, 0], [r.err for r in runs]
+    "Two workers each; test_run has the same of two processes without workers."
+    names = [*WANTED, 'SFT v1', 'SFT v2']
+    ps, (one, other) = drivers.two(tmp_path/'store', 2, names, hold='SFT')
+    assert one and other and sorted(one + other) == sorted(Experiment('smoke').needs(names))
+    told = [line.partition(': ')[2].partition(',')[0] for line in ps[1].err.splitlines()]
+    assert told.count('SFT v3') == 1                # though it was asked for every second
+    assert ps[1].err.count('SFT v3 is being built by another run') <= 1
     want, got = contents(full), contents(tmp_path/'store')
-    assert set(got) >= set(Experiment('smoke').needs(WANTED)) and got == {n: want[n] for n in got}
+    assert got == {n: want[n] for n in got}
 
 
 def test_a_failed_stage_stops_only_what_needs_it(tmp_path, monkeypatch):
     exp = Experiment('smoke', store=tmp_path)
     build = exp.builder.build
 
-    def fails(s, *rest):
+    def fails(s, *rest, **how):
         if s.name == 'SFT v4': raise RuntimeError('no luck')
-        return build(s, *rest)
+        return build(s, *rest, **how)
     monkeypatch.setattr(exp.builder, 'build', fails)
     with pytest.raises(RuntimeError, match='no luck') as e: exp.run(['eval/SFT v4/arc', 'SFT v1'])
     assert exp.find('SFT v1') and exp.find('SFT v4') is None
@@ -209,10 +324,35 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path, monkeypatch):
 
 def test_the_command_that_goes_on_after_a_failure_is_the_one_that_failed(tmp_path, monkeypatch, capsys):
     (tmp_path/'my own.toml').write_text('extends = "smoke"\n[machine]\nworkers = 1\n')
-    def fails(*_): raise OSError('no luck')
+    def fails(*_, **how): raise OSError('no luck')
     monkeypatch.setattr('solar_repro.pipeline.builder.Builder.build', fails)
     words = ['run', '--profile', str(tmp_path/'my own.toml'), '--seed', '3', '--store', str(tmp_path/'store')]
     assert main(words) == 2
     *_, last = capsys.readouterr().err.splitlines()
     program, *again = shlex.split(last.removeprefix('Go on with: '))
     assert program == 'solar-repro' and again == words
+
+
+def test_a_full_store_is_put_on_the_clock_with_the_times_that_were_measured(full, capsys):
+    "It said 0 min, and a longest path of nothing."
+    words = ['plan', '--profile', 'smoke', '--store', str(full), '--workers', '2']
+    assert main([*words, '--actual', '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    hours = sum(s['measured_hours'] for s in told['stages'])
+    assert hours/2 <= told['workers']['hours'] < hours
+    assert main([*words, '--actual']) == 0
+    said = capsys.readouterr().out
+    assert 'Longest path: base -> SFT v' in said and 'From first start to last end it took' in said
+    assert main(words) == 0
+    assert 'Nothing is left to build.' in capsys.readouterr().out
+
+
+def test_the_benchmark_counts_the_start_of_a_worker_as_idle():
+    "Two workers load libraries for 2 and 3 s; then one trains 4 s and scores 2 s, and the other trains 4 s."
+    idle = runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'workers.py'))['idle']
+    graph = dict(data=Stage('data', 'data', {}, {}), a=Stage('a', 'sft', {}, dict(data='data')),
+                 b=Stage('b', 'sft', {}, dict(data='data')), c=Stage('c', 'eval', {}, dict(model='a')))
+    events = [(0, 0, 'data', 'start'), (1, 0, 'data', 'done'), (2, 0, 'a', 'start'), (2, 1, 'b', 'start'),
+              (4, 0, 'a', 'step'), (5, 1, 'b', 'step'), (8, 0, 'a', 'done'), (8, 0, 'c', 'start'), (9, 1, 'b', 'done'),
+              (10, 0, 'c', 'done')]
+    assert idle(graph, events, 2) == 1 - (4 + 4 + 2)/(2*8)

@@ -19,7 +19,7 @@ def make_builder(
 )->Callable: # build(name, step)
     "An experiment's way to build one stage."
     exp = Experiment(Profile.model_validate(hello['profile']), store=hello['store'])
-    return lambda name, step: exp.make(name, step, wait=False)
+    return exp.make
 
 # %% ../../nbs/pipeline/15_serve.ipynb #3db5436a
 #| eval: false

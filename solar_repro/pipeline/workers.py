@@ -26,7 +26,7 @@ import psutil
 from fastcore.basics import patch
 
 from ..core.config import Machine
-from .executor import Event
+from .executor import Event, WorkerDied
 
 # %% ../../nbs/pipeline/11_workers.ipynb #ce9dbae5
 def pack_error(
@@ -88,7 +88,7 @@ def _listen(engine:ProcessEngine, slot:int, w:_Process, said:IO)->None:
         if engine._workers.get(slot) is w: del engine._workers[slot]
     if w.name:
         how = f'was killed ({signal.Signals(-code).name})' if code < 0 else f'ended with code {code}'
-        error = RuntimeError(f'the worker that built {w.name} {how}. {w.last_words()}'.strip())
+        error = WorkerDied(f'the worker that built {w.name} {how}. {w.last_words()}'.strip())
         engine._events.put(Event(slot, w.name, 'died', error=error))
 
 # %% ../../nbs/pipeline/11_workers.ipynb #88da7cc5
@@ -161,10 +161,13 @@ def n_workers(
     if machine.device == 'cuda' and machine.workers and machine.workers > len(cards):
         raise ValueError(f'workers: {machine.workers} of them and {len(cards)} cards; expected a card for each. Lower '
                          '--workers, or name more cards in CUDA_VISIBLE_DEVICES.')
-    if machine.workers: return min(machine.workers, wide)
-    if machine.device == 'cuda': return max(1, min(len(cards), wide))
+    if machine.device == 'cuda': return max(1, min(machine.workers or len(cards), wide))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(cores//machine.threads, psutil.virtual_memory().available//(LIBRARIES + peak), wide))
+    n, fit = min(machine.workers or cores//machine.threads, wide), psutil.virtual_memory().available//(LIBRARIES + peak)
+    if machine.workers and fit < n:
+        gib = n*(LIBRARIES + peak)/2**30
+        print(f'{n} workers need {gib:.1f} GiB, more memory than is free: {max(1, fit)} at a time', file=sys.stderr)
+    return max(1, min(n, fit))
 
 # %% ../../nbs/pipeline/11_workers.ipynb #8f0cea19
 STEP_S = .2 # seconds between two reports of a step

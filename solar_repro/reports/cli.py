@@ -29,6 +29,7 @@ from fastcore.docments import docments
 
 from .. import __version__
 from ..core.files import expanded
+from ..pipeline.executor import WorkerDied
 from .commands import COMMANDS, RENAMED, said_if_long
 from .weights import library
 
@@ -91,6 +92,8 @@ def _command(name:str)->str: # of COMMANDS
     hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(COMMANDS)}'
     raise argparse.ArgumentTypeError(f'{name!r} is no command; {hint}')
 
+# other names of an option
+_ALSO = {('plan', 'card'): ['--device']}
 # these build what they lack
 _BUILD = 'table', 'claims', 'show', 'diff', 'sweep', 'results', 'contamination', 'export'
 
@@ -130,7 +133,7 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     p, said = _new_parser(f'solar-repro {name}', what, '\n  '.join(['examples:', *examples])), docments(f)
     for k, q in needs.items():
         if k in ('exp', 'profile'): _add_common(p)
-        else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, **how)
+        else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, *_ALSO.get((name, k), ()), **how)
     if 'format_' in needs:
         p.add_argument('--json', dest='format_', action='store_const', const='json', default=argparse.SUPPRESS,
                        help='the same as --format json')
@@ -181,7 +184,7 @@ def can_be_mended(
     "Whether an error was raised by this library, or by the system, for a user to read."
     *_, (last, _) = traceback.walk_tb(e.__traceback__)
     ours = last.f_globals.get('__name__', '').split('.')[0] in ('solar_repro', '__main__')
-    told = ValueError, ImportError, FloatingPointError, MemoryError
+    told = ValueError, ImportError, FloatingPointError, MemoryError, WorkerDied
     return isinstance(e, OSError) or isinstance(e, told) and ours
 
 def error_text(

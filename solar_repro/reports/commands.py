@@ -31,7 +31,7 @@ def _as_records(frame)->list[dict]: # of a pandas DataFrame; what is missing is 
 def run(exp, # the run: `Experiment`
     *,
     workers:int|None=None, # stages built side by side, which changes no result (default: as many as fit)
-    engine:Literal['local', 'ray']|None=None, # processes of this machine, or workers of Ray (default: by the profile)
+    engine:Literal['inline', 'local', 'ray']|None=None, # this process, more of them, or Ray's (default: the profile's)
     address:str|None=None, # of a Ray cluster to join, such as auto (default: the profile's, else one is started here)
     recorded:bool=False, # build nothing; write tables, figures and report of the recorded runs
 )->None:
@@ -39,13 +39,17 @@ def run(exp, # the run: `Experiment`
 
     solar-repro run
     solar-repro run --profile mine.toml --seed 1
-    solar-repro run --workers 1
+    solar-repro run --engine inline
     solar-repro run --engine ray
     solar-repro run --recorded
     """
     if address and engine != 'ray':
         raise ValueError(f'run: --address {address}; expected it with --engine ray only. Say both, or neither.')
-    exp.build_with(workers, dict(local='', ray=address or exp.profile.machine.ray or 'local').get(engine))
+    if engine == 'inline' and workers not in (None, 1):
+        raise ValueError(f'run: --workers {workers} and --engine inline, which builds one stage after another; '
+                         'expected one of them. Leave one out.')
+    if engine == 'inline': workers = 1
+    exp.build_with(workers, dict(inline='', local='', ray=address or exp.profile.machine.ray or 'local').get(engine))
     if not exp.records: exp.run()
     for f in library('reports.published').published(exp): print(f)
 
@@ -251,7 +255,7 @@ def plan(exp, # the run: `Experiment`
     calibrate:bool=False, # measure the present machine instead, for a minute
     price:float|None=None, # of an hour
     actual:bool=False, # after a run: planned beside measured
-    workers:int|None=None, # also say how long so many workers take, each with a card of its own
+    workers:int|None=None, # also say how long so many take, each with a card; with --actual by what was measured
     format_:Literal['text', 'json']='text', # json is for a program
 )->None:
     """Print what the profile takes: tokens, hours, memory, disk, price; and after a run, planned beside measured.
@@ -271,16 +275,18 @@ def plan(exp, # the run: `Experiment`
     else: on = planning.card(card, exp.profile)
     made = planning.make_plan(exp.profile, exp.graph, exp.find, on, price)
     measured, left = planning.actual(made, exp.find) if actual else None, _left_by_seed(exp, made)
+    clocked = made if measured is None else planning.as_measured(made, measured)
     if format_ == 'json':
         about = dict(profile=made.name, label=made.label, card=on.name, source=on.source, price=price,
                      seed=exp.profile.seed, hours_left_by_seed=left)
-        if workers: about['workers'], = _as_records(planning.by_workers(made, exp.graph, [workers]))
+        if workers: about['workers'], = _as_records(planning.by_workers(clocked, exp.graph, [workers]))
         return _print_json(about | dict(stages=_as_records(made.stages if measured is None else measured)))
     in_lines = library('publishing.text').in_lines
     print(in_lines(f'{made.name} ({made.label}) on {on.name}: {on.source}'))
     print(planning.table(made) if measured is None else planning.actual_text(measured))
-    if workers: print(in_lines(planning.workers_text(made, exp.graph, workers)))
+    if workers: print(in_lines(planning.workers_text(clocked, exp.graph, workers)))
     took = library('pipeline.progress').duration
+    if workers and actual: print(f'From first start to last end it took {took(3600*planning.wall_hours(measured))}.')
     each = ', '.join(f'seed {k}: {took(3600*h)}' for k, h in left.items())
     if len(left) > 1: print(in_lines(f'All this is of seed {exp.profile.seed} alone. Still to do, {each}.'))
 
