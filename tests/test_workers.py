@@ -260,6 +260,7 @@ def test_ctrl_c_ends_two_workers_and_is_one_line(words, tmp_path):
 @pytest.mark.parametrize('where', ['pipeline.builder.check_before_training', 'pipeline.experiment.Experiment._engine'])
 def test_ctrl_c_before_the_first_stage_is_one_line_too(where, words, monkeypatch, capsys):
     def interrupted(*_): raise KeyboardInterrupt
+    monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)     # a terminal, whatever other tests have loaded
     monkeypatch.setattr(f'solar_repro.{where}', interrupted)
     assert main(words) == 130
     *_, said = capsys.readouterr().err.splitlines()
