@@ -135,9 +135,10 @@ def at_length(profile: str) -> str:
 def times() -> str:
     "What whole commands took, as a range over the machines that they were timed on."
     seen = json.loads(TIMES.read_text(encoding='utf-8'))
-    ends = {c: (math.floor(min(m)), math.ceil(max(m))) for c, m in seen['minutes'].items()}
-    spans = {c: ' to '.join(map(str, dict.fromkeys(x))) for c, x in ends.items()}
-    said = [f'`{command}` took {span} minutes' for command, span in spans.items()]
+    def span(m): # of one measurement no range
+        if len(m) == 1: return f'{m[0]:.0f} minutes (measured once)'
+        return ' to '.join(dict.fromkeys([f'{math.floor(min(m))}', f'{math.ceil(max(m))}'])) + ' minutes'
+    said = [f'`{command}` took {span(m)}' for command, m in seen['minutes'].items()]
     *first, last = said
     return f' On {seen["machines"]}, set-up included, {" and ".join(filter(None, [", ".join(first), last]))}.'
 

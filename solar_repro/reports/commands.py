@@ -56,7 +56,7 @@ def run(exp, # the run: `Experiment`
 # %% ../../nbs/reports/02_commands.ipynb #cc59ae6d
 def demo(exp, # the run: `Experiment`
 )->None:
-    """Train two models, average them, take a step of DPO: one page of scores and answers side by side, in two minutes.
+    """Train two models, average them, take a step of DPO: one page of scores and answers side by side, in minutes.
 
     solar-repro demo
     """
