@@ -1,6 +1,6 @@
 # make tables   rebuild Tables 3 to 7, results in runs/PROFILE/; PROFILE=tiny, SEED=the profile's own (0)
 #               PROFILE=smol DATA=DIR: real weights and the published rows in DIR (solar_repro.core.data_files says how it is laid out)
-# make demo     two trainings, their average, a DPO step and their answers side by side, in two minutes; PROFILE, SEED and
+# make demo     two trainings, their average, a DPO step and their answers side by side, in minutes; PROFILE, SEED and
 #               DATA as for make tables
 # make test     notebooks in sync with the library, every notebook, the tests
 # make test-all make test, and the tests that take minutes

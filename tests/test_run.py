@@ -152,7 +152,8 @@ def test_two_processes_on_one_store_build_each_stage_once(full, tmp_path):
     whole, exp = artifacts(full), Experiment('smoke', store=store)
     assert 'SFT v3' in one and other and sorted(one + other) == sorted(exp.needs(names))
     told = ps[1].err.splitlines()
-    assert told.count('SFT v3 is being built by another run; waiting for it beside other work') == 1
+    waits = 'SFT v3 is being built by another run; waiting for it beside other work'
+    assert told.count(waits) <= 1                          # none, if it came to SFT v3 when that was there
     assert not any('damaged' in p.err for p in ps)
     assert artifacts(store) == {n: whole[n] for n in exp.needs(names)}
     assert not list((store/'building').iterdir())

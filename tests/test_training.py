@@ -683,7 +683,7 @@ def test_what_is_not_set_stands_in_no_key():
     plain, divided = of(), of(max_tokens_per_microbatch=512)
     assert 'max_tokens_per_microbatch' not in json.dumps([s.settings for s in plain.values()])
     changed = {s.kind for n, s in divided.items() if s.settings != plain[n].settings}
-    assert changed == {'sft', 'ref', 'dpo'}
+    assert changed == {'sft', 'ref', 'dpo', 'quantization'}
     with pytest.raises(ValueError, match='not both'):
         type(SFT).model_validate({**SFT.model_dump(), 'microbatches': 2, 'max_tokens_per_microbatch': 512})
 
