@@ -93,7 +93,8 @@ for name in sys.argv[3:]:
 print(json.dumps(counts))
 """
 
-SHORT = ['SFT v3', 'SFT v3 + v4', 'ref/SFT v3/ultrafeedback_clean 1 of 4', 'DPO v1', 'eval/SFT v3 + v4/hellaswag']
+REFS = [f'ref/SFT v3/ultrafeedback_clean {k} of 4' for k in range(1, 5)]
+SHORT = ['SFT v3', 'SFT v3 + v4', *REFS, 'DPO v1', 'eval/SFT v3 + v4/hellaswag']
 
 
 def python(code, *words):

@@ -243,7 +243,9 @@ def test_a_worker_that_dies_three_times_is_told_in_words_with_what_is_missing_an
 
 
 def test_ctrl_c_ends_two_workers_and_is_one_line(words, tmp_path):
-    code = f'import sys\nfrom solar_repro.pipeline import experiment\nexperiment.WORKER = "-c", {STAYS!r}\n' \
+    code = f'import psutil, sys\nfrom types import SimpleNamespace\nfrom solar_repro.pipeline import experiment\n' \
+           'psutil.virtual_memory = lambda: SimpleNamespace(available=2**36)       # room for two\n' \
+           f'experiment.WORKER = "-c", {STAYS!r}\n' \
            'from solar_repro.reports.cli import main\nsys.exit(main(sys.argv[1:]))'
     run = Forked(code, *words, env=dict(SOLAR_PROGRESS=os.devnull))
     wait_for(lambda: len(list(tmp_path.glob('*.stays'))) == 2, run)

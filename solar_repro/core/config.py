@@ -163,7 +163,7 @@ class DpoStep(Training):
 class Dpo(DpoStep):
     "Direct preference optimisation."
     mode: Literal['stepwise', 'joint'] # sDPO, one step a preference set; or all sets at once
-    reference_parts: Positive = 1 # stages that share a reference pass, for as many workers
+    reference_parts: Positive = 1 # stages that share a reference pass; others round sums otherwise, and DPO is anew
     rows: dict[Literal[DPO_ROWS], DpoRow] = {} # what single rows set for themselves
 
     def of(self,

@@ -267,7 +267,7 @@ def build(self:Store,
     name:str, # for people
     code_version:int, # of the kind
     seed:int|None=None, # of the stage
-    wait:bool=True, # for another process that is building it; False: BlockingIOError then
+    wait:bool=True, # for another process that is building it; False: `core.files.Busy` then
 )->Artifact:
     "Find or build; visible only when whole."
     def waits(): _warn(f'store: {name} is being built by another process; waiting for it.')

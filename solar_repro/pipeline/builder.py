@@ -70,7 +70,7 @@ def build(self:Builder,
     key:str, # of the store
     inputs:dict[str,Artifact], # role -> what is built
     on_progress, # called with (done, total)
-    wait:bool=True, # for another process that is building it; False: BlockingIOError then
+    wait:bool=True, # for another process that is building it; False: `core.files.Busy` then
 )->Artifact:
     "Build a stage, or take what another process built meanwhile."
     self._prepare()

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..core.files import Busy
+
 # %% ../../nbs/pipeline/10_executor.ipynb #f2d58220
 @dataclass(frozen=True)
 class Event:
@@ -58,7 +60,7 @@ def remaining_path(
 # %% ../../nbs/pipeline/10_executor.ipynb #5fd28aa8
 MISTAKES = ValueError, OSError, ImportError, FloatingPointError, MemoryError # would be the same at a second try
 TRIES = 3       # of a stage whose worker died, or that failed for another reason
-_DIED = 'Tried {} times. Where memory is short, build fewer stages side by side: --workers 1 needs the least.'
+_FEWER = ' Where memory is short, build fewer stages side by side: --workers 1 needs the least.'
 LOOK_AGAIN_S = 1. # after which a stage that another run builds is looked for again
 
 @dataclass
@@ -101,7 +103,7 @@ def _assign(s:_State, engine:Engine, inputs:Mapping[str,Collection[str]], uses_b
         engine.start(slot, name)
 
 # %% ../../nbs/pipeline/10_executor.ipynb #9552dc2f
-def _take(s:_State, e:Event, tries:int)->None:
+def _take(s:_State, e:Event, tries:int, n_slots:int)->None:
     "Take notice of what happened to a stage."
     if e.kind == 'step': return
     del s.running[e.slot]
@@ -111,7 +113,7 @@ def _take(s:_State, e:Event, tries:int)->None:
         if e.kind == 'died' and e.slot in s.warm: s.warm.remove(e.slot)
         s.tried[e.name] += 1
         if isinstance(e.error, MISTAKES) or s.tried[e.name] >= tries:
-            if e.kind == 'died': e.error.add_note(_DIED.format(s.tried[e.name]))
+            if e.kind == 'died': e.error.add_note(f'Tried {s.tried[e.name]} times.{_FEWER*(n_slots > 1)}')
             s.failed[e.name] = e.error
             del s.todo[e.name]
 
@@ -147,7 +149,7 @@ def execute(
             _assign(s, engine, inputs, uses_base, lets_go, on_event)
             if not s.running and not s.busy: break
             for e in engine.events(LOOK_AGAIN_S if not s.busy else .1):
-                _take(s, e, tries)
+                _take(s, e, tries, engine.n_slots)
                 on_event(e)
             _look_again(s, found, on_event)
     except BaseException:
@@ -193,7 +195,7 @@ class InlineEngine:
 
     def start(self, slot:int, name:str)->None:
         try: self.build(name, lambda done, total: self.on_event(Event(slot, name, 'step', done, total)))
-        except BlockingIOError: self.said.append(Event(slot, name, 'busy'))
+        except Busy: self.said.append(Event(slot, name, 'busy'))
         except BaseException as e:
             _let_go(e)
             if not isinstance(e, Exception): raise             # Ctrl-C

@@ -127,7 +127,7 @@ def make(self:Experiment,
     name:str, # of a stage whose inputs are built
     on_progress:Callable[[int,int],None], # called with (done, total)
 )->None:
-    "Build a stage in this process; BlockingIOError where another is building it."
+    "Build a stage in this process; `core.files.Busy` where another is building it."
     s = self.graph[name]
     if absent := [i for i in s.inputs.values() if self.find(i) is None]:
         raise FileNotFoundError(f'experiment: {name} needs {absent}, which are not built. Run again to build them.')

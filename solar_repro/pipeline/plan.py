@@ -93,7 +93,7 @@ def _context(sets:list[tuple[Lengths,int]], x:dict, sft:bool, in_runs:bool)->flo
     row = sum(fed)/sum(n for _, n in sets)
     return 2*row if x.get('max_tokens_per_microbatch') else row/2
 
-def _predicted(sets:list[tuple[Lengths,int]], x:dict)->float|None: # as `train_flops` takes it; x: as above
+def _share_predicted(sets:list[tuple[Lengths,int]], x:dict)->float|None: # as `train_flops` takes it; x: as above
     "Share of the tokens that are predicted, with a budget of tokens; of SFT all, whose prompts are not counted apart."
     if not x.get('max_tokens_per_microbatch'): return None
     return 1 - sum(l.prompt*n for l, n in sets)/sum(_fed(l, n, x)[1] for l, n in sets)
@@ -114,7 +114,7 @@ def _train_cost(of:Setting, stage:Stage)->Cost:
     memory = train_memory(s, x['nf4'], x['compute_dtype'], r, x.get('lora_dropout', 0.), n_tok,
                           None if budget else x['microbatches'], again, of.device,
                           0 if of.in_runs(x) else longest if sft or budget else longest//2)
-    flops = train_flops(s, context, r, again, _predicted(sets, x))
+    flops = train_flops(s, context, r, again, _share_predicted(sets, x))
     return Cost(tokens, **_arithmetic(x, _times(tokens, flops)),
                 other_s=_reading(of.base_bytes), memory=sum(memory.values()), disk=s.lora(r)*4)
 
@@ -129,7 +129,7 @@ def _ref_cost(of:Setting, stage:Stage)->Cost:
     if budget: logits = head_bytes(s, n_tok, x['compute_dtype'], of.device, True)
     else: logits = 12*s.vocab*n_tok                    # of every token, their float32, their log-softmax
     context = _context([(l, n)], x, False, of.in_runs(x))
-    flops = forward_flops(s, context, r, _predicted([(l, n)], x) or 1.)
+    flops = forward_flops(s, context, r, _share_predicted([(l, n)], x) or 1.)
     return Cost(tokens, **_arithmetic(x, _times(tokens, flops)), other_s=_reading(of.base_bytes),
                 memory=parts['weights'] + parts['adapter'] + logits + n_tok*layer, disk=30*n)
 
@@ -184,13 +184,13 @@ def _together(costs:list[Cost])->Cost:
     return Cost(summed('tokens'), summed('flops'), summed('nf4_flops'), summed('other_s'),
                 max(c.memory for c in costs), sum(c.disk for c in costs), sum(c.download for c in costs))
 
-def _scored(of:Setting, m:str)->list[Cost]: return [_eval_cost(of, of.graph[f'eval/{m}/{t}']) for t in H6_TASKS]
+def _evaluations(of:Setting, m:str)->list[Cost]: return [_eval_cost(of, of.graph[f'eval/{m}/{t}']) for t in H6_TASKS]
 
 def _quantization_cost(of:Setting, stage:Stage)->Cost:
     "A model scored in four bits and on the base that these give back, which is written, read and removed."
-    n, whole = of.base_bytes, _scored(of, stage.inputs['model'])
+    n, whole = of.base_bytes, _evaluations(of, stage.inputs['model'])
     unpacked = [replace(c, flops=c.nf4_flops, nf4_flops=c.flops) for c in whole]
-    return _together([*unpacked, *whole, Cost(other_s=_reading(4*n), disk=n)])
+    return _together([*unpacked, *whole, Cost(other_s=_reading(4*n))])
 
 COSTS = dict(base=_base_cost, data=_file_cost, bench=_file_cost, sft=_train_cost, ref=_ref_cost, dpo=_train_cost,
              merge=_merge_cost, eval=_eval_cost, own=_own_cost,
@@ -202,7 +202,7 @@ OWN = '07_your_own, where it is run'
 def _notebook_costs(of:Setting)->dict[str,Cost]:
     "What notebooks compute beside the graph's stages."
     n = of.base_bytes
-    own = [_train_cost(of, of.graph['SFT v4']), *_scored(of, 'SFT v4'), *_scored(of, 'Merge v1')]
+    own = [_train_cost(of, of.graph['SFT v4']), *_evaluations(of, 'SFT v4'), *_evaluations(of, 'Merge v1')]
     return {'04_merge: weights, outputs': Cost(other_s=_reading(12*n), memory=n + GIB), # one model at a time
             OWN: _together(own)}
 

@@ -71,7 +71,7 @@ class Progress:
     ):
         self.left_over, self.cost, self.n_slots = {s.name: s for s in plan}, relative_costs(plan), n_slots
         self.running: dict[str,_Work] = {}
-        self.waits: set[str] = set()           # stages that another run is building
+        self.waits: dict[str,int] = {}         # stage that another run is building -> slot that was to build it
         self.started: set[int] = set()         # slots that have loaded their libraries
         self.n, self.shown, self.last = len(built) + len(plan), 0., None
         known = [(RELATIVE_COST[k], s) for k, s in built if RELATIVE_COST[k] >= TELLING]
@@ -115,6 +115,7 @@ def end(self:Progress,
     built:bool=True, # False: it is given up for now
 ):
     "A stage is no longer in work; if it is not built, what was said of the time left no longer holds."
+    if name in self.waits: self._wait_no_more(name)
     w = self.running.pop(name)
     if built:
         w.share = 1.
@@ -132,7 +133,7 @@ def follow(self:Progress,
     if e.kind == 'start': self.start(e.name, e.slot)
     elif e.kind == 'step': self.on_progress(e.name, e.done, e.total)
     elif e.kind == 'busy': self._wait(e.name)
-    elif e.kind == 'found': del self.left_over[e.name]
+    elif e.kind == 'found': self._found(e.name)
     else:
         if e.kind == 'died': self.started.discard(e.slot)
         self.end(e.name, e.kind == 'done')
@@ -144,13 +145,21 @@ def _wait(self:Progress, name:str)->None:
     bar = self.lines[w.slot] if self.lines else self.bar
     if bar is not None: self._show(bar, said, 0. if self.lines else bar.n)
     elif not self.file and name not in self.waits: print(f'{said}; waiting for it beside other work', file=sys.stderr)
-    self.waits.add(name)
+    self.waits[name] = w.slot
 
 @patch
 def _wait_no_more(self:Progress, name:str)->None:
     "The other run has given it up: it is built here."
-    self.waits.remove(name)
+    del self.waits[name]
     self._report(name, 0, 0)
+
+@patch
+def _found(self:Progress, name:str)->None:
+    "The other run has built it."
+    slot = self.waits.pop(name, None)
+    idle = slot not in [w.slot for w in self.running.values()]
+    if self.lines and slot is not None and idle: self._show(self.lines[slot], 'waits', 0.)
+    del self.left_over[name]
 
 @patch
 def close(self:Progress):

@@ -161,6 +161,7 @@ class RayEngine:
         self._new = lambda: ray.remote(Node).options(**how).remote(words, hello, env)
         self._store, self._nodes = store, []                # folder; actors
         self._names, self._asked = {}, {}                   # slot -> stage in work; call under way -> slot
+        self._lost: list[Event] = []                        # stages whose worker could not be started again
         try:
             if not self.n_slots: raise ValueError(f'engine ray: no node has room for a worker, which takes {need}; '
                                                   'expected one that has. Add a node, or take --engine local.')
@@ -177,12 +178,23 @@ def start(self:RayEngine,
     name:str, # of a stage
 )->None:
     "Name a stage to the worker of a slot."
-    if self._nodes[slot] is None:
-        self._nodes[slot] = self._new()
-        check_shared([self._nodes[slot]], self._store)
     self._names[slot] = name
+    if self._nodes[slot] is None and not self._replaced(slot): return
     self._nodes[slot].start.remote(name)
     self._ask(slot)
+
+@patch
+def _replaced(self:RayEngine, slot:int)->bool:
+    "Put a new worker in the place of one whose node is gone; without room for it the others go on."
+    try:
+        self._nodes[slot] = self._new()
+        check_shared([self._nodes[slot]], self._store)
+        return True
+    except FileNotFoundError: raise                         # a node without the store's folder
+    except OSError as e:
+        self._nodes[slot] = None
+        self._lost.append(Event(slot, self._names[slot], 'died', error=WorkerDied(str(e))))
+        return False
 
 @patch
 def _ask(self:RayEngine, slot:int)->None: self._asked[self._nodes[slot].events.remote(60.)] = slot
@@ -192,6 +204,7 @@ def events(self:RayEngine,
     wait_s:float, # seconds to wait for one, at most
 )->list[Event]:
     "What the workers said since the last call."
+    if self._lost: return [self._lost.pop() for _ in range(len(self._lost))]
     if not self._asked: time.sleep(wait_s)
     answered = ray.wait(list(self._asked), timeout=wait_s)[0] if self._asked else []
     return [e for call in answered for e in self._answer(call)]

@@ -92,7 +92,8 @@ def build_ref(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildC
     start, rows = adapted_model(inputs['start'], context.store), read_rows(inputs['data'].path/'rows.jsonl')
     rows = rows[part_of(len(rows), settings)]
     numerics, template = Numerics.model_validate(settings['numerics']), Template.model_validate(settings['template'])
-    logps = reference_logps(start, rows, numerics, template, settings['machine']['device'], context.on_progress)
+    if not rows: logps = pd.DataFrame(dict(chosen=[], rejected=[]))    # a set of fewer pairs than parts
+    else: logps = reference_logps(start, rows, numerics, template, settings['machine']['device'], context.on_progress)
     logps.to_csv(out/'logps.csv', index=False, float_format='%.9g')
 
 # %% ../../nbs/pipeline/04_stages.ipynb #8e45cb28

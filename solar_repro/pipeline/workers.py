@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import IO
 
 import psutil
 from fastcore.basics import patch
 
 from ..core.config import Machine
+from ..core.files import Busy
 from .executor import Event, WorkerDied
 
 # %% ../../nbs/pipeline/11_workers.ipynb #ce9dbae5
@@ -151,6 +153,9 @@ def stop(self:ProcessEngine)->None:
 WORKER = '-P', '-m', 'solar_repro.pipeline.serve'
 LIBRARIES = 2**30 # bytes that a worker takes before it holds a model
 
+@cache
+def _say_once(said:str)->None: print(said, file=sys.stderr)   # of a process
+
 def n_workers(
     machine:Machine, # of the profile
     wide:int, # stages that can be in work at once
@@ -166,7 +171,7 @@ def n_workers(
     n, fit = min(machine.workers or cores//machine.threads, wide), psutil.virtual_memory().available//(LIBRARIES + peak)
     if machine.workers and fit < n:
         gib = n*(LIBRARIES + peak)/2**30
-        print(f'{n} workers need {gib:.1f} GiB, more memory than is free: {max(1, fit)} at a time', file=sys.stderr)
+        _say_once(f'{n} workers need {gib:.1f} GiB, more memory than is free: {max(1, fit)} at a time')
     return max(1, min(n, fit))
 
 # %% ../../nbs/pipeline/11_workers.ipynb #8f0cea19
@@ -199,7 +204,7 @@ def serve(
         try:
             build = build or make(hello)
             build(name, _steps(lambda done, total: say(name, 'step', done=done, total=total)))
-        except BlockingIOError: say(name, 'busy')
+        except Busy: say(name, 'busy')
         except Exception as e:
             if 'CUDA error' in str(e):                         # the card answers no more: another process goes on
                 os.write(2, str(e).splitlines()[0].encode())

@@ -385,7 +385,8 @@ DOING = dict(
     diff='comparing two models item by item', sweep='gathering the scores of the line between two models',
     verify='hashing the store, and counting every score again', results='gathering scores and answers',
     contamination='searching the training rows for words of the benchmarks',
-    plan='counting tokens, hours and memory', doctor='looking at this machine, its libraries and the store',
+    plan='counting tokens, hours and memory, or measuring this machine',
+    doctor='looking at this machine, its libraries and the store',
     clean='looking for what dead builds have left', export='putting the model together',
     compare='reading both checkpoints', init='copying the notebooks') # without those that show a bar of their own
 
