@@ -134,6 +134,10 @@ def _ref_cost(of:Setting, stage:Stage)->Cost:
                 memory=parts['weights'] + parts['adapter'] + logits + n_tok*layer, disk=30*n)
 
 # %% ../../nbs/pipeline/07_plan.ipynb #0016a955
+def _generating(of:Setting, steps:float)->tuple: # seconds
+    "Steps that make a token of each row: all weights are read for one; the rest is overhead."
+    return _times(tuple(of.base_bytes/(of.card.gb_s*1e9)*k for k in (1.2, 2., 4.)), steps)
+
 def _eval_cost(of:Setting, stage:Stage)->Cost:
     "One benchmark: a forward pass over what is not shared, and a step of the model for every generated token."
     x, s = stage.settings, of.shape
@@ -142,18 +146,15 @@ def _eval_cost(of:Setting, stage:Stage)->Cost:
     context = x['num_fewshot']*items.example + items.preamble + items.question
     scored = min(1., items.answers/max(1, items.question + items.answers))
     flops = (read + made)*forward_flops(s, context, 0, scored)
-    # all weights for every token; the rest is overhead
-    step_s = tuple(of.base_bytes/(of.card.gb_s*1e9)*k for k in (1.2, 2., 4.))
     first = x['task'] == H6_TASKS[0]                   # a model is put together for its first benchmark
     load = _times(_reading(of.base_bytes + s.lora(64)*8), float(first))
-    return Cost((read + made,)*3, (flops,)*3, other_s=_plus(load, _times(step_s, made/x['batch_size'])),
+    return Cost((read + made,)*3, (flops,)*3, other_s=_plus(load, _generating(of, made/x['batch_size'])),
                 memory=of.base_bytes + GIB, disk=400*min(items.n, n_items))
 
 def _own_cost(of:Setting, stage:Stage)->Cost:
     "Answers to held-out rows, as long as the rows' own: half of a row, about."
     l, n = of.rows_of(stage)
-    step_s = tuple(of.base_bytes/(of.card.gb_s*1e9)*k for k in (1.2, 2., 4.))
-    steps_s = _times(step_s, n*l.mean/2/stage.settings['batch_size'])
+    steps_s = _generating(of, n*l.mean/2/stage.settings['batch_size'])
     return Cost((n*l.mean,)*3, (n*l.mean*forward_flops(of.shape, l.mean/2),)*3, other_s=steps_s,
                 memory=of.base_bytes + GIB, disk=400*n)
 
