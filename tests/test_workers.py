@@ -342,7 +342,7 @@ def test_a_full_store_is_put_on_the_clock_with_the_times_that_were_measured(full
     assert main([*words, '--actual', '--json']) == 0
     told = json.loads(capsys.readouterr().out)
     hours = sum(s['measured_hours'] for s in told['stages'])
-    assert hours/2 <= told['workers']['hours'] < hours
+    assert hours/2 <= told['workers']['hours']*(1 + 1e-9) < hours  # JSON keeps 15 places: two halves may be 1e-14 over
     assert main([*words, '--actual']) == 0
     said = capsys.readouterr().out
     assert 'Longest path: ' in said and ' -> SFT v' in said and 'From first start to last end it took' in said
