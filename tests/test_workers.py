@@ -1,6 +1,7 @@
 """Stages side by side: results do not depend on who built what, and nothing that happens to a worker or to its
 driver is lost."""
 
+import itertools
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import drivers
 import pytest
@@ -23,8 +25,10 @@ from solar_repro.pipeline.executor import execute
 from solar_repro.pipeline.experiment import Experiment, KEEPS_BASE
 from solar_repro.pipeline.graph import MODELS, Stage, USES_BASE
 from solar_repro.pipeline.plan import make_plan
+from solar_repro.pipeline.progress import planned_costs, Progress
 from solar_repro.publishing.text import write_tables
 from solar_repro.reports.cli import main
+from solar_repro.tiny.base import shipped_base
 
 WANTED = ['DPO v1', 'SFT v4', 'eval/DPO v1/arc', 'eval/SFT v4/arc']
 RUN = f'''
@@ -285,12 +289,27 @@ def test_each_worker_sees_a_card_of_its_own_and_stages_cost_what_the_plan_says(t
     monkeypatch.setattr('solar_repro.pipeline.builder.visible_cards', lambda: ['2', '5'])
     exp, names, slots = Experiment('a100-bf16', store=tmp_path/'store'), ['SFT v1', 'SFT v2', 'SFT v3', 'SFT v4'], {}
     apart = dict.fromkeys(names, ())
-    engine, costs = exp._engine(names, apart, print, False)
+    costs = dict.fromkeys(names, 100.)
+    engine = exp._engine(apart, costs, 0, print, False)
     execute(apart, engine, costs, on_event=lambda e: slots.update({e.name: e.slot}))
     engine.stop()
     assert {n: Path(f'{tmp_path}/store.{n}').read_text() for n in names} == {n: ['2', '5'][slots[n]] for n in names}
     assert set(slots.values()) == {0, 1}
-    assert costs == make_plan(exp.profile, exp.graph).stages.set_index('stage').loc[names, 'hours'].to_dict()
+    base = dict(base=SimpleNamespace(path=shipped_base())).get     # as if it were there
+    hours = make_plan(exp.profile, exp.graph, base).stages.set_index('stage').loc[names, 'hours']
+    assert planned_costs(exp.profile, exp.graph, base, names)[0] == pytest.approx((hours*1200).to_dict())
+
+
+def test_how_far_a_run_is_goes_by_the_costs_by_which_stages_are_ordered(tmp_path, monkeypatch):
+    "It went by the tiny world's, for which four trainings are alike and a benchmark costs a minute."
+    seen, run = [], experiment.execute
+    monkeypatch.setattr(experiment, 'planned_costs', lambda p, graph, find, names: (
+        dict(zip(names, itertools.count(1.))), dict.fromkeys(names, 0)))
+    monkeypatch.setattr(experiment, 'Progress', lambda *a: seen.append(a[3]) or Progress(*a))
+    def noted(inputs, engine, costs, *rest, **how): return seen.append(costs) or run(inputs, engine, costs, *rest, **how)
+    monkeypatch.setattr(experiment, 'execute', noted)
+    Experiment('smoke', store=tmp_path).run(['data/openorca', 'data/alpaca_gpt4'])
+    assert seen[0] is seen[1] and list(seen[0].values()) == [1., 2.]
 
 
 def test_kinds_of_stages_that_keep_the_base_are_those_that_load_no_model_of_their_own():

@@ -29,7 +29,7 @@ from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import (
     benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, MODEL_KINDS, N_PROBE, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
-from .progress import LITTLE, planned_costs, Progress, relative_costs, say_interrupted
+from .progress import LITTLE, planned_costs, Progress, say_interrupted
 from .workers import n_workers, ProcessEngine, WORKER
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #70080a80
@@ -175,20 +175,19 @@ def build_with(self:Experiment,
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #36309589
 @patch
-def _engine(self:Experiment, missing:list[str], inputs:dict, on_event:Callable, apart:bool)->tuple[Engine,dict]:
-    "What builds these stages, and what each costs."
-    machine, costs = self.profile.machine, relative_costs(self.graph[n] for n in missing)
+def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callable, apart:bool)->Engine:
+    "What builds these stages."
+    machine, kinds = self.profile.machine, {self.graph[n].kind for n in inputs}
     hello = dict(profile=self.profile.model_dump(mode='json'), store=str(self.store.folder))
-    by_ray = machine.ray and any(self.graph[n].kind in USES_BASE for n in missing)
-    many = machine.workers != 1 and sum(costs.values()) > LITTLE
-    if by_ray or many: costs, peak = planned_costs(self.profile, self.graph, self.find, missing)
-    if by_ray: return ray_engine()(WORKER, hello, machine, widest(inputs, costs), peak, self.store.folder), costs
+    many = machine.workers != 1 and sum(costs[n] for n in inputs) > LITTLE
+    if machine.ray and not kinds.isdisjoint(USES_BASE):
+        return ray_engine()(WORKER, hello, machine, widest(inputs, costs), peak, self.store.folder)
     cards = heavy().visible_cards() if machine.device == 'cuda' else []
     n = n_workers(machine, widest(inputs, costs), peak, cards) if many else 1
-    if n == 1 and not apart: return InlineEngine(self.make, on_event), costs
+    if n == 1 and not apart: return InlineEngine(self.make, on_event)
     if cards: self.builder.let_go()            # the first worker needs the whole of the first card
     env = lambda k: dict(OMP_NUM_THREADS=str(machine.threads), **dict(CUDA_VISIBLE_DEVICES=cards[k]) if cards else {})
-    return ProcessEngine([sys.executable, *WORKER], hello, n, env), costs
+    return ProcessEngine([sys.executable, *WORKER], hello, n, env)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #7ef4b6bb
 KEEPS_BASE = 'eval', 'own' # kinds of stages that find the base in memory, or leave it there; others load their own
@@ -199,10 +198,11 @@ def _execute(self:Experiment, wanted:list[str], apart:bool=False)->None:
     if not (missing := [n for n in wanted if self.find(n) is None]): return
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
     follows = os.environ.get('SOLAR_PROGRESS') # a notebook runner; it is told of all that coming notebooks will build
-    engine, costs = self._engine(missing, inputs, lambda e: progress.follow(e), apart)
-    todo = [n for n in self.graph if n in missing or follows and not self.find(n)]
-    have = [(a.kind, a.manifest['seconds']) for n in self.graph if (a := self.find(n))] if follows else []
-    progress = Progress([self.graph[n] for n in todo], have, engine.n_slots)
+    todo = [s for n, s in self.graph.items() if n in missing or follows and not self.find(n)]
+    have = [(s, a.manifest['seconds']) for n, s in self.graph.items() if (a := self.find(n))] if follows else []
+    costs, takes = planned_costs(self.profile, self.graph, self.find, [s.name for s in (*todo, *(s for s, _ in have))])
+    engine = self._engine(inputs, costs, int(max(takes[n] for n in missing)), lambda e: progress.follow(e), apart)
+    progress = Progress(todo, have, engine.n_slots, costs)
     self._in_work = progress.running
     of = lambda kinds: {n for n in missing if self.graph[n].kind in kinds}
     try: outcome = execute(inputs, engine, costs, of(KEEPS_BASE), of(USES_BASE) - of(KEEPS_BASE),
