@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import forked
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,28 +81,6 @@ def test_what_is_installed_is_what_is_pinned():
     found = {r.name: importlib.metadata.version(r.name).split('+')[0] for r in pins}
     wrong = [f'{r}: {found[r.name]} is installed' for r in pins if not r.specifier.contains(found[r.name])]
     assert not wrong
-
-
-def test_package_data_is_packed(tmp_path):
-    "Profiles, task files and the base model travel with the package."
-    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md'):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / 'solar_repro', tmp_path / 'solar_repro', ignore=shutil.ignore_patterns('__pycache__'))
-    subprocess.run(
-        [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
-    here = {
-        p.relative_to(ROOT).as_posix()
-        for p in (ROOT / 'solar_repro').rglob('*')
-        if p.is_file() and '__pycache__' not in p.parts
-    }
-    packed = {p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file()}
-    assert 'solar_repro/profiles/tiny.toml' in packed and 'solar_repro/tasks/arc.yaml' in packed
-    assert 'solar_repro/tiny/base/model.safetensors' in packed
-    assert not here - packed
 
 
 # ---- imports
@@ -217,36 +194,6 @@ def test_notebook_imports_stand_alone(name):
         imports = [s for s in body if isinstance(s, (ast.Import, ast.ImportFrom))]
         assert len(imports) in (0, len(body)), f'{name}: this cell imports and does more:\n{source}'
         assert not any(a.name == '*' for s in imports for a in s.names), f'{name}: {source}'
-
-
-# ---- front page and site
-
-def test_front_page_names_what_exists():
-    text, makefile = (ROOT / 'README.md').read_text(), (ROOT / 'Makefile').read_text()
-    targets = set(re.findall(r'^([a-z]+):', makefile, flags=re.M))
-    named = set(re.findall(r'(?:^|`)make ([a-z]+)', text, flags=re.M))
-    assert {'tables', 'test'} <= named <= targets
-    paths = set(re.findall(r'`((?:nbs|solar_repro|tests|tools|benchmarks)/[\w/.]+)`', text))
-    assert paths and not [p for p in paths if not (ROOT / p).exists()]
-
-
-def test_front_page_commands_exist():
-    verbs = set(re.findall(r'^solar-repro (\w+)', (ROOT / 'README.md').read_text(), flags=re.M))
-    done = forked('import sys; from solar_repro.reports.cli import main; sys.exit(main(["--help"]))', env=ENV)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert verbs and not [v for v in verbs if not re.search(rf'\b{v}\b', done.stdout)]
-
-
-def test_status_command(tmp_path):
-    "`solar-repro status`, from any folder: it says what is missing, builds nothing and writes nothing."
-    code = 'import sys; from solar_repro.reports.cli import main; sys.exit(main())'
-    done = forked(code, 'status', '--profile', 'smoke', '--store', 'store', env=ENV, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, *rows, last = done.stdout.splitlines()
-    assert first.split() == ['stage', 'kind', 'state', 'seconds']
-    assert rows and all(' missing ' in f'{r} ' for r in rows)
-    assert last.startswith(f'0 of {len(rows)} stages of profile smoke are in ')
-    assert not list(tmp_path.iterdir())
 
 
 # ---- make and .venv

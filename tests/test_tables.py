@@ -191,13 +191,6 @@ def test_h6_and_its_error_in_a_table():
     assert list(t.loc['Cand. 2', [f'{x}_paper' for x in TASKS]]) == [73.28, 71.59, 88.39, 66.14, 72.50, 81.99, 59.14]
 
 
-def test_standard_errors_of_the_paper():
-    s = tables.paper_scores()
-    assert s.loc[('SFT v1', 'gsm8k'), 'se'] == pytest.approx(math.sqrt(.5224*.4776/1319))
-    six = [s.loc[('SFT v1', t), 'se'] for t in TASKS[1:]]
-    assert s.loc[('SFT v1', 'h6'), 'se'] == pytest.approx(math.sqrt(sum(x*x for x in six))/6)
-
-
 # ---- tables
 
 @pytest.mark.parametrize('plain', [False, True])
