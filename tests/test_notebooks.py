@@ -14,7 +14,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from forked import Forked
-from papermill.exceptions import PapermillExecutionError
 from waiting import wait_for
 
 from solar_repro.reports import notebooks as runner
@@ -162,16 +161,6 @@ def test_a_file_of_a_shipped_profiles_name_is_not_taken_for_it(project, without_
     assert ran(project) == ['one smoke 0']
 
 
-def test_unknown_parameter(project):
-    with pytest.raises(ValueError, match=r"00_one.ipynb has no parameter 'profil'; it knows \['profile', 'seed'\]"):
-        runner.execute(project/'nbs'/'00_one.ipynb', project/'out.ipynb', dict(profil='smoke'))
-    assert ran(project) == [] and not (project/'out.ipynb').exists()
-
-
-def test_no_notebooks(tmp_path):
-    with pytest.raises(FileNotFoundError, match='inside the project'): runner.notebooks(tmp_path)
-
-
 # ---- failures
 
 def test_a_failing_notebook(project):
@@ -186,16 +175,6 @@ def test_a_failing_notebook(project):
     notebook(bad, "open('../../ran.txt', 'a').write('two\\n')")
     done = run_notebooks(project, '--all')
     assert done.returncode == 0 and ran(project) == ['two'] and not failed.exists()
-
-
-def test_execute_raises_what_papermill_raises(project):
-    nb = notebook(project/'nbs'/'01_bad.ipynb', "raise KeyError('lost')")
-    with pytest.raises(PapermillExecutionError, match='lost'): runner.execute(nb, project/'out.ipynb', {})
-    assert (
-        (project / 'out.failed.ipynb').exists()
-        and not (project / 'out.ipynb').exists()
-        and not (project / 'out.part.ipynb').exists()
-    )
 
 
 @pytest.mark.parametrize('args,message', [(['--profile', 'smok'], 'smoke'), (['--seed', '-1'], 'seed')])
