@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from common import ENV, python
 from forked import forked, Forked
 from safetensors.torch import load_file, save_file
 
@@ -25,8 +25,6 @@ from solar_repro.merging.engine import are_adapters, merge
 from solar_repro.merging.export import export, merge_adapters
 from solar_repro.merging.shards import private_folder
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
 SHELL = 'from solar_repro.reports.cli import main; raise SystemExit(main())'
 KILLED = '''
 import os, signal
@@ -414,9 +412,7 @@ def on_progress(done, total): peak[0] = max(peak[0], anon())
 merge(merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), on_progress=on_progress)
 print(before, peak[0])
 '''
-    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, peak = map(float, done.stdout.split())
+    before, peak = map(float, python('-c', code).stdout.split())
     assert 0 < peak < 1024 and peak-before < 150, (before, peak)     # MiB; a thread has 8 to write and 4 to compute in
     assert (tmp_path/'out'/'model.safetensors').stat().st_size > 1 << 28
 
@@ -431,8 +427,7 @@ def test_pickle_advice_works(tmp_path, llamas):
     (old/'config.json').write_bytes((one/'config.json').read_bytes()); torch.save(read(one), old/'pytorch_model.bin')
     with pytest.raises(ValueError) as e: open_checkpoint(old)
     command = shlex.split(re.search(r'python -c ".*?"', str(e.value))[0])
-    done = subprocess.run([sys.executable, *command[1:]], env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python(*command[1:])
     assert compare(one, f'{old}-safetensors')['distance'].max() == 0
 
 

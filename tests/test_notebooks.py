@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from common import alive
 from forked import Forked
 from waiting import wait_for
 
@@ -185,16 +186,6 @@ def test_unusable_arguments(project, args, message):
 
 
 # ---- interruptions
-
-def alive(pid: int) -> bool:
-    try:os.kill(pid, 0)
-    except ProcessLookupError: return False
-    return (
-        Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-        if Path(f'/proc/{pid}/stat').exists()
-        else False
-    )
-
 
 @pytest.mark.parametrize('how', ['Ctrl-C', 'SIGINT to the runner alone', 'kill -9'])
 def test_interrupted(project, how):

@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from common import ENV, NOTEBOOKS, ROOT, run
 from forked import forked, HELD
 from waiting import wait_for
 
@@ -24,14 +25,7 @@ from solar_repro.pipeline.graph import build_graph
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.progress import cost
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
-NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.parts))
 ALPACA = [dict(prompt=f'What is {a} times 2?', completion=f'{2 * a}') for a in range(12)]
-
-
-def run(*cmd, cwd=ROOT, **env):
-    return subprocess.run([str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
 
 
 # ---- stored outputs
@@ -239,7 +233,7 @@ def test_licences_and_citation_are_those_of_the_package():
 def test_contributing_names_what_exists(page):
     "Files, and the functions, classes and constants that a walk names; the front page is read, too."
     text = re.sub(r'```.*?```', '', (ROOT / page).read_text(encoding='utf-8'), flags=re.S)
-    of = [ROOT / 'Makefile', *(ROOT / 'solar_repro').rglob('*.py'), *(p for p in (ROOT / 'nbs').rglob('*.ipynb') if p.stem != 'index')]
+    of = [ROOT / 'Makefile', *(ROOT / 'solar_repro').rglob('*.py'), *(p for p in NOTEBOOKS if p.stem != 'index')]
     code = '\n'.join(p.read_text(encoding='utf-8') for p in of)
     paths = set(re.findall(r'`((?:nbs|solar_repro|tests|tools|benchmarks)/[\w/.]+)`', text)) - {
         'nbs/core/08_mine.ipynb'

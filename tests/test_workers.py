@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import drivers
 import pytest
 import waiting
+from common import alive
 from forked import Forked
 
 from solar_repro.core.store import Store
@@ -95,11 +96,6 @@ def below(pid: int) -> set[int]:
     found = {pid}
     while more := {p for p, parent in parents.items() if parent in found} - found: found |= more
     return found - {pid}
-
-
-def alive(pid: int) -> bool:
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-    except FileNotFoundError: return False
 
 
 def wait_for(what, of: Forked | None = None):
@@ -306,7 +302,9 @@ def test_how_far_a_run_is_goes_by_the_costs_by_which_stages_are_ordered(tmp_path
     monkeypatch.setattr(experiment, 'planned_costs', lambda p, graph, find, names: (
         dict(zip(names, itertools.count(1.))), dict.fromkeys(names, 0)))
     monkeypatch.setattr(experiment, 'Progress', lambda *a: seen.append(a[3]) or Progress(*a))
-    def noted(inputs, engine, costs, *rest, **how): return seen.append(costs) or run(inputs, engine, costs, *rest, **how)
+    def noted(inputs, engine, costs, *rest, **how):
+        seen.append(costs)
+        return run(inputs, engine, costs, *rest, **how)
     monkeypatch.setattr(experiment, 'execute', noted)
     Experiment('smoke', store=tmp_path).run(['data/openorca', 'data/alpaca_gpt4'])
     assert seen[0] is seen[1] and list(seen[0].values()) == [1., 2.]
