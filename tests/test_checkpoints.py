@@ -409,11 +409,13 @@ from solar_repro.merging.engine import merge
 anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024
 peak, before = [0], anon()
 def on_progress(done, total): peak[0] = max(peak[0], anon())
-merge(merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), on_progress=on_progress)
+r = merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B'])
+merge(r, Path('{tmp_path}/out'), threads=4, on_progress=on_progress)
 print(before, peak[0])
 '''
     before, peak = map(float, python('-c', code).stdout.split())
-    assert 0 < peak < 1024 and peak-before < 150, (before, peak)     # MiB; a thread has 8 to write and 4 to compute in
+    # MiB; each of the four threads has 8 to write and 4 to compute in, and how many cores there are does not matter
+    assert 0 < peak < 1024 and peak-before < 150, (before, peak)
     assert (tmp_path/'out'/'model.safetensors').stat().st_size > 1 << 28
 
 
