@@ -9,6 +9,8 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from solar_repro.core.data_files import read_own
 from solar_repro.data import BENCHMARKS, FILES
@@ -106,7 +108,7 @@ def config(**change): return lambda d: edited(d/'B'/'config.json', **change)
 def of_adapter(**change): return lambda d: edited(d/'Q'/'adapter_config.json', **change)
 def in_header(change): return lambda d: header(d/'B'/'model.safetensors', change)
 def in_weights(change): return lambda d: weights(d/'B', change)
-def words(**vocab): return write('B/tokenizer.json', json.dumps(dict(model=dict(vocab=vocab), added_tokens=[])))
+def words(model='B', **vocab): return lambda d: Tokenizer(WordLevel(vocab, 'a')).save(str(d/model/'tokenizer.json'))
 def in_adapter(change): return lambda d: weights(d/'Q', change, 'adapter_model.safetensors')
 
 
@@ -172,8 +174,7 @@ def moved_to_index(text):
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_a_checkpoint_that_cannot_be_merged(here, capsys, change, says):
     change(here)
-    if (here/'B'/'tokenizer.json').is_file():
-        (here/'A'/'tokenizer.json').write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
+    if (here/'B'/'tokenizer.json').is_file(): words('A', a=0, b=1)(here)
     err = refused(capsys, ['merge', '--method', 'linear', 'A', 'B', 'out'], says)
     assert 'expected' in err and err.count('\n') == 1, err
     assert sorted(p.name for p in here.iterdir() if p.name not in 'ABPQ') == []     # nothing is left
