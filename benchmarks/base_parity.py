@@ -9,10 +9,11 @@ difference, the largest difference of a log-likelihood, seconds of both. Fails i
 """
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
+
+from kept import keep
 
 for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1').items():
     os.environ.setdefault(k, v)
@@ -104,10 +105,10 @@ def one(exp, task: str, model, hf) -> dict: # the line of a benchmark
 
 def write(exp, rows: list[dict], mean: dict, name: str) -> None:
     "The results so far, as JSON and as a page."
-    p, path = exp.profile, Path(__file__).resolve().parent/'results'/f'{name}.json'
+    p = exp.profile
     out = dict(label=exp.label, profile=p.name, base=exp.graph['base'].settings['source'], items=p.eval.n_items,
                batch=p.eval.batch_size, rows=rows, mean=mean)
-    path.write_text(json.dumps(out, indent=1) + '\n'); path.with_suffix('.md').write_text(page(out))
+    keep(name, page(out), out)
 
 
 def main() -> int:

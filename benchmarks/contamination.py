@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from kept import keep, RESULTS
+
 from solar_repro.core.contamination import BREAK
 from solar_repro.core.data_files import read_rows
 from solar_repro.data import BENCHMARKS, SETS, item_text
@@ -200,9 +202,9 @@ def main() -> int:
     )
     print(json.dumps(out, indent=1))
     if a.out:
-        path = Path(__file__).resolve().parent/'results'/f'{a.out}.json'
+        path = RESULTS/f'{a.out}.json'
         both = (json.loads(path.read_text()) if path.is_file() else {}) | {'published' if a.data else 'made': out}
-        path.write_text(json.dumps(both, indent=1) + '\n'); path.with_suffix('.md').write_text(page(both))
+        keep(a.out, page(both), both)
     return int(not kept(out))
 
 

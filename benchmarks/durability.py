@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 
+from kept import keep
+
 AIM = .02
 
 
@@ -100,7 +102,7 @@ def main() -> int:
         pairs.append((runs[True], runs[False]))
     said = page(a.profile, pairs)
     print(said)
-    if a.out: (Path(__file__).resolve().parent/'results'/f'{a.out}.md').write_text(said)
+    if a.out: keep(a.out, said)
     return 0
 
 

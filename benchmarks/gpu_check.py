@@ -32,9 +32,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = str(HERE), str(HERE.parent)
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+from shapes import llama, SOLAR                            # noqa: E402
 
 
 def stripped(wheels: Path, cuda: str):
@@ -152,9 +154,8 @@ def fp16_base(out: Path):
     from solar_repro.tiny.world import shipped_base
     tokenizer = AutoTokenizer.from_pretrained(shipped_base(), local_files_only=True)
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
-                         num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=4096,
-                         tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    config = LlamaConfig(**llama(128, 256, 3, 8, 2, len(tokenizer), False), max_position_embeddings=4096,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
                          initializer_range=.05)
     LlamaForCausalLM(config).to(torch.float16).save_pretrained(out, max_shard_size='600KB')
     tokenizer.save_pretrained(out)
@@ -222,10 +223,8 @@ def random_base(device: str):
     "SOLAR's shape (a toy's without a card), made and quantized layer by layer where it will be."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    names = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
-             'vocab_size')
-    size = (4096, 14336, 48, 32, 8, 32000) if device == 'cuda' else (64, 128, 2, 4, 2, 1000)
-    config = LlamaConfig(**dict(zip(names, size)), tie_word_embeddings=False, max_position_embeddings=4096)
+    shape = SOLAR if device == 'cuda' else llama(64, 128, 2, 4, 2, 1000, False)
+    config = LlamaConfig(**shape, max_position_embeddings=4096)
     config._attn_implementation = 'sdpa'
     with torch.device('meta'): model = LlamaForCausalLM(config).to(torch.bfloat16)
     for name, m in list(model.named_modules()):

@@ -27,7 +27,6 @@ sizes of HFLM's batch the fastest counts, task by task.
 """
 
 import argparse
-import json
 import logging
 import os
 import random
@@ -44,7 +43,8 @@ for k, v in dict(
     os.environ.setdefault(k, v)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from shapes import LLAMA_1B, SMOLLM2_135M, SOLAR, llama                        # noqa: E402
+from kept import command, keep                                                 # noqa: E402
+from shapes import LLAMA_1B, SMOLLM2_135M, SOLAR, llama, random_llama          # noqa: E402
 
 SHAPES = {
     'smoke': llama(64, 128, 2, 4, 2, 2048, True), 'smollm2-135m': SMOLLM2_135M, 'llama-1b': LLAMA_1B,
@@ -170,22 +170,13 @@ def ratios(lines: list[dict], ours: str = 'ours') -> dict:
 def invented(a: argparse.Namespace) -> tuple:
     """Tokenizer, a model with random weights, (task, items) -> requests about random words and their shots, and
     what this is."""
-    import torch
     from solar_repro.eval import build_requests
     from solar_repro.models.loading import load_tokenizer
     from solar_repro.tiny.world import shipped_base
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     tok = load_tokenizer(shipped_base())
     vocab = sorted(w for w in tok.get_vocab() if w.isalpha())
-    torch.set_default_dtype(getattr(torch, a.dtype))
-    with torch.device(a.device):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                **SHAPES[a.shape], max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=0
-            )
-        ).eval()
-    torch.set_default_dtype(torch.float32)
+    model = random_llama(SHAPES[a.shape], a.dtype, a.device).eval()
 
     def ask(t, n):
         requests = [r for x in build_requests(t, items(t, n, vocab), SHOTS[t]).tasks for r in x.instances]
@@ -375,7 +366,7 @@ AIM = 4.0  # times as fast over the six tasks together, and no task slower
 CLOSE = 1e-4  # nats between two log-likelihoods, at most
 
 
-def page(r: dict, command: str) -> str:
+def page(r: dict, repeat: str) -> str:
     "The result in words, and as a table."
     rows, least = r['tasks'], min(r['ratio'], r['ratio_test_sets'])
     slower = [l['task'] for l in rows if l['ratio'] < 1]
@@ -407,7 +398,7 @@ def page(r: dict, command: str) -> str:
         f" {r['load_before']} before), with {', '.join(str(l['shots']) for l in rows)} shots: {n}. HFLM is timed with"
         f" batches of {' and '.join(map(str, rows[0]['hf_s_by_batch']))}, and the fastest counts, task by"
         f" task.\n\n{same} of {asked} greedy flags and texts are equal, and {close}. {verdict} {products}\n\nRepeat:"
-        f" `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n"
+        f" `{repeat}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n"
     )
 
 
@@ -432,14 +423,4 @@ if __name__ == '__main__':
     r = compare(a)
     print(show(r))
     if a.out:
-        out = Path(__file__).resolve().parent / 'results'
-        out.mkdir(exist_ok=True)
-        (out / f'{a.out}.md').write_text(
-            page(
-                r,
-                ' '.join(
-                    [*['SOLAR_DATA=DIR'][: 'SOLAR_DATA' in os.environ], 'python', 'benchmarks/h6.py', *sys.argv[1:]]
-                ),
-            )
-        )
-        (out / f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')
+        keep(a.out, page(r, 'SOLAR_DATA=DIR '*('SOLAR_DATA' in os.environ) + command()), r)

@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from kept import keep
 
 WAYS = {'plain': 'import solar_repro.pipeline.builder',
         'ours': 'from solar_repro.pipeline.model import heavy; heavy()'}
@@ -41,10 +42,10 @@ def page(took: dict[str, list[float]]) -> str:
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--rounds', type=int, default=5)
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'imports.md')
+    p.add_argument('--out', default='imports', help='name of a page in results/')
     args = p.parse_args()
     text = page(measured(args.rounds))
-    args.out.write_text(text)
+    keep(args.out, text)
     print(text)
 
 

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence                                     
 
 from solar_repro.core.config import load_profile                                # noqa: E402
 from solar_repro.dpo import completion_logps, reference_logps, train_dpo        # noqa: E402
-from solar_repro.eval import evaluate                                           # noqa: E402
+from solar_repro.eval import answer_rows, evaluate                              # noqa: E402
 from solar_repro.models.adapters import AdaptedModel, materialize               # noqa: E402
 from solar_repro.models.loading import encode, load_tokenizer                   # noqa: E402
 from solar_repro.paper import h6_se, H6_TASKS                                   # noqa: E402
@@ -46,22 +46,6 @@ def split(p, name: str, n_own: int, seed: int) -> tuple[list[dict], list[dict]]:
     source = source_of(p.data.source)
     rows = source.rows(name, p.data.rows[name], seed).rows
     return rows, source.rows(name, n_own, seed, trained=rows).rows
-
-
-def answers(model, tokenizer, template, rows: list[dict], n_new: int = 90) -> list[str]:
-    "Greedy answers up to the blank line after which a base goes on with a question of its own."
-    ids = [p for p, _ in encode(tokenizer, template, [(r['prompt'], r['completion']) for r in rows])]
-    order, out, eos = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}, tokenizer.eos_token_id
-    for at in range(0, len(order), 50):
-        which = order[at:at + 50]
-        longest = max(len(ids[i]) for i in which)
-        batch = torch.tensor([[eos]*(longest - len(ids[i])) + ids[i] for i in which])
-        mask = torch.tensor([[0]*(longest - len(ids[i])) + [1]*len(ids[i]) for i in which])
-        with torch.inference_mode():
-            got = model.generate(batch, attention_mask=mask, max_new_tokens=n_new, do_sample=False, pad_token_id=eos)
-        for i, g in zip(which, got):
-            out[i] = tokenizer.decode(g[longest:], skip_special_tokens=True).split('\n\n')[0].strip()
-    return [out[i] for i in range(len(rows))]
 
 
 def answer_loss(model, tokenizer, template, rows: list[dict]) -> float:
@@ -112,8 +96,7 @@ def sft_part(a, p, base: AdaptedModel, bench: Bench, before: dict, d: Path) -> A
     def kinds(name: str, point: AdaptedModel) -> None:
         model, said = materialize(point), []
         for s in sets:
-            got = answers(model, tok, p.template, own[s])
-            exact = sum(g == r['completion'].strip() for g, r in zip(got, own[s]))/a.own
+            exact = sum(x['score'] for x in answer_rows(model, base.base, own[s], p.template, p.eval.batch_size))/a.own
             said.append(f'{s} {exact:.1%} (loss {answer_loss(model, tok, p.template, own[s]):.4f})')
         print(f'  own kind of {name}: ' + ', '.join(said), flush=True)
 

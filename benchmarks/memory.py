@@ -20,7 +20,8 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from shapes import SMOLLM2_135M, SOLAR
+from kept import keep
+from shapes import SMOLLM2_135M, SOLAR, random_base
 
 # base, kind, nf4, compute dtype, microbatches, rows a step, max_length, dropout, checkpointing, and the most tokens of
 # a microbatch where the profile says that instead of their number
@@ -87,16 +88,9 @@ def meter(device):
 
 
 def make_base(which, out):
-    from solar_repro.tiny.base import shipped_base
+    from solar_repro.tiny.world import shipped_base
     if which == 'tiny': return shipped_base()
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    torch.manual_seed(0); torch.set_default_dtype(torch.bfloat16 if which == 'solar' else torch.float32)
-    with torch.device('cuda' if which == 'solar' else 'cpu'):
-        model = LlamaForCausalLM(LlamaConfig(**SIZES[which], eos_token_id=0, pad_token_id=0))
-    model.save_pretrained(out)
-    PreTrainedTokenizerFast.from_pretrained(shipped_base(), local_files_only=True).save_pretrained(out)
-    return out
+    return random_base(out, SIZES[which], *(('bfloat16', 'cuda') if which == 'solar' else ()))
 
 
 def resident(key):
@@ -215,11 +209,7 @@ def main():
             if c[0] not in bases: bases[c[0]] = make_base(c[0], Path(d)/c[0])
             out.append(compare(i, bases[c[0]])); print(json.dumps(out[-1]), flush=True)
     if a.compare is not None: return 0
-    if a.only is None:
-        results = Path(__file__).parent/'results'; results.mkdir(exist_ok=True)
-        (results / 'memory.json').write_text(
-            json.dumps(dict(machine=f'{platform.machine()}, CPU only', cases=out), indent=1) + '\n'
-        )
+    if a.only is None: keep('memory', found=dict(machine=f'{platform.machine()}, CPU only', cases=out))
     ratios = [o['ratio'] for o in out]
     print(f'planned / measured: {min(ratios)} to {max(ratios)}')
     return int(not all(.85 < r < 1.15 for r in ratios))

@@ -35,6 +35,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kept import keep
+
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = dict(
@@ -393,11 +395,7 @@ def main() -> None:
         r['fixed'] = fixed(folder, env)
         r['errors'] = {m: errors(folder, m, bool(mergekit)) for m in ('linear', 'slerp')}
         print(report(r))
-        if a.out:
-            results = ROOT/'benchmarks'/'results'
-            results.mkdir(exist_ok=True)
-            (results/f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')
-            (results/f'{a.out}.md').write_text(report(r))
+        if a.out: keep(a.out, report(r), r)
     finally: shutil.rmtree(folder)
 
 

@@ -32,7 +32,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from shapes import LLAMA_1B, SMOLLM2_135M, SOLAR, llama
+from kept import command, keep
+from shapes import LLAMA_1B, SMOLLM2_135M, SOLAR, llama, random_base
 
 for k, v in dict(
     OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', PYTHONWARNINGS='ignore'
@@ -85,22 +86,6 @@ def make_rows(a, profile, base):
         ]
         for k, n in (('sft', a.rows), ('dpo', a.pairs))
     }
-
-
-def make_base(shape, dtype, device, out):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from solar_repro.tiny.base import shipped_base
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device(device):
-        model = LlamaForCausalLM(
-            LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, eos_token_id=0, pad_token_id=0)
-        )
-    model.save_pretrained(out)
-    torch.set_default_dtype(torch.float32)
-    PreTrainedTokenizerFast.from_pretrained(shipped_base(), local_files_only=True).save_pretrained(out)
 
 
 def settings_of(a):
@@ -274,7 +259,7 @@ def prepare(a, base, work):
     from solar_repro.sft import sft_rows
 
     p = settings_of(a)
-    make_base(a.shape, p.sft.compute_dtype if a.shape == '10.7b' else 'float32', a.device, base)
+    random_base(base, SHAPES[a.shape], p.sft.compute_dtype if a.shape == '10.7b' else 'float32', a.device)
     rows, tok = make_rows(a, p, base), load_tokenizer(base)
     s, d = (
         sft_rows(rows['sft'], tok, p.template, p.sft.max_length),
@@ -396,7 +381,7 @@ def show(r):
     return '\n'.join(lines)
 
 
-def page(r, command):
+def page(r, repeat):
     worst = min(k['ratio'] for k in r['kinds'])
     return (
         f"# Training: ours against TRL's defaults\n\n"
@@ -406,7 +391,7 @@ def page(r, command):
         f"**The aim of {AIM:g} times for SFT and for DPO is {'' if worst >= AIM else 'not '}reached**: "
         + ' and '.join(f"{k['kind'].upper()} {k['ratio']:.2f} times" for k in r['kinds'])
         + f", DPO's reference pass counted.\n\n"
-        f"Repeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n"
+        f"Repeat: `{repeat}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n"
     )
 
 
@@ -433,6 +418,4 @@ if __name__ == '__main__':
         r = compare(a)
         print(show(r))
         if a.out:
-            d = Path(__file__).resolve().parent / 'results'
-            (d / f'{a.out}.md').write_text(page(r, ' '.join(['python', 'benchmarks/train.py', *sys.argv[1:]])))
-            (d / f'{a.out}.json').write_text(json.dumps(r, indent=1) + '\n')
+            keep(a.out, page(r, command()), r)

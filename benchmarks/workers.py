@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from kept import command, keep
+
 from solar_repro.core.config import load_profile
 from solar_repro.pipeline.executor import execute, remaining_path
 from solar_repro.pipeline.experiment import Experiment
@@ -188,12 +190,12 @@ def commands(profile: str, store: str) -> dict[str, float]:
     return found
 
 
-def page(r: dict, command: str) -> str:
+def page(r: dict, repeat: str) -> str:
     where = f'{platform.machine()}, {os.cpu_count()} CPU cores'
     return (f'# Stages side by side\n\nProfile {r["profile"]}, {r["stages"]} stages, on {where}, load {r["load"]:.1f} '
             f'before; medians of {len(r["rows"][0]["all_s"])}. The hours of cards are those of a100-bf16, '
             'simulated: the scheduler on a clock, with the plan\'s hours of each stage.\n\n' + '\n'.join(verdicts(r))
-            + f'\n\nRepeat: `{command}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n')
+            + f'\n\nRepeat: `{repeat}` (the script overwrites this page).\n\n```\n{show(r)}\n```\n')
 
 
 if __name__ == '__main__':
@@ -212,5 +214,4 @@ if __name__ == '__main__':
         load = os.getloadavg()[0]
         r = dict(measure(a.profile, a.repeats), load=load)
         print(show(r), *verdicts(r), sep='\n')
-        command = ' '.join(['python', 'benchmarks/workers.py', *sys.argv[1:]])
-        (ROOT/'benchmarks'/'results'/'workers.md').write_text(page(r, command))
+        keep('workers', page(r, command()))

@@ -9,6 +9,8 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from solar_repro.core.data_files import read_own
 from solar_repro.data import BENCHMARKS, FILES
@@ -68,13 +70,14 @@ def here(inputs, tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(capsys, argv, says):
+def refused(capsys, argv, says) -> str:
     "The line that answers a command."
     status, err = main(argv), capsys.readouterr().err
     assert status == 2, err
     lines = [x for x in err.splitlines() if x.startswith('solar-repro')]
     assert lines and 'Traceback' not in err and '[Errno' not in err, err
     for word in says if isinstance(says, tuple) else (says,): assert word in err, err
+    return err
 
 
 def edited(file, **change):
@@ -105,6 +108,7 @@ def config(**change): return lambda d: edited(d/'B'/'config.json', **change)
 def of_adapter(**change): return lambda d: edited(d/'Q'/'adapter_config.json', **change)
 def in_header(change): return lambda d: header(d/'B'/'model.safetensors', change)
 def in_weights(change): return lambda d: weights(d/'B', change)
+def words(model='B', **vocab): return lambda d: Tokenizer(WordLevel(vocab, 'a')).save(str(d/model/'tokenizer.json'))
 def in_adapter(change): return lambda d: weights(d/'Q', change, 'adapter_model.safetensors')
 
 
@@ -127,11 +131,13 @@ def moved_to_index(text):
     (lambda d: (d/'B'/'config.json').write_bytes(b'\xff\xfe'), 'config.json is no JSON object'),
     (config(hidden_size='wide'), 'config.json'),
     (config(num_hidden_layers=3), 'num_hidden_layers (2 and 3)'),
-    (config(rope_theta=5e5), 'rope'),
+    (config(architectures=['MistralForCausalLM']), 'MistralForCausalLM'),
+    (config(rope_theta=5e5), ('rope_theta', '500000.0')),
     (config(quantization_config=dict(quant_method='gptq')), 'is quantized (gptq)'),
     (config(transformers_weights='../A/model.safetensors'), 'expected a file of the folder'),
     (lambda d: (d/'B'/'model.safetensors').unlink(), 'holds no weights'),
-    (lambda d: (d/'B'/'model.safetensors').rename(d/'B'/'pytorch_model.bin'), 'Convert it once'),
+    (lambda d: (d/'B'/'model.safetensors').rename(d/'B'/'pytorch_model.bin'),
+     ('pytorch_model.bin', 'save_pretrained', 'Convert it once')),
     (moved_to_index('{'), 'is no JSON object'),
     (moved_to_index('{"weight_map": []}'), 'no weight_map'),
     (moved_to_index('{"weight_map": {"a": "../A/model.safetensors"}}'), 'no weight_map of files beside it'),
@@ -148,13 +154,19 @@ def moved_to_index(text):
     (in_header(lambda h: h[NORM].update(dtype='F7')), 'is F7'),
     (in_header(lambda h: h[NORM].update(shape=[-16])), 'no whole safetensors file'),
     (in_header(lambda h: h.update({NORM: 5})), 'no whole safetensors file'),
-    (in_weights(pop(NORM)), f'lacks {NORM}'),
-    (in_weights(put(NORM, torch.ones(8))), 'expected equal shapes'),
-    (in_weights(put(NORM, torch.full((WIDTH,), math.nan))), ('is nan', 'finite weights')),
-    (in_weights(put(NORM, torch.ones(WIDTH, dtype=torch.float16))), 'Give --dtype'),
+    (in_weights(pop(NORM)), f'lacks {NORM} (16,)'),
+    (in_weights(put('model.layers.9.w', torch.ones(2, 3))), 'model.layers.9.w (2, 3)'),
+    (in_weights(put(NORM, torch.ones(8))), (f'{NORM} is (16,)', '(8,)', 'expected equal shapes')),
+    (in_weights(lambda t: t[HEAD][5, 6:7].fill_(math.nan)), (f'{HEAD} (40, 16)', 'is nan at (5, 6)', 'finite weights')),
+    (in_weights(lambda t: t[HEAD][5, 6:7].fill_(math.inf)), ('is inf at (5, 6)', 'take an earlier checkpoint')),
+    (in_weights(put(NORM, torch.ones(WIDTH, dtype=torch.float16))), ('F32 and F16', 'Give --dtype')),
     (write('B/tokenizer.json', '{'), 'tokenizer.json is no JSON object'),
     (write('B/tokenizer.json', '{"model": 3}'), 'tokenizer.json'),
     (write('B/tokenizer.json', '{"model": {"vocab": [["a", 0], []]}}'), 'is no tokenizer of transformers'),
+    (words(a=0, c=1), ('only in', ': b (1 in all)', ': c (1 in all)')),
+    (lambda d: (words(a=0, b=1, c=2)(d), in_weights(put(HEAD, torch.ones(41, WIDTH)))(d)),
+     ('only in', ': c (1 in all)')),
+    (words(a=1, b=0), "with another id: 'a' (0 and 1), 'b' (1 and 0)"),
     (lambda d: (d/'B'/'model.safetensors').open('ab').write(b'more'), '4 bytes behind its last tensor'),
     (in_header(pop(HEAD)), 'expected tensors one after another'),
     (config(rms_norm_eps=1e-6), 'rms_norm_eps (1e-05 and 1e-06)'),
@@ -162,9 +174,9 @@ def moved_to_index(text):
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_a_checkpoint_that_cannot_be_merged(here, capsys, change, says):
     change(here)
-    if (here/'B'/'tokenizer.json').is_file():
-        (here/'A'/'tokenizer.json').write_text('{"model": {"vocab": {"a": 0}}}')
-    refused(capsys, ['merge', '--method', 'linear', 'A', 'B', 'out'], says)
+    if (here/'B'/'tokenizer.json').is_file(): words('A', a=0, b=1)(here)
+    err = refused(capsys, ['merge', '--method', 'linear', 'A', 'B', 'out'], says)
+    assert 'expected' in err and err.count('\n') == 1, err
     assert sorted(p.name for p in here.iterdir() if p.name not in 'ABPQ') == []     # nothing is left
 
 
@@ -248,14 +260,15 @@ TWO = 'models:\n  - {model: A, parameters: {weight: 1}}\n  - {model: B, paramete
      'merge_method: ties\n', 'density=2'),
     ('slices:\n  - sources:\n      - {model: A, layer_range: [0, 2]}\n      - {model: B, layer_range: [0, 1]}\n'
      'merge_method: slerp\nparameters: {t: 0.5}\n', 'expected one slice over all'),
-    ('slices:\n  - sources:\n      - {model: A, layer_range: [0, 1]}\n      - {model: B, layer_range: [0, 1]}\n'
-     'merge_method: slerp\nbase_model: A\nparameters: {t: 0.5}\n', 'models with 2 layers'),
+    *(('slices:\n  - sources:\n      - {model: A, layer_range: [0, N]}\n      - {model: B, layer_range: [0, N]}\n'
+       'merge_method: slerp\nbase_model: A\nparameters: {t: 0.5}\n'.replace('N', n),
+       f'layer_range [0, {n}] of models with 2 layers') for n in ('1', '40')),
     ('slices:\n  - sources:\n      - {model: A}\n      - {model: B}\nmerge_method: slerp\nparameters: {t: 0.5}\n',
      'layer_range is None'),
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_a_recipe_that_cannot_be_followed(here, capsys, text, says):
     (here/'r.yml').write_text(text)
-    refused(capsys, ['merge', 'r.yml', 'out'], says)
+    assert refused(capsys, ['merge', 'r.yml', 'out'], says).count('\n') == 1
     assert not (here/'out').exists()
 
 
@@ -266,12 +279,15 @@ def test_a_recipe_that_cannot_be_followed(here, capsys, text, says):
     ('merge --method linear --weights a A B out', 'expected numbers'),
     ('merge --method linear --weights 0.5 0.5 1 2 out', 'Put commas between the weights'),
     ('merge --method linear --weights -1e-1 .1 A B out', 'sum'),
+    ('merge --method linear --weights .5 .6 A B out', ('sum to 1.1', '--normalize')),
     ('merge --method linear --weights nan,1 A B out', 'nan'),
     ('merge --method linear --weights 1,-1 A B out', 'sum'),
     ('merge --method linear --t 0.5 A B out', 'with slerp only'),
     ('merge --method slerp --t nan A B out', "'nan'; expected a number"),
     ('merge --method slerp --t 1.5 A B out', 't=1.5'),
     ('merge --method slerp --weights 1,1 A B out', 'expected t'),
+    ('merge --method karcher A B out', ('karcher', 'slerp')),
+    ('merge --method linear --lambda 2 A B out', 'lambda'),
     ('merge --method ties A B out', 'Give --base'),
     ('merge --method linear --base A A B out', 'expected neither base nor lambda'),
     ('merge --method ties --base A --density 0 B out', 'density=0'),

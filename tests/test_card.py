@@ -3,11 +3,10 @@
 On the fake card a tensor of the CPU that meets one of the card raises, as on a real one. NF4 is not shown here.
 """
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from common import python
 
 from solar_repro.core.data_files import write_rows
 from solar_repro.paper import H6_TASKS
@@ -15,12 +14,6 @@ from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.tiny.base import random_base
 
 HERE = Path(__file__).parent
-
-
-def python(*words):
-    said = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr[-3000:]
-    return said.stdout
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +27,7 @@ def folder(tmp_path_factory):
     return d
 
 
-def on_card(what, folder): return json.loads(python(HERE/'on_fake_card.py', what, folder).splitlines()[-1])
+def on_card(what, folder): return json.loads(python(HERE/'on_fake_card.py', what, folder).stdout.splitlines()[-1])
 
 
 MEETS = """

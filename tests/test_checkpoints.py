@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from common import ENV, python
 from forked import forked, Forked
 from safetensors.torch import load_file, save_file
 
@@ -25,8 +25,6 @@ from solar_repro.merging.engine import are_adapters, merge
 from solar_repro.merging.export import export, merge_adapters
 from solar_repro.merging.shards import private_folder
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
 SHELL = 'from solar_repro.reports.cli import main; raise SystemExit(main())'
 KILLED = '''
 import os, signal
@@ -411,76 +409,17 @@ from solar_repro.merging.engine import merge
 anon = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024
 peak, before = [0], anon()
 def on_progress(done, total): peak[0] = max(peak[0], anon())
-merge(merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B']), Path('{tmp_path}/out'), on_progress=on_progress)
+r = merge_config('slerp', ['{tmp_path}/A', '{tmp_path}/B'])
+merge(r, Path('{tmp_path}/out'), threads=4, on_progress=on_progress)
 print(before, peak[0])
 '''
-    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, peak = map(float, done.stdout.split())
-    assert 0 < peak < 1024 and peak-before < 150, (before, peak)     # MiB; a thread has 8 to write and 4 to compute in
+    before, peak = map(float, python('-c', code).stdout.split())
+    # MiB; each of the four threads has 8 to write and 4 to compute in, and how many cores there are does not matter
+    assert 0 < peak < 1024 and peak-before < 150, (before, peak)
     assert (tmp_path/'out'/'model.safetensors').stat().st_size > 1 << 28
 
 
 # ---- refusals
-
-def tokens(folder: Path, vocab: dict) -> None:
-    (folder/'tokenizer.json').write_text(json.dumps(dict(model=dict(vocab=vocab), added_tokens=[])))
-
-
-def broken(folder: Path, A: dict, how: str) -> Path:
-    "A checkpoint that cannot be merged with `A`."
-    n = 'model.layers.0.mlp.up_proj.weight'
-    damaged = A[n].clone()
-    if how in ('nan', 'inf'): damaged[5, 6] = float(how)
-    wider = A | {'model.embed_tokens.weight': torch.ones(1002, 33, dtype=torch.bfloat16)}
-    vocabularies = {'vocabulary': dict(a=0, c=1), 'added token': dict(a=0, b=1, c=2), 'order': dict(a=1, b=0)}
-    tensors = {
-        'shape': A | {n: A[n].T.contiguous()}, 'missing': {k: v for k, v in A.items() if k != n},
-        'extra': A | {'model.layers.9.w': torch.ones(2, 3)}, 'nan': A | {n: damaged}, 'inf': A | {n: damaged},
-        'dtype': to(A, torch.float32), 'added token': wider}.get(how, A)
-    config = dict(
-        architecture=dict(architectures=['MistralForCausalLM']), function=dict(rope_theta=5e5),
-        quantized=dict(quantization_config=dict(quant_method='awq'))).get(how, {})
-    write(folder, tensors, 2 if how == 'part' else 1, **config)
-    file = folder/'model.safetensors'
-    if how in vocabularies: tokens(folder, vocabularies[how])
-    if how == 'part': (folder/'model-00002-of-00002.safetensors').unlink()
-    if how == 'cut': file.write_bytes(file.read_bytes()[:-10])
-    if how == 'pickle':
-        file.unlink()
-        torch.save(A, folder/'pytorch_model.bin')
-    return folder
-
-
-REFUSED = dict(
-    architecture=['MistralForCausalLM'],
-    function=['rope_theta', '500000.0'],
-    shape=['model.layers.0.mlp.up_proj.weight is (257, 129)', '(129, 257)'],
-    missing=['lacks model.layers.0.mlp.up_proj.weight (257, 129)'],
-    extra=['model.layers.9.w (2, 3)'],
-    nan=['model.layers.0.mlp.up_proj.weight (257, 129)', 'is nan at (5, 6)'],
-    inf=['is inf at (5, 6)', 'take an earlier checkpoint'],
-    quantized=['quantized (awq)'],
-    dtype=['BF16 and F32', '--dtype'],
-    pickle=['pytorch_model.bin', 'save_pretrained'],
-    cut=['expected a whole file'],
-    part=['model-00002-of-00002.safetensors', 'index'],
-    vocabulary=['only in', ': b (1 in all)', ': c (1 in all)'],
-    **{'added token': ['only in', ': c (1 in all)']},
-    order=["with another id: 'a' (0 and 1), 'b' (1 and 0)"],
-)
-
-
-@pytest.mark.parametrize('how', REFUSED)
-@pytest.mark.parametrize('method', ['linear', 'slerp'])
-def test_refused(tmp_path, pair, how, method, capsys):
-    A = read(pair[0]); tokens(pair[0], dict(a=0, b=1))
-    other = broken(tmp_path/'other', A, how)
-    code, out, err = said(capsys, 'merge', '--method', method, pair[0], other, tmp_path/'out')
-    assert code == 2 and not out and err.startswith('solar-repro: ') and 'expected' in err and err.count('\n') == 1
-    for word in REFUSED[how]: assert word in err, err
-    assert not (tmp_path/'out').exists() and not list(tmp_path.glob('.*merging'))
-
 
 def test_pickle_advice_works(tmp_path, llamas):
     "The line that a refusal gives makes a checkpoint that is not refused."
@@ -490,31 +429,8 @@ def test_pickle_advice_works(tmp_path, llamas):
     (old/'config.json').write_bytes((one/'config.json').read_bytes()); torch.save(read(one), old/'pytorch_model.bin')
     with pytest.raises(ValueError) as e: open_checkpoint(old)
     command = shlex.split(re.search(r'python -c ".*?"', str(e.value))[0])
-    done = subprocess.run([sys.executable, *command[1:]], env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python(*command[1:])
     assert compare(one, f'{old}-safetensors')['distance'].max() == 0
-
-
-@pytest.mark.parametrize(
-    'words, heard',
-    [
-        (['--method', 'linear', '--weights', '.5', '.6'], ['sum to 1.1', '--normalize']),
-        (['--method', 'linear', '--weights', '1'], ['1 weights for 2 models']),
-        (['--method', 'slerp', '--t', '1.5'], ['t=1.5']),
-        (['--method', 'ties'], ['Give --base']),
-        (['--method', 'karcher'], ['karcher', 'slerp']),
-        ([], ['no --method']),
-        (['--method', 'linear', '--t', '.5'], ['--t 0.5']),
-        (['--method', 'slerp', '--weights', '.5', '.5'], ['weights']),
-        (['--method', 'linear', '--lambda', '2'], ['lambda']),
-        (['--method', 'linear', '--base', 'x'], ['base']),
-        (['--method', 'linear', '--dtype', 'int8'], ['int8']),
-    ],
-)
-def test_arguments_refused(tmp_path, pair, capsys, words, heard):
-    code, _, err = said(capsys, 'merge', *words, *pair, tmp_path/'out')
-    assert code == 2 and 'expected' in err and not (tmp_path/'out').exists()
-    for word in heard: assert word in err, err
 
 
 def test_normalize_is_asked_for(tmp_path, pair, capsys):
@@ -525,14 +441,7 @@ def test_normalize_is_asked_for(tmp_path, pair, capsys):
     assert all(torch.equal(one[n], two[n]) for n in one)
 
 
-def test_target_and_space_refused(tmp_path, pair, capsys, monkeypatch):
-    (tmp_path/'there').mkdir()
-    code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'there')
-    assert code == 2 and 'exists; expected a new folder' in err
-    code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'no'/'out')
-    assert code == 2 and 'Make it first' in err
-    code, _, err = said(capsys, 'merge', '--method', 'linear', tmp_path/'nowhere', pair[0], tmp_path/'out')
-    assert code == 2 and 'nowhere' in err and 'Correct the path' in err
+def test_a_disk_without_room_is_refused(tmp_path, pair, capsys, monkeypatch):
     monkeypatch.setattr(shards.shutil, 'disk_usage', lambda p: type('Usage', (), dict(free=10_000)))
     code, _, err = said(capsys, 'merge', '--method', 'linear', *pair, tmp_path/'out')
     assert code == 2 and '0.01 GB to write' in err and 'Free some space' in err and not (tmp_path/'out').exists()
@@ -627,38 +536,11 @@ tokenizer_source: base
 def test_yaml_there_and_back(r): assert from_yaml(to_yaml(r)) == r
 
 
-@pytest.mark.parametrize('layers', [1, 40])
-def test_part_of_the_layers_is_refused(tmp_path, pair, capsys, layers):
-    sources = ', '.join(f'{{model: {p}, layer_range: [0, {layers}]}}' for p in pair)
-    recipe = f'slices: [{{sources: [{sources}]}}], merge_method: slerp, base_model: {pair[0]}, parameters: {{t: 0.5}}'
-    (tmp_path/'r.yml').write_text(f'{{{recipe}}}')
-    code, _, err = said(capsys, 'merge', tmp_path/'r.yml', tmp_path/'out')
-    assert code == 2 and f'layer_range [0, {layers}] of models with 3 layers' in err and not (tmp_path/'out').exists()
-
-
 def test_slerp_runs_from_its_base_however_it_is_written(tmp_path, pair):
     a, b = pair
     recipe = f'merge_method: slerp, base_model: {b}, models: [{{model: {a}}}, {{model: {b}/}}], parameters: {{t: 0}}'
     got, B = read(merge(from_yaml(f'{{{recipe}}}'), tmp_path/'out')), read(b)
     assert all(torch.equal(got[n], B[n]) for n in B)
-
-
-@pytest.mark.parametrize(
-    'text, heard',
-    [
-        ('models:\n\t- model: A\nmerge_method: slerp\n', 'no YAML'),
-        ('models:\nmerge_method: linear\n', 'expected a list'),
-        (
-            '{slices: [{sources: [{model: A}, {model: B}]}], merge_method: slerp, base_model: A, parameters: {t: 0.5}}',
-            'layer_range is None',
-        ),
-        ('{models: [{model: A}], merge_method: dare_ties, base_model: B, parameters: {seed: abc, weight: 1}}', 'seed'),
-    ],
-)
-def test_slips_in_a_recipe_are_one_line(tmp_path, capsys, text, heard):
-    (tmp_path/'r.yml').write_text(text)
-    code, _, err = said(capsys, 'merge', tmp_path/'r.yml', tmp_path/'out')
-    assert code == 2 and heard in err and err.count('\n') == 1, err
 
 
 def test_recipe_and_options_do_not_mix(tmp_path, capsys):

@@ -10,15 +10,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from common import NOTEBOOKS, ROOT
 from waiting import HOUR
 
-ROOT = Path(__file__).resolve().parents[1]
 LIB = ROOT / 'solar_repro'
 FILES = [p for p in sorted(LIB.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
 MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in FILES}
-ALL_NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
-NOTEBOOKS = [p for p in ALL_NOTEBOOKS if not any(x.startswith(('.', '_')) for x in p.relative_to(ROOT).parts)]
-WIDTH, LENGTH, INSIDE = 120, 450, 12
+WIDTH, LENGTH, INSIDE, BY_NAME = 120, 450, 12, 52
+COMMANDS = {'reports.cli', 'reports.commands', 'reports.weights'}      # what `solar-repro` is made of
 
 
 def floors() -> dict[str, int]:
@@ -78,9 +77,20 @@ def test_no_import_goes_in_a_circle():
     assert not left, f'in a circle, or above one: {sorted(left)}'
 
 
+def by_name() -> list[tuple[str, str]]:
+    "Imports that commands make by name: module, and what it imports."
+    return [(m, t) for m in MODULES for t, *_, text in imports(m) if text.startswith('library(')]
+
+
 def test_what_commands_import_by_name_is_there():
-    named = {t for m in MODULES for t, *_, text in imports(m) if text.startswith('library(')}
+    named = {t for _, t in by_name()}
     assert len(named) > 10 and not named - set(MODULES), named - set(MODULES)
+
+
+def test_only_commands_import_by_name():
+    "So that `--help`, and a mistyped command, take a fifth of a second and not ten: no other module hides an import."
+    found = Counter(m.removeprefix('solar_repro.') for m, _ in by_name())
+    assert set(found) <= COMMANDS and found.total() <= BY_NAME, dict(found)
 
 
 def test_imports_stand_at_the_top():
@@ -193,16 +203,6 @@ def test_figures_are_drawn_by_functions():
              if 'plt.subplots(' in (text := ''.join(c['source'])) and not text.startswith('#| export')
              and 'plt.close(' not in text]
     assert not wrong, wrong
-
-
-def test_no_merge_was_left_half_done():
-    "Marks of a conflict went into the changelog once, where nothing else reads them."
-    folders = [ROOT / d for d in ('nbs', 'solar_repro', 'tests', 'tools', 'benchmarks')]
-    texts = [*ROOT.glob('*.*'), *(p for d in folders for p in d.rglob('*'))]
-    read = '.md', '.py', '.ipynb', '.toml', '.yml', '.yaml', '.ini', '.cff', '.sh', '.css'
-    texts = [p for p in texts if p.suffix in read]
-    mark = re.compile(rb'^[ "]*(<{7}|>{7}) ', re.M)
-    assert [str(p.relative_to(ROOT)) for p in texts if mark.search(p.read_bytes())] == []
 
 
 def test_no_limit_that_a_slow_machine_would_meet():

@@ -18,14 +18,13 @@ from tokenizers.processors import TemplateProcessing
 from toy_models import shaped
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from solar_repro.core.data_files import write_rows
 from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.core.protocols import PROTOCOLS, score_as
-from solar_repro.eval import allowed, build_requests, evaluate
+from solar_repro.eval import allowed, build_requests
 from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
 from solar_repro.models import resident as resident_module
 from solar_repro.inference.lm import RequestEncoder, AnswerCache, SharedPrefixLM, encode_pairs, stopper
-from solar_repro.inference.prefix_tree import Limits, Request, batches, divide, grow, halved
+from solar_repro.inference.prefix_tree import Limits, Request, batches, divide, grow
 from solar_repro.models.resident import Resident
 from solar_repro.inference.forward import limits_of
 from solar_repro.models.adapters import AdaptedModel, materialize, save_adapter

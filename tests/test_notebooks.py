@@ -13,8 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from common import alive
 from forked import Forked
-from papermill.exceptions import PapermillExecutionError
 from waiting import wait_for
 
 from solar_repro.reports import notebooks as runner
@@ -162,16 +162,6 @@ def test_a_file_of_a_shipped_profiles_name_is_not_taken_for_it(project, without_
     assert ran(project) == ['one smoke 0']
 
 
-def test_unknown_parameter(project):
-    with pytest.raises(ValueError, match=r"00_one.ipynb has no parameter 'profil'; it knows \['profile', 'seed'\]"):
-        runner.execute(project/'nbs'/'00_one.ipynb', project/'out.ipynb', dict(profil='smoke'))
-    assert ran(project) == [] and not (project/'out.ipynb').exists()
-
-
-def test_no_notebooks(tmp_path):
-    with pytest.raises(FileNotFoundError, match='inside the project'): runner.notebooks(tmp_path)
-
-
 # ---- failures
 
 def test_a_failing_notebook(project):
@@ -188,16 +178,6 @@ def test_a_failing_notebook(project):
     assert done.returncode == 0 and ran(project) == ['two'] and not failed.exists()
 
 
-def test_execute_raises_what_papermill_raises(project):
-    nb = notebook(project/'nbs'/'01_bad.ipynb', "raise KeyError('lost')")
-    with pytest.raises(PapermillExecutionError, match='lost'): runner.execute(nb, project/'out.ipynb', {})
-    assert (
-        (project / 'out.failed.ipynb').exists()
-        and not (project / 'out.ipynb').exists()
-        and not (project / 'out.part.ipynb').exists()
-    )
-
-
 @pytest.mark.parametrize('args,message', [(['--profile', 'smok'], 'smoke'), (['--seed', '-1'], 'seed')])
 def test_unusable_arguments(project, args, message):
     done = run_notebooks(project, *args)
@@ -206,16 +186,6 @@ def test_unusable_arguments(project, args, message):
 
 
 # ---- interruptions
-
-def alive(pid: int) -> bool:
-    try:os.kill(pid, 0)
-    except ProcessLookupError: return False
-    return (
-        Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-        if Path(f'/proc/{pid}/stat').exists()
-        else False
-    )
-
 
 @pytest.mark.parametrize('how', ['Ctrl-C', 'SIGINT to the runner alone', 'kill -9'])
 def test_interrupted(project, how):

@@ -3,29 +3,18 @@
 import html
 import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pandas as pd
 import pytest
+from common import NOTEBOOKS, ROOT, run
 
 pytestmark = pytest.mark.slow      # the site takes minutes to build: `make test-all`
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, 'PYTHONPATH': str(ROOT)}
-NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.parts))
-
-
-def run(*cmd, cwd=ROOT, **env):
-    return subprocess.run([str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
-
-
 PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 
 

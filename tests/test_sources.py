@@ -594,8 +594,6 @@ def test_bases_that_cannot_work_are_refused_before_training(tmp_path, folder):
         check_fit(base, exp.profile.template, 65)
     template = load_profile('smol').template.model_copy(update=dict(prompt='Ω≠ {prompt}'))
     check_fit(base, template, 64)  # bytes can write anything
-    from transformers import AutoTokenizer
-
     words = Tokenizer(models.WordLevel({'<unk>': 0, '</s>': 1, 'User': 2}, unk_token='<unk>'))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     from transformers import PreTrainedTokenizerFast

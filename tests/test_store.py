@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from common import flip
 from waiting import wait_for
 
 import solar_repro.core.store as store_module
@@ -214,11 +215,6 @@ def test_a_store_being_made_by_another_process_is_one(tmp_path):
 
 # -- damage
 
-def flip(path):
-    data = bytearray((path/'sub'/'weights.bin').read_bytes()); data[100] ^= 1
-    (path/'sub'/'weights.bin').write_bytes(data)
-
-
 def without_content(path):
     m = json.loads((path/'manifest.json').read_text())
     del m['content']
@@ -231,7 +227,7 @@ def other_seed(path):
 
 
 DAMAGE = dict(
-    flipped_bit=flip,
+    flipped_bit=lambda p: flip(p/'sub'/'weights.bin'),
     cut_short=lambda p: os.truncate(p/'sub'/'weights.bin', 100),
     missing_file=lambda p: (p/'log.csv').unlink(),
     extra_file=lambda p: (p/'extra').touch(),
@@ -331,7 +327,7 @@ def test_another_files_under_the_right_name_are_damage(tmp_path, capsys):
 
 def test_two_processes_find_the_same_damage(tmp_path, monkeypatch):
     "Another process moves it aside between our look and our move."
-    a = build(Store(tmp_path)); flip(a.path)
+    a = build(Store(tmp_path)); flip(a.path/'sub'/'weights.bin')
     s, real = Store(tmp_path), store_module.folder_files
 
     def slow(path, but):

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from common import cut, flip
 from forked import forked
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -164,15 +165,6 @@ def test_a_second_epoch_goes_on_with_the_pairs_that_are_left(models, ref, tmp_pa
 
 # what stands in a checkpoint, whole, and what may happen to one of its files
 CHECKPOINT = ('adapter_model.safetensors', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'trainer_state.json')
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data)//2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path): os.truncate(path, path.stat().st_size//2)
 
 
 @pytest.fixture(scope='module')

@@ -24,9 +24,8 @@ from solar_repro.core import stats as ours
 from solar_repro.core.stats import mean_se
 from solar_repro.core.config import load_profile
 from solar_repro.reports.cli import main
-from solar_repro.reports.verify import export_results, judged, number, recounted, score_record, verify
+from solar_repro.reports.verify import export_results, number, recounted, score_record, verify
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.pipeline.results import evaluations_of, recorded
 from solar_repro.core.files import content_hash, file_hash
 from solar_repro.core.store import own_hash
 from solar_repro.publishing.figures import figure
@@ -194,18 +193,6 @@ def test_an_empty_store_has_nothing_to_differ_but_makes_no_table(whole, tmp_path
     assert '0 artifacts' in capsys.readouterr().out
     assert len(problems(tmp_path/'none', whole[1])[1]) == 23
 
-def test_every_kind_of_answer_is_judged_as_lm_eval_judged_it(whole):
-    exp = Experiment('smoke', store=whole[0])
-    for t in H6_TASKS:
-        of = exp.requests(t)[0]
-        for x in exp.items('Merge v4', t).to_dict('records'):
-            want = judged(t, of[x['doc_id']], x)
-            assert (
-                x['score'] == pytest.approx(want['score'], abs=1e-12)
-                and np.all(x['gold'] == np.array(want['gold']))
-                and x['prediction'] == want['prediction']
-            )
-
 def test_published_items_are_judged_as_lm_evals_own_tasks_ask_them(tmp_path):
     "lm-eval cleans HellaSwag's endings before it counts characters, and its TruthfulQA has no plainly worded answers."
     from test_sources import FILES, model_of, profile_of, put, rows_of
@@ -260,7 +247,7 @@ def test_one_number_builds_only_what_it_needs(tmp_path):
 def test_flips_show_prompts_and_outputs(task, full, capsys):
     exp = Experiment('smoke', store=full)
     found, a, b = exp.flips('base', 'DPO v2', task), exp.items('base', task), exp.items('DPO v2', task)
-    assert len(found) == (a['score'] != b['score']).sum()
+    assert len(found) == (a['score'] != b['score']).sum() and found['change'].abs().is_monotonic_decreasing
     asked = exp.requests(task)[1]
     from solar_repro.eval import request_hash
     assert {i: request_hash(r) for i, r in asked.items()} == dict(
@@ -393,13 +380,6 @@ def test_the_interval_of_a_difference_holds_what_it_should():
         for name, se in (('ours', ours.difference_se(a, b)), ('plain', stats.sem(d))):
             held.setdefault(name, []).append(abs(d.mean() - (p[0] - p[1])) <= 2 * se)
     assert np.mean(held['ours']) > .94 > .9 > np.mean(held['plain'])
-
-def test_holm_against_statsmodels():
-    p = [.01, .04, .03, .005, .9]
-    assert ours.holm(p) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.9]) and ours.holm(p) == pytest.approx(
-        multipletests(p, method='holm')[1]
-    )
-    assert all(type(x) is float for x in ours.holm(np.array(p, np.float32))) and ours.holm([]) == []
 
 def test_errors_of_scores_against_scipy_and_statsmodels():
     xs = np.random.default_rng(0).random(50)
@@ -648,16 +628,6 @@ def test_one_score_is_of_one_training(full, tmp_path):
 
 
 # ---- what came with the package
-
-def test_page_of_answers_is_of_a_recorded_run():
-    "It once showed those of a run with another base."
-    kept = json.loads((Path(__file__).parents[1]/'nbs'/'recorded'/'answers.json').read_text(encoding='utf-8'))
-    found, tasks = evaluations_of(recorded('tiny', 0)[0]), {title: t for t, title in paper.TITLES.items()}
-    assert kept['label'].endswith('seed 0') and len(kept['items']) == 9
-    for x in kept['items']:
-        said = {m: found[m, tasks[x['task']]]['items']['score'][x['item']] for m in x['score']}
-        assert {m: round(s, 2) for m, s in said.items()} == x['score']
-
 
 def test_records_are_checked_answer_by_answer(full, tmp_path, monkeypatch):
     "A record that follows from its answers passes; a score, a choice and an item that were changed are named."

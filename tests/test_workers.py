@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import drivers
 import pytest
 import waiting
+from common import alive, ROOT
 from forked import Forked
 
 from solar_repro.core.store import Store
@@ -95,11 +96,6 @@ def below(pid: int) -> set[int]:
     found = {pid}
     while more := {p for p, parent in parents.items() if parent in found} - found: found |= more
     return found - {pid}
-
-
-def alive(pid: int) -> bool:
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-    except FileNotFoundError: return False
 
 
 def wait_for(what, of: Forked | None = None):
@@ -371,9 +367,10 @@ def test_a_full_store_is_put_on_the_clock_with_the_times_that_were_measured(full
     assert 'Nothing is left to build.' in capsys.readouterr().out
 
 
-def test_the_benchmark_counts_the_start_of_a_worker_as_idle():
+def test_the_benchmark_counts_the_start_of_a_worker_as_idle(monkeypatch):
     "Two workers load libraries for 2 and 3 s; then one trains 4 s and scores 2 s, and the other trains 4 s."
-    idle = runpy.run_path(str(Path(__file__).resolve().parents[1]/'benchmarks'/'workers.py'))['idle']
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    idle = runpy.run_path(ROOT/'benchmarks'/'workers.py')['idle']
     graph = dict(data=Stage('data', 'data', {}, {}), a=Stage('a', 'sft', {}, dict(data='data')),
                  b=Stage('b', 'sft', {}, dict(data='data')), c=Stage('c', 'eval', {}, dict(model='a')))
     events = [(0, 0, 'data', 'start'), (1, 0, 'data', 'done'), (2, 0, 'a', 'start'), (2, 1, 'b', 'start'),
