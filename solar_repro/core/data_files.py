@@ -17,7 +17,6 @@ from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -69,13 +68,6 @@ class Lengths:
         "The mean and what bounds it."
         e = 2*self.sd/self.n**.5
         return min(self.mean - e, *self.other, self.mean), self.mean, max(self.mean + e, *self.other, self.mean)
-
-    def share_over(self,
-        max_length:int, # tokens
-    )->float: # in [0, 1]
-        "Share of rows that are longer."
-        shares = np.linspace(0, 1, len(self.quantiles))
-        return 1 - float(np.interp(max_length, self.quantiles, shares, right=1))
 
 @dataclass(frozen=True)
 class ItemSizes:

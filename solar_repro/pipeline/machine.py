@@ -22,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 from ..core.config import Profile
 from ..core.store import Artifact
-from ..data import SETS
 from ..models.loading import load_base, load_tokenizer, quiet    # before peft, whose remarks it silences
 from peft import get_peft_model, LoraConfig, PeftModel
 import bitsandbytes.functional as bnb
@@ -172,17 +171,6 @@ def _offline_blockers(p:Profile, m:pd.DataFrame)->list[str]:
             f'{m["download_gib"].sum():.0f} GiB of base and data are needed. Unset it, or fetch on another '
             f'machine.{without}']
 
-def _row_blockers(p:Profile, m:pd.DataFrame)->list[str]:
-    if p.data.source != 'hub' or 'data' not in set(m['kind']): return []
-    out = []
-    for name, n in p.data.rows.items():
-        s, most = SETS[name], (p.dpo if SETS[name].is_pairs else p.sft).max_length
-        fit = round(s.n_total*(1 - s.lengths.share_over(most)))
-        if n > fit:
-            out.append(f'of the {s.n_total} rows of {name} about {fit} have at most {most} tokens; the profile asks '
-                       f'for {n}. Ask for fewer in [data.rows], or raise max_length.')
-    return out
-
 # %% ../../nbs/pipeline/08_machine.ipynb #34aedca6
 def blockers(
     p:Profile, # what is to run
@@ -202,7 +190,7 @@ def blockers(
     if found.gpu and gpu and not found.bf16 and 'bfloat16' in (p.sft.compute_dtype, p.dpo.compute_dtype):
         out.append(f'{found.name} has no arithmetic for bfloat16; the profile computes in it. '
                    'Take a card of the Ampere generation (A100, RTX 30) or newer.')
-    return out + _row_blockers(p, m) + _disk_blockers(plan, found) + (_offline_blockers(p, m) if offline else [])
+    return out + _disk_blockers(plan, found) + (_offline_blockers(p, m) if offline else [])
 
 # %% ../../nbs/pipeline/08_machine.ipynb #838b7038
 def _hub_missing(p:Profile)->bool:
