@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'EMPTY', 'OWN_FIELDS', 'RECORD', 'File', 'Lengths', 'ItemSizes', 'present', 'located', 'field', 'problem',
-           'check_rows', 'read_file', 'own_fields', 'read_own', 'write_rows', 'read_rows', 'commit', 'requests',
-           'hub_rows', 'file_digest', 'fetch_file', 'fetch']
+           'read_file', 'own_fields', 'read_own', 'write_rows', 'read_rows', 'commit', 'requests', 'hub_rows',
+           'file_digest', 'fetch_file', 'fetch']
 
 # %% ../../nbs/core/03_data_files.ipynb #f6b11358
 import json
@@ -147,18 +147,6 @@ def problem(
             return f'has half a character in field {path!r} ({ascii(x)[:60]}); expected text', 'Remove the row.'
     if wrong := check and check(row): return wrong, 'Correct the row, or remove it.'
 
-# %% ../../nbs/core/03_data_files.ipynb #bf880b45
-def check_rows(
-    name:str, # of the data set, for the message
-    rows:list[dict], # of the set
-    file:File, # whose rows they are like
-)->list[dict]: # the same rows
-    "Raise unless every row has every field, of the right type and not empty, and is as its file's rows must be."
-    for i, row in enumerate(rows):
-        if wrong := problem(row, file.fields, file.blank, file.check):
-            raise ValueError(f'{name}: row {i} {wrong[0]}. {wrong[1]}')
-    return rows
-
 # %% ../../nbs/core/03_data_files.ipynb #4ba7c9fc
 def _each_key_once(pairs:list[tuple])->dict: # of an object
     row = dict(pairs)
@@ -191,21 +179,17 @@ def _json_lines(path:Path, max_broken:int|None)->Iterator[tuple[int,dict]]: # No
               'allows', file=sys.stderr)
 
 # %% ../../nbs/core/03_data_files.ipynb #71b2957b
-def _parquet(path:Path, columns:list[str])->Iterator[tuple[int,dict]]:
+def _parquet(path:Path, columns:list[str])->list[tuple[int,dict]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        yield from _parquet_rows(path, file, columns)
+        there = file.schema_arrow.names
+        if missing := [c for c in columns if c not in there]:
+            raise ValueError(f'{path}: has no field {missing[0]!r}; expected {columns}, found {there}. '
+                             'Compare the columns of the file with those of the published set.')
+        return list(enumerate(file.read(columns).to_pylist(), 1))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as e:
         said = ' '.join(str(e).split())
         raise ValueError(f'{path}: is no whole parquet file ({said}); expected one. Make the file again.') from None
-
-def _parquet_rows(path:Path, file:pyarrow.parquet.ParquetFile, columns:list[str])->Iterator[tuple[int,dict]]:
-    missing, i = [c for c in columns if c not in file.schema_arrow.names], 0
-    if missing:
-        raise ValueError(f'{path}: has no field {missing[0]!r}; expected {columns}, found {file.schema_arrow.names}. '
-                         'Compare the columns of the file with those of the published set.')
-    for batch in file.iter_batches(columns=columns):
-        for row in batch.to_pylist(): i += 1; yield i, row
 
 # %% ../../nbs/core/03_data_files.ipynb #8ef6439a
 def read_file(
@@ -278,10 +262,9 @@ def commit(
 def requests(
     file:File, # of the set
     revisions:dict[str,str]={}, # of the profile
-    hub:Path|None=None, # a folder in the Hub's layout in its place: OWNER/NAME/...
 )->list[dict]: # arguments of `datasets.load_dataset`
     "What is asked of the Hub for a file."
-    where = dict(path=str(Path(hub)/file.hub)) if hub else dict(path=file.hub, revision=commit(file, revisions))
+    where = dict(path=file.hub, revision=commit(file, revisions))
     data = {} if file.hub_file is None else dict(data_files=file.hub_file)
     return [dict(**where, name=c, split=file.split, **data) for c in file.configs]
 
@@ -289,12 +272,11 @@ def requests(
 def hub_rows(
     file:File, # of the set
     revisions:dict[str,str]={}, # of the profile
-    hub:Path|None=None, # a folder in the Hub's layout in its place
 )->Iterator[dict|None]: # rows, with the columns that we read; None: a row with an empty field
     "The rows of a file on the Hub, downloaded by `datasets` where its cache has them not yet."
     from datasets import load_dataset # a second and more, and only here is the Hub asked
     i = 0
-    for r in requests(file, revisions, hub):
+    for r in requests(file, revisions):
         try: found = load_dataset(**r)
         except (ConnectionError, FileNotFoundError) as e: # of `datasets`, which has no network or knows no such set
             raise OSError(f"data: {r['path']} did not come from the Hub ({' '.join(str(e).split())[:200]}); expected a "
@@ -328,13 +310,12 @@ def fetch_file(
     file:File, # of the set
     to:Path, # folder of data
     revisions:dict[str,str]={}, # of the profile
-    hub:Path|None=None, # a folder in the Hub's layout in its place
     on_progress:Callable[[int],None]=lambda rows: None, # told of progress
 )->dict: # file, sha256, rows, left_out, hub, revision
     "Write one file of a folder from the Hub."
     count = dict(rows=0, left_out=0)
     path = Path(to)/file.folder/f'{file.stems[0]}.jsonl'
-    rows = hub_rows(file, revisions, hub)
+    rows = hub_rows(file, revisions)
     first = list(islice(rows, 1))      # before a folder is made: there may be no network
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as private, open(private, 'w', encoding='utf-8', newline='\n') as out:
@@ -343,7 +324,7 @@ def fetch_file(
             if row: out.write(json.dumps(row, ensure_ascii=False) + '\n')
             if i % 10_000 == 0: on_progress(i)
     return dict(file=f'{file.folder}/{path.name}', sha256=file_digest(path), **count, hub=file.hub,
-                revision='local' if hub else commit(file, revisions))
+                revision=commit(file, revisions))
 
 # %% ../../nbs/core/03_data_files.ipynb #1f744a42
 def _is_there(to:Path, have:dict|None, revision:str)->bool: # have: what was recorded of the file
@@ -355,18 +336,17 @@ def fetch(
     to:Path, # folder to fill
     files:Iterable[File], # to be there in the end
     revisions:dict[str,str]={}, # of the profile
-    hub:Path|None=None, # a folder in the Hub's layout in its place
     say:Callable[[str],None]=lambda line: print(line, file=sys.stderr), # told of progress, a line at a time
 )->dict: # name -> what was recorded
     "Fill a folder with files from the Hub; those that are there and whole stay."
     to, files = Path(to), list(files)
     record = json_object(to/RECORD)
     for k, file in enumerate(files, 1):
-        where, revision = f'{k} of {len(files)}', 'local' if hub else commit(file, revisions)
+        where, revision = f'{k} of {len(files)}', commit(file, revisions)
         if _is_there(to, record.get(file.name), revision):
             say(f"{where}: {record[file.name]['file']} is there"); continue
         say(f'{where}: {file.name} from {file.hub} at {revision[:7]}')
-        got = record[file.name] = fetch_file(file, to, revisions, hub, lambda n: say(f'  {n} rows'))
+        got = record[file.name] = fetch_file(file, to, revisions, lambda n: say(f'  {n} rows'))
         write_whole(to/RECORD, json.dumps(record, indent=1) + '\n')
         say(f"  {got['rows']} rows, {got['left_out']} left out as empty")
     return record

@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from ..core.contamination import make_index
 from ..core.config import must_be_in
 from ..core.data_files import (
-    check_rows, commit, File, file_digest, hub_rows, located, own_fields, present, read_file, read_own)
+    commit, File, file_digest, hub_rows, located, own_fields, present, read_file, read_own)
 from ..core.files import file_hash
-from ..data import BENCHMARKS, check_items, FILES, item_text, made_from_benchmarks, METAMATH, SETS
+from ..data import BENCHMARKS, FILES, item_text, made_from_benchmarks, METAMATH, SETS
 from ..paper import H6_TASKS
 from ..tiny.world import make_world
 from ..tiny.texts import training_rows
@@ -78,7 +78,6 @@ class TinyWorld:
         s = SETS[must_be_in('this call', 'training set', name, SETS, 'data')]
         which = (POOL, HELD_SEED if trained else 0)
         files = [list(_tiny_file(f.name, s.tiny if f is s.files[0] else None, *which)) for f in s.files]
-        for f, rows in zip(s.files, files): check_rows(f'{name}/{f.name}', rows, f)
         made = [r for r in s.convert(*files) if r is not None]
         if trained:                       # the first that are new, as they were written: rare kinds stay rare
             seen = set(map(_texts, trained))
@@ -91,8 +90,7 @@ class TinyWorld:
     def items(self, task:str, n:int)->tuple[dict[str,list[dict]],list[str]|None]: # as `Published.items`, without ids
         "Sample the items of a benchmark."
         b = BENCHMARKS[must_be_in('this call', 'benchmark', task, BENCHMARKS, 'data')]
-        found = b.tiny(_world(), n, TEST_SEED) if b.tiny else benchmark(_world(), task, n, seed=TEST_SEED)
-        return {part: check_items(task, rows) for part, rows in found.items()}, None
+        return (b.tiny(_world(), n, TEST_SEED) if b.tiny else benchmark(_world(), task, n, seed=TEST_SEED)), None
 
 # %% ../../nbs/pipeline/00_sources.ipynb #75f9f5fe
 STAND_IN = 'math sets by a stand-in rule (MATH and GSM8K train rows, no MetaMathQA)'
