@@ -187,7 +187,7 @@ def sweep(exp, # the run: `Experiment`
     print(text.in_lines(said))
     file = exp.folder/'figures'/re.sub(r'[^\w.+-]+', '_', f'sweep {a} {b}.png')
     file.parent.mkdir(parents=True, exist_ok=True)
-    fig = line.sweep_figure(m, exp.label, line.of_each_seed(exp, a, b, points))
+    fig = line.sweep_figure(m, exp.label, [line.sweep(e, a, b, points) for e in exp.repeated().values()])
     with library('core.files').whole(file) as private: fig.savefig(private)
     print(file)
 
