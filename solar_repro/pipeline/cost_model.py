@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..core.config import Profile
-from ..core.data_files import ItemSizes, Lengths, read_own, read_rows
+from ..core.data_files import ItemSizes, Lengths, read_custom, read_rows
 from ..core.store import Artifact
 from ..data import BENCHMARKS, SETS
 from .graph import Stage
@@ -157,7 +157,7 @@ def _rows_at_hand(p:Profile, stage:Stage, held:Artifact|None)->list[dict]|None:
     name, n = stage.name.removeprefix('data/'), stage.settings['n']
     if held: return read_rows(held.path/'rows.jsonl')
     if stage.file and stage.file.is_file():
-        return [row for _, row in read_own(stage.file)][:n]
+        return [row for _, row in read_custom(stage.file)][:n]
     return TinyWorld().rows(name, n, p.seed).rows if p.data.source == 'tiny' else None
 
 # %% ../../nbs/pipeline/05_cost_model.ipynb #7036ace1

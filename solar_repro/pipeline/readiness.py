@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..core.config import Profile
-from ..core.data_files import read_own, read_rows
+from ..core.data_files import read_custom, read_rows
 from ..core.store import Artifact
 from ..eval import answer_requests, check_window
 from ..inference.lm import check_greedy, check_model, RequestEncoder, SharedPrefixLM
@@ -44,7 +44,7 @@ def check_rows(
         if not (why := why_not(row)): continue
         where = f'{s.name}: row {i} of {len(rows)}'
         if s.file: # of one's own
-            place = next(k for k, r in read_own(s.file) if {f: r[f] for f in row} == row)
+            place = next(k for k, r in read_custom(s.file) if {f: r[f] for f in row} == row)
             where = f"{s.file}: line {place.rsplit(':', 1)[1]}"
         if why == 'too long':
             raise ValueError(f'{where} is too long; expected at most {most} tokens with its template. '

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core.contamination import make_index
 from ..core.config import must_be_in
 from ..core.data_files import (
-    commit, File, file_digest, hub_rows, located, own_fields, present, read_file, read_own)
+    commit, File, file_digest, hub_rows, located, custom_fields, present, read_file, read_custom)
 from ..core.files import file_hash
 from ..data import BENCHMARKS, FILES, item_text, made_from_benchmarks, METAMATH, SETS
 from ..paper import H6_TASKS
@@ -214,12 +214,12 @@ class CustomFile:
         if file_hash(self.path) != self.sha256:
             raise ValueError(f'{self.path.name}: has changed since the run began; expected the file as it was. '
                              'Run again.')
-        rows = [row for _, row in read_own(self.path)]
+        rows = [row for _, row in read_custom(self.path)]
         if n and n > len(rows):
             raise ValueError(f'{self.path.name}: {n} rows were asked for; expected at most {len(rows)}, as many as it '
                              f'has. Change n of sets.{name}.')
         if n: rows = random.Random(f'{name} {seed}').sample(rows, n)
-        return Sample([{k: r[k] for k in own_fields(self.path)} for r in rows])
+        return Sample([{k: r[k] for k in custom_fields(self.path)} for r in rows])
 
 # %% ../../nbs/pipeline/00_sources.ipynb #f7f4cfbb
 def source_of(
