@@ -14,7 +14,7 @@ from solar_repro.pipeline.cost_model import SHAPES, eval_tokens, forward_flops, 
 from solar_repro.pipeline.hardware import CARDS, Hardware
 from solar_repro.pipeline import machine
 from solar_repro.pipeline.machine import blockers
-from solar_repro.pipeline.plan import actual, by_workers, make_plan, nothing, OWN, table
+from solar_repro.pipeline.plan import actual, by_workers, make_plan, OWN, table
 from solar_repro.core.config import load_profile
 from solar_repro.models.training import arguments
 from solar_repro.pipeline.experiment import Experiment
@@ -113,7 +113,7 @@ def test_all_work_is_counted_at_rates_that_are_said_to_be_assumed(plans):
     alone = train_flops(s, SETS['alpaca_gpt4'].lengths.mean, x.lora_r, False, 1.)
     in_runs = t.loc['SFT v1', 'pflop']*1e15/t.loc['SFT v1', 'tokens']/alone
     assert 1 < in_runs < 1.02, 'an example looks at itself alone'
-    older = make_plan(exp.profile, exp.graph, nothing, replace(plan.card, bf16=False)).stages.set_index('stage')
+    older = make_plan(exp.profile, exp.graph, on=replace(plan.card, bf16=False)).stages.set_index('stage')
     masked = older.loc['SFT v1', 'pflop']*1e15/t.loc['SFT v1', 'tokens']/alone
     assert 1.08 < masked < 1.13, 'under a mask attention takes the whole square of packed rows'
     assert 'assumed' in plan.card.source

@@ -305,7 +305,8 @@ def test_how_far_a_run_is_goes_by_the_costs_by_which_stages_are_ordered(tmp_path
     monkeypatch.setattr(experiment, 'planned_costs', lambda p, graph, find, names: (
         dict(zip(names, itertools.count(1.))), dict.fromkeys(names, 0)))
     monkeypatch.setattr(experiment, 'Progress', lambda *a: seen.append(a[3]) or Progress(*a))
-    def noted(inputs, engine, costs, *rest, **how): return seen.append(costs) or run(inputs, engine, costs, *rest, **how)
+    def noted(inputs, engine, costs, *rest, **how):
+        return seen.append(costs) or run(inputs, engine, costs, *rest, **how)
     monkeypatch.setattr(experiment, 'execute', noted)
     Experiment('smoke', store=tmp_path).run(['data/openorca', 'data/alpaca_gpt4'])
     assert seen[0] is seen[1] and list(seen[0].values()) == [1., 2.]

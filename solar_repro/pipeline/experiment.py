@@ -182,7 +182,7 @@ def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callabl
     hello = dict(profile=self.profile.model_dump(mode='json'), store=str(self.store.folder))
     many = machine.workers != 1 and sum(costs[n] for n in inputs) > LITTLE
     if machine.ray and not kinds.isdisjoint(USES_BASE):
-        return ray_engine()(WORKER, hello, machine, widest(inputs, costs), peak, self.store.folder)
+        return ray_engine().RayEngine(WORKER, hello, machine, widest(inputs, costs), peak, self.store.folder)
     cards = heavy().visible_cards() if machine.device == 'cuda' else []
     n = n_workers(machine, widest(inputs, costs), peak, cards) if many else 1
     if n == 1 and not apart: return InlineEngine(self.make, on_event)

@@ -184,7 +184,7 @@ def rows(self:Published, name:str, n:int, seed:int, fits:Fits|None=None, trained
             elif why := fits and fits(row): unfit[why] += 1
             else: kept.append((i, row))
     n_long = unfit.pop('too long', 0)
-    rule = '; '.join([rule]*bool(rule) + [f'{k} rows left out: {why}' for why, k in unfit.items()])
+    rule = '; '.join(([rule] if rule else []) + [f'{k} rows left out: {why}' for why, k in unfit.items()])
     if len(kept) < n or not n:
         raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(kept)}: {self.place} has '
                          f'{len(found)}, of which {n_long} are too long and {n_derived} made from a benchmark'

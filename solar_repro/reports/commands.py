@@ -309,7 +309,9 @@ def clean(exp, # the run: `Experiment`
 
     solar-repro clean --dry-run
     """
-    print(library('pipeline.doctor').clean(exp, folder, hours, dry_run))
+    tidy = library('pipeline.doctor')
+    found = tidy.left_over(exp, folder, hours)
+    print('\n'.join(map(tidy.told, found) if dry_run else tidy.remove(found)) or 'nothing is left over')
 
 # %% ../../nbs/reports/02_commands.ipynb #a31f23df
 def fetch_base(profile, # that is to run: `Profile`
