@@ -7,7 +7,6 @@ __all__ = ['N_LAYERS', 'N_TOKENS', 'N_WORDS', 'MOST_NATS', 'check_rows', 'check_
            'check_before_training']
 
 # %% ../../nbs/pipeline/19_readiness.ipynb #a72e1a88
-import json
 import random
 from collections.abc import Callable
 from functools import lru_cache
