@@ -1,4 +1,4 @@
-"""How long the rows of a training set are: the figures of `LENGTHS` in pipeline.cost_model, counted again.
+"""How long the rows of a training set are: the `lengths` of `data.SETS`, counted again.
 
 Rows are JSON lines with the published set's columns, or with prompt and completion, or prompt, chosen and rejected.
 Run: python benchmarks/lengths.py alpaca_gpt4 rows.jsonl tokenizer.json

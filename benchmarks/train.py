@@ -8,7 +8,7 @@ rate, peak memory.
     python benchmarks/train.py --shape smoke --rows 24 --pairs 12                      # seconds: that the script works
 
 The model has random weights, so nothing is fetched. Rows are random words with the lengths that
-`pipeline.cost_model.LENGTHS` records of the published sets, mixed as in the paper; a row longer than the profile's
+`data.SETS` records of the published sets, mixed as in the paper; a row longer than the profile's
 max_length is not drawn. Each side trains in a process of its own: TRL's trainers as a user calls them (`SFTTrainer`
 and `DPOTrainer`, everything left at its default: rows padded to the longest of a batch, layers computed again in the
 backward pass, the reference computed at every step) with the same base, NF4, adapter, learning rate, dtype,
@@ -55,12 +55,12 @@ AIM = 2.0
 def draw(kind, n, longest, scale, seed=0):
     "Lengths of rows: prompt and one answer, or prompt and two."
     import numpy as np
-    from solar_repro.pipeline.cost_model import LENGTHS
+    from solar_repro.data import SETS
 
     rng, out = random.Random(seed), []
     while len(out) < n:
         (name,) = rng.choices(list(MIX[kind]), list(MIX[kind].values()))
-        q = LENGTHS[name].quantiles
+        q = SETS[name].lengths.quantiles
         whole = int(scale * float(np.interp(rng.random(), np.linspace(0, 1, len(q)), q)))
         if not 16 <= whole <= longest - 16:
             continue

@@ -6,7 +6,7 @@
 __all__ = ['ALPACA', 'OPENORCA', 'METAMATH', 'MATH_SUBJECTS', 'MATH', 'ULTRAFEEDBACK', 'MATH_TYPES', 'SETS', 'BENCHMARKS',
            'FILES', 'from_alpaca', 'from_openorca', 'from_metamath', 'from_ultrafeedback', 'join_math', 'boxed',
            'worked_problem', 'problems_as_answers', 'problems_as_pairs', 'DataSet', 'Benchmark', 'bench_files',
-           'item_problem', 'check_items', 'item_text', 'row_text', 'made_from_benchmarks', 'leaked']
+           'item_problem', 'item_text', 'row_text', 'made_from_benchmarks', 'leaked']
 
 # %% ../nbs/01_data.ipynb #801843a3
 import random
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .core.contamination import BREAK, find_pairs, Index
-from .core.data_files import check_rows, EMPTY, File, ItemSizes, Lengths
+from .core.data_files import EMPTY, File, ItemSizes, Lengths
 from .paper import N_ITEMS, TITLES
 from .tiny.world import World
 from .tiny.items import leak_keys, number_key
@@ -391,13 +391,6 @@ def item_problem(
         wrong = _labels_problem(labels, len(b.choices(row)), str(row[b.answer]), b.answer)
     if wrong or not b.check: return wrong
     return f'has {said}' if (said := b.check(row)) else ''
-
-def check_items(
-    task:str, # one of `BENCHMARKS`
-    rows:list[dict], # items
-)->list[dict]: # the same items
-    "Raise unless every item is complete and its answer is one of its choices."
-    return check_rows(task, rows, FILES[f'{task}/test'])
 
 # %% ../nbs/01_data.ipynb #e32782ee
 def item_text(

@@ -281,13 +281,12 @@ def damaged_scratch(c:Campaign, works:list[Work], n:int|None, rng:random.Random)
 
 
 def damaged_store(c:Campaign, n:int|None, rng:random.Random)->None:
-    "Every kind of file of every kind of stage, and the store's own."
+    "Every kind of file of every kind of stage."
     kinds = {}
     for name, path in sorted(artifacts(c.full/'store').items()):
         for f in sorted(p.relative_to(path) for p in path.rglob('*') if p.is_file()):
             kinds.setdefault((path.parent.name, str(f)), (name, path.relative_to(c.full)/f))
-    chosen = [*kinds.items(), (('store', 'store.json'), ('base', Path('store/store.json')))]
-    if n is not None: chosen = rng.sample(chosen, n)
+    chosen = list(kinds.items()) if n is None else rng.sample(list(kinds.items()), n)
     for k, ((kind, _), (name, file)) in enumerate(chosen):
         w = Work(f'store: {kind}', ['show', name, '--yes', *ON], name)
         c.right[w.name] = _content(c.full/'store', name)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from solar_repro.core.data_files import read_own
+from solar_repro.core.data_files import read_custom
 from solar_repro.data import BENCHMARKS, FILES
 from solar_repro.models.base_models import check_base
 from solar_repro.pipeline.sources import source_of
@@ -523,7 +523,7 @@ def test_a_row_of_ones_own_that_cannot_be_trained_on(tmp_path, line, says):
     path = tmp_path/'mine.jsonl'
     text = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
     path.write_bytes(json.dumps(PAIR).encode() + b'\n' + text + b'\n')
-    with pytest.raises(ValueError) as e: read_own(path)
+    with pytest.raises(ValueError) as e: read_custom(path)
     assert str(path) in str(e.value)
     for word in says if isinstance(says, tuple) else (says,): assert word in str(e.value), str(e.value)
 

@@ -8,7 +8,7 @@ import pytest
 from test_bad_inputs import ITEMS, in_folder
 from test_sources import rows_of, turns
 
-from solar_repro.core.data_files import own_fields, read_file, read_own
+from solar_repro.core.data_files import custom_fields, read_file, read_custom
 from solar_repro.data import BENCHMARKS, FILES, item_problem
 from solar_repro.eval import build_requests, by_item, collect, run_requests
 from solar_repro.pipeline.sources import STAND_IN, source_of
@@ -102,12 +102,12 @@ def test_a_number_too_long_for_python_is_a_broken_line(tmp_path, capsys):
         read_file(path, FILES['gsm8k/test'].fields)
     assert len(read_file(path, FILES['gsm8k/test'].fields, max_broken=1)) == 1 and '[2]' in capsys.readouterr().err
     path.write_text(f'{{"prompt": {BIG}}}\n')
-    with pytest.raises(ValueError, match='line 1 is no JSON'): own_fields(path)
+    with pytest.raises(ValueError, match='line 1 is no JSON'): custom_fields(path)
 
 
 def test_advice_on_a_broken_file_of_ones_own_is_what_can_be_done(tmp_path):
     (tmp_path/'mine.jsonl').write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match='line 2 is no JSON') as e: read_own(tmp_path/'mine.jsonl')
+    with pytest.raises(ValueError, match='line 2 is no JSON') as e: read_custom(tmp_path/'mine.jsonl')
     assert 'max_broken' not in str(e.value)
 
 

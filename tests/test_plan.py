@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from solar_repro.reports.cli import main
-from solar_repro.pipeline.cost_model import (
-    BENCH, LENGTHS, SHAPES, eval_tokens, forward_flops, train_flops, train_memory)
+from solar_repro.data import BENCHMARKS, SETS
+from solar_repro.pipeline.cost_model import SHAPES, eval_tokens, forward_flops, train_flops, train_memory
 from solar_repro.pipeline.hardware import CARDS, Hardware
 from solar_repro.pipeline import machine
 from solar_repro.pipeline.machine import blockers
-from solar_repro.pipeline.plan import actual, by_workers, make_plan, nothing, OWN, table
+from solar_repro.pipeline.plan import actual, by_workers, make_plan, OWN, table
 from solar_repro.core.config import load_profile
 from solar_repro.models.training import arguments
 from solar_repro.pipeline.experiment import Experiment
@@ -39,7 +39,7 @@ def test_paper_scale_is_the_papers(plans):
     assert (p.data.rows['openorca'], p.data.rows['synth_math_alignment']) == (100_000, 20_100)
     # of two files the paper used every row: ours are some fewer, since not all may fit
     for s, n in dict(alpaca_gpt4=52_000, ultrafeedback_clean=60_800).items(): assert .97*n < p.data.rows[s] < .999*n
-    assert p.eval.protocol == 'leaderboard-2023' and p.eval.n_items >= max(x.n for x in BENCH.values())
+    assert p.eval.protocol == 'leaderboard-2023' and p.eval.n_items >= max(b.sizes.n for b in BENCHMARKS.values())
     assert p.eval.num_fewshot == dict(arc=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
     text = (ROOT/'solar_repro'/'profiles'/'a100.toml').read_text()
     lines = text.split('[sft]')[1].split('[dpo.rows')[0].splitlines()
@@ -110,10 +110,10 @@ def test_all_work_is_counted_at_rates_that_are_said_to_be_assumed(plans):
     assert more.filter(like='04', axis=0)['hours'].item() > 0
     assert t.loc['base', 'disk_gib'] == 2*t.loc['base', 'download_gib'], "the Hub's cache keeps a second copy"
     s, x = SHAPES['upstage/SOLAR-10.7B-v1.0'], exp.profile.sft
-    alone = train_flops(s, LENGTHS['alpaca_gpt4'].mean, x.lora_r, False, 1.)
+    alone = train_flops(s, SETS['alpaca_gpt4'].lengths.mean, x.lora_r, False, 1.)
     in_runs = t.loc['SFT v1', 'pflop']*1e15/t.loc['SFT v1', 'tokens']/alone
     assert 1 < in_runs < 1.02, 'an example looks at itself alone'
-    older = make_plan(exp.profile, exp.graph, nothing, replace(plan.card, bf16=False)).stages.set_index('stage')
+    older = make_plan(exp.profile, exp.graph, on=replace(plan.card, bf16=False)).stages.set_index('stage')
     masked = older.loc['SFT v1', 'pflop']*1e15/t.loc['SFT v1', 'tokens']/alone
     assert 1.08 < masked < 1.13, 'under a mask attention takes the whole square of packed rows'
     assert 'assumed' in plan.card.source
@@ -153,9 +153,9 @@ def test_what_differs_between_profiles_differs_in_the_plan(plans):
 
 
 def test_evaluation_is_what_the_leaderboard_asks():
-    read, made = eval_tokens(BENCH['hellaswag'], 10, 10**9)
+    read, made = eval_tokens(BENCHMARKS['hellaswag'].sizes, 10, 10**9)
     assert made == 0 and 10e6 < read < 13e6
-    read, made = eval_tokens(BENCH['gsm8k'], 5, 10**9)
+    read, made = eval_tokens(BENCHMARKS['gsm8k'].sizes, 5, 10**9)
     assert 130 < made/1319 < 131 or 129 < made/1319 < 131
     assert forward_flops(SHAPES['upstage/SOLAR-10.7B-v1.0'], 0) == pytest.approx(2*10.6e9, rel=.02)
 
@@ -168,7 +168,7 @@ def test_a_budget_of_tokens_computes_prompts_once(plans):
     a, b = (planned(x).stages.set_index('stage') for x in (exp, single))
     for n, parts in (('DPO v1', 1), ('ref/SFT v3/ultrafeedback_clean 1 of 4', 4)):
         assert b.loc[n, 'tokens'] - a.loc[n, 'tokens'] == pytest.approx(
-            p.data.rows['ultrafeedback_clean']/parts*LENGTHS['ultrafeedback_clean'].prompt)
+            p.data.rows['ultrafeedback_clean']/parts*SETS['ultrafeedback_clean'].lengths.prompt)
         assert a.loc[n, 'hours'] < .85*b.loc[n, 'hours']
     # the longest pair fills a microbatch; logits of an answer's tokens only, no mask, keys and values as they are
     assert .90*b.loc['DPO v1', 'gib'] < a.loc['DPO v1', 'gib'] < .97*b.loc['DPO v1', 'gib']
@@ -176,7 +176,7 @@ def test_a_budget_of_tokens_computes_prompts_once(plans):
 
 
 def test_lengths_have_provenance():
-    assert all(x.source and x.n > 200 and len(x.quantiles) == 21 for x in LENGTHS.values())
+    assert all(x.source and x.n > 200 and len(x.quantiles) == 21 for x in (s.lengths for s in SETS.values()))
 
 
 # the last has a budget of tokens, and was once planned with a tile of logits that it does not have

@@ -4,6 +4,7 @@ contamination, any model."""
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -276,8 +277,8 @@ def test_fetch_fills_a_folder_that_the_recipe_can_use(tmp_path, monkeypatch):
     names = ['arc/train', 'arc/test', 'mmlu/train', 'mmlu/test', 'math', 'openorca', 'ultrafeedback', 'winogrande/test']
     hub_of(tmp_path / 'hub', names)
     said = []
-    files = [FILES[n] for n in names]
-    record = fetch(tmp_path / 'out', files, hub=tmp_path / 'hub', say=said.append)
+    files = [replace(FILES[n], hub=str(tmp_path / 'hub' / FILES[n].hub)) for n in names]
+    record = fetch(tmp_path / 'out', files, say=said.append)
     assert set(record) == set(names) and record == json.loads((tmp_path / 'out' / 'fetched.json').read_text())
     for n in names:
         assert (tmp_path / 'out' / record[n]['file']) == present(tmp_path / 'out', FILES[n])
@@ -292,7 +293,7 @@ def test_fetch_fills_a_folder_that_the_recipe_can_use(tmp_path, monkeypatch):
     monkeypatch.setattr(data_files, 'fetch_file', lambda f, *a: asked.append(f.name) or real(f, *a))
     (tmp_path / 'out' / record['math']['file']).unlink()
     (tmp_path / 'out' / record['arc/test']['file']).write_text('{"cut')
-    assert fetch(tmp_path / 'out', files, hub=tmp_path / 'hub', say=said.append) == record and sorted(asked) == [
+    assert fetch(tmp_path / 'out', files, say=said.append) == record and sorted(asked) == [
         'arc/test',
         'math',
     ]
@@ -301,7 +302,7 @@ def test_fetch_fills_a_folder_that_the_recipe_can_use(tmp_path, monkeypatch):
 def test_another_commit_is_fetched_anew(tmp_path, monkeypatch):
     asked = []
 
-    def of(file, revisions, hub):
+    def of(file, revisions):
         asked.append(revisions.get(file.name))
         yield from rows_of(file.name)
 
@@ -317,7 +318,7 @@ def test_another_commit_is_fetched_anew(tmp_path, monkeypatch):
 def test_the_command_fetches_what_a_profile_pins(tmp_path, monkeypatch, capsys):
     from solar_repro.reports.cli import main
 
-    monkeypatch.setattr(data_files, 'hub_rows', lambda file, revisions, hub: iter(rows_of(file.name)))
+    monkeypatch.setattr(data_files, 'hub_rows', lambda file, revisions: iter(rows_of(file.name)))
     (tmp_path / 'mine.toml').write_text('extends = "smol"\n[data.revisions]\nopenorca = "' + 40*'a' + '"\n')
     assert main(['fetch', '--profile', str(tmp_path / 'mine.toml'), '--to', str(tmp_path / 'data')]) == 0
     record = json.loads((tmp_path / 'data' / 'fetched.json').read_text())
@@ -349,7 +350,7 @@ def test_an_interrupted_fetch_leaves_nothing_half_written(tmp_path, monkeypatch)
 
     monkeypatch.setattr(data_files, 'hub_rows', cut)
     with pytest.raises(OSError, match='gone'):
-        fetch_file(FILES['gsm8k/test'], tmp_path, hub=tmp_path)
+        fetch_file(FILES['gsm8k/test'], tmp_path)
     assert not [p for p in tmp_path.rglob('*') if p.is_file()]
 
 

@@ -118,16 +118,6 @@ def test_a_short_training_learns_and_records(tmp_path):
     assert record['loss'] == record['second']['loss'] and record['loss'][-1][1] < record['loss'][0][1]
 
 
-def test_a_second_reading_starts_from_a_base_that_has_done_the_first(tmp_path):
-    "A base with fewer words gets the missing ones and goes on; its own record stands in the new one."
-    s = dataclasses.replace(SMALL, n_pages=400, n_again=0)
-    first = pretrain(tmp_path/'first', s)
-    pretrain(tmp_path/'second', dataclasses.replace(s, n_again=200), first=first)
-    was, record = (json.loads((tmp_path/d/'record.json').read_text()) for d in ('first', 'second'))
-    assert record['first']['weights'] == was['weights'] and record['first']['loss'] == was['loss']
-    assert record['second']['n_steps'] > 0 and record['weights'] != was['weights']
-
-
 def test_a_math_pair_is_alike_but_for_its_end_and_sft_has_mostly_seen_the_rejected_one():
     "Else every pair is in the right order before its training, and the set has nothing to teach."
     pairs, answers = (TinyWorld().rows(f'synth_math_{x}', 400, 0).rows for x in ('alignment', 'instruct'))

@@ -21,10 +21,9 @@ from forked import Forked
 
 from solar_repro.core.store import Store
 from solar_repro.pipeline import experiment, ray as by_ray
-from solar_repro.pipeline.builder import LOADS_ITS_OWN
 from solar_repro.pipeline.executor import execute
-from solar_repro.pipeline.experiment import Experiment, KEEPS_BASE
-from solar_repro.pipeline.graph import MODELS, Stage, USES_BASE
+from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.graph import MODELS, Stage
 from solar_repro.pipeline.plan import make_plan
 from solar_repro.pipeline.progress import planned_costs, Progress
 from solar_repro.publishing.text import write_tables
@@ -308,10 +307,6 @@ def test_how_far_a_run_is_goes_by_the_costs_by_which_stages_are_ordered(tmp_path
     monkeypatch.setattr(experiment, 'execute', noted)
     Experiment('smoke', store=tmp_path).run(['data/openorca', 'data/alpaca_gpt4'])
     assert seen[0] is seen[1] and list(seen[0].values()) == [1., 2.]
-
-
-def test_kinds_of_stages_that_keep_the_base_are_those_that_load_no_model_of_their_own():
-    assert set(KEEPS_BASE) == set(USES_BASE) - set(LOADS_ITS_OWN)
 
 
 @pytest.mark.slow

@@ -393,7 +393,7 @@ def _problem(e:dict)->str:
     if e['type'] == 'extra_forbidden':
         also = f', and {value!r} is {_renamed(value)!r}' if _renamed(value) else ''
         if _renamed(key): return f"{where}: is '{_renamed(key)}' now{also}"
-        keys = _keys_at(tuple(section)) + ['extends']*(not section)
+        keys = _keys_at(tuple(section)) + ([] if section else ['extends'])
         near = nearest(str(key), keys)
         hint = f"did you mean '{near}'?" if near else f'expected one of {keys}'
         return f'{where}: no such key; {hint}'

@@ -10,7 +10,6 @@ __all__ = ['expanded', 'sync', 'sync_all', 'rename_whole', 'remove', 'whole', 'w
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import secrets
 import shutil
@@ -119,13 +118,7 @@ def file_hash(
     path:Path, # a file
 )->str: # sha256, hex
     "Hash of a file's bytes."
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        if os.fstat(f.fileno()).st_size:      # nothing cannot be mapped
-            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
-                m.madvise(mmap.MADV_SEQUENTIAL)
-                h.update(m)                   # one call, during which other threads go on
-    return h.hexdigest()
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def folder_files(
     folder:Path, # with subfolders

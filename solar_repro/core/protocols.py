@@ -49,8 +49,6 @@ def counted(
     items:pd.DataFrame, # one row an item: score (today's), and text, gold, subject where the task has them
 )->pd.DataFrame: # the same; score is what the protocol counts
     "Items under one protocol."
-    if protocol not in PROTOCOLS:
-        raise ValueError(f'eval: no protocol {protocol!r}; expected one of {PROTOCOLS}. Correct [eval] protocol.')
     if (protocol, task) != ('leaderboard-2023', 'gsm8k'): return items
     return items.assign(score=[float(correct_2023(t, g)) for t, g in zip(items['text'], items['gold'])])
 

@@ -130,44 +130,32 @@ def _warn(text:str)->None: print(text, file=sys.stderr, flush=True)
 # %% ../../nbs/core/02_store.ipynb #b6628958
 _ELSEWHERE = 'another folder with --store or SOLAR_STORE'
 
-def _format(folder:Path)->int|None:
-    said = read_sealed(folder/'store.json', {'format'}).get('format')
-    return said if type(said) is int else None
-
-def _holds_artifacts(folder:Path)->bool: return any(read_manifest(p.parent) for p in folder.glob(f'*/*/{MANIFEST}'))
-
-def _check_mark(folder:Path)->None:
-    "Raise unless the store's mark names this format, or is damaged beside artifacts of this format."
-    have = _format(folder)
-    if have is None:
-        if _holds_artifacts(folder): return     # the next build writes it again
-        raise ValueError(f'store {folder}: store.json is damaged; expected the format of the store. If this is a store '
-                         f'of this version, write {{"format": {FORMAT}}} into it, or choose {_ELSEWHERE}.')
+def _check_folder(folder:Path)->None:
+    "Raise unless the folder is a store of this format, or empty, or absent."
+    if not folder.exists(): return
+    if not folder.is_dir(): raise ValueError(f'store {folder}: is no folder; expected one. Choose {_ELSEWHERE}.')
+    inside, mark = list(folder.iterdir()), folder/'store.json'
+    mend = f'If this is a store of this version, write {{"format": {FORMAT}}} into store.json, or choose {_ELSEWHERE}.'
+    if not mark.is_file():
+        if all(p.name in ('locks', 'building') or p.name.startswith('.store.') for p in inside): return # on its way
+        raise ValueError(f'store {folder}: holds other files and no store.json; expected a store or an empty folder. '
+                         + mend)
+    if odd := [p.name for p in inside if '.' not in p.name and not p.is_dir()]:      # of a kind of stages, or locks
+        raise ValueError(f'store {folder}: {odd} in it is no folder; expected folders beside store.json. '
+                         f'Remove it, or choose {_ELSEWHERE}.')
+    have = read_sealed(mark, {'format'}).get('format')
+    if type(have) is not int:
+        raise ValueError(f'store {folder}: store.json is damaged; expected the format of the store. ' + mend)
     if have != FORMAT:
         raise ValueError(f'store {folder}: written in format {have}, this version reads format {FORMAT}. '
                          f'Choose {_ELSEWHERE}, or remove this one.')
-
-def _check_folder(folder:Path)->None:
-    "Raise unless the folder is a store of this format, or empty, or absent."
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f'store {folder}: is no folder; expected one. Choose {_ELSEWHERE}.')
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    if (folder/'store.json').is_file():
-        if odd := [p.name for p in inside if '.' not in p.name and not p.is_dir()]:      # of a kind of stages, or locks
-            raise ValueError(f'store {folder}: {odd} in it is no folder; expected folders beside store.json. '
-                             f'Remove it, or choose {_ELSEWHERE}.')
-        return _check_mark(folder)
-    names = [p.name for p in inside]
-    if any(n not in ('locks', 'building') and not n.startswith('.store.') for n in names) \
-            and not _holds_artifacts(folder):
-        raise ValueError(f'store {folder}: holds other files and no store.json; expected a store or an empty folder. '
-                         f'Choose {_ELSEWHERE}.')
 
 # %% ../../nbs/core/02_store.ipynb #bbeb429d
 def _create(folder:Path)->None:
     "Make the folder a store; nothing happens if it is one."
     folder.mkdir(parents=True, exist_ok=True)
-    if _format(folder) is None: write_whole(folder/'store.json', json.dumps(sealed(dict(format=FORMAT))))
+    mark = folder/'store.json'
+    if not mark.exists(): write_whole(mark, json.dumps(sealed(dict(format=FORMAT))))
     for d in ('locks', 'building'): (folder/d).mkdir(exist_ok=True)
 
 # %% ../../nbs/core/02_store.ipynb #e1c4c4ab

@@ -20,12 +20,12 @@ def heavy():
     with without_collector(): from solar_repro.pipeline import builder
     return builder
 
-def ray_engine()->type:
-    "The engine of Ray; an error where Ray is not installed."
+def ray_engine():
+    "The module of Ray's engine; an error where Ray is not installed."
     # brings Ray, an extra, which takes a second
     from solar_repro.pipeline import ray
     ray.check_installed()
-    return ray.RayEngine
+    return ray
 
 # %% ../../nbs/pipeline/18_model.ipynb #7ac13951
 @dataclass(frozen=True)

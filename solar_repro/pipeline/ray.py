@@ -144,7 +144,6 @@ def check_nodes(
 # %% ../../nbs/pipeline/20_ray.ipynb #b8cfef2e
 class RayEngine:
     "An engine of workers on a Ray cluster."
-    check_nodes = staticmethod(check_nodes)
     def __init__(self,
         words:Sequence[str], # that start a worker, after the name of Python
         hello:dict, # what a worker is told first; plain JSON

@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from ..core.contamination import make_index
 from ..core.config import must_be_in
 from ..core.data_files import (
-    check_rows, commit, File, file_digest, hub_rows, located, own_fields, present, read_file, read_own)
+    commit, File, file_digest, hub_rows, located, custom_fields, present, read_file, read_custom)
 from ..core.files import file_hash
-from ..data import BENCHMARKS, check_items, FILES, item_text, made_from_benchmarks, METAMATH, SETS
+from ..data import BENCHMARKS, FILES, item_text, made_from_benchmarks, METAMATH, SETS
 from ..paper import H6_TASKS
 from ..tiny.world import make_world
 from ..tiny.texts import training_rows
@@ -78,7 +78,6 @@ class TinyWorld:
         s = SETS[must_be_in('this call', 'training set', name, SETS, 'data')]
         which = (POOL, HELD_SEED if trained else 0)
         files = [list(_tiny_file(f.name, s.tiny if f is s.files[0] else None, *which)) for f in s.files]
-        for f, rows in zip(s.files, files): check_rows(f'{name}/{f.name}', rows, f)
         made = [r for r in s.convert(*files) if r is not None]
         if trained:                       # the first that are new, as they were written: rare kinds stay rare
             seen = set(map(_texts, trained))
@@ -91,8 +90,7 @@ class TinyWorld:
     def items(self, task:str, n:int)->tuple[dict[str,list[dict]],list[str]|None]: # as `Published.items`, without ids
         "Sample the items of a benchmark."
         b = BENCHMARKS[must_be_in('this call', 'benchmark', task, BENCHMARKS, 'data')]
-        found = b.tiny(_world(), n, TEST_SEED) if b.tiny else benchmark(_world(), task, n, seed=TEST_SEED)
-        return {part: check_items(task, rows) for part, rows in found.items()}, None
+        return (b.tiny(_world(), n, TEST_SEED) if b.tiny else benchmark(_world(), task, n, seed=TEST_SEED)), None
 
 # %% ../../nbs/pipeline/00_sources.ipynb #75f9f5fe
 STAND_IN = 'math sets by a stand-in rule (MATH and GSM8K train rows, no MetaMathQA)'
@@ -186,7 +184,7 @@ def rows(self:Published, name:str, n:int, seed:int, fits:Fits|None=None, trained
             elif why := fits and fits(row): unfit[why] += 1
             else: kept.append((i, row))
     n_long = unfit.pop('too long', 0)
-    rule = '; '.join([rule]*bool(rule) + [f'{k} rows left out: {why}' for why, k in unfit.items()])
+    rule = '; '.join(([rule] if rule else []) + [f'{k} rows left out: {why}' for why, k in unfit.items()])
     if len(kept) < n or not n:
         raise ValueError(f'data: {n} rows of {name} were asked for; expected 1 to {len(kept)}: {self.place} has '
                          f'{len(found)}, of which {n_long} are too long and {n_derived} made from a benchmark'
@@ -216,12 +214,12 @@ class CustomFile:
         if file_hash(self.path) != self.sha256:
             raise ValueError(f'{self.path.name}: has changed since the run began; expected the file as it was. '
                              'Run again.')
-        rows = [row for _, row in read_own(self.path)]
+        rows = [row for _, row in read_custom(self.path)]
         if n and n > len(rows):
             raise ValueError(f'{self.path.name}: {n} rows were asked for; expected at most {len(rows)}, as many as it '
                              f'has. Change n of sets.{name}.')
         if n: rows = random.Random(f'{name} {seed}').sample(rows, n)
-        return Sample([{k: r[k] for k in own_fields(self.path)} for r in rows])
+        return Sample([{k: r[k] for k in custom_fields(self.path)} for r in rows])
 
 # %% ../../nbs/pipeline/00_sources.ipynb #f7f4cfbb
 def source_of(

@@ -187,7 +187,7 @@ def sweep(exp, # the run: `Experiment`
     print(text.in_lines(said))
     file = exp.folder/'figures'/re.sub(r'[^\w.+-]+', '_', f'sweep {a} {b}.png')
     file.parent.mkdir(parents=True, exist_ok=True)
-    fig = line.sweep_figure(m, exp.label, line.of_each_seed(exp, a, b, points))
+    fig = line.sweep_figure(m, exp.label, [line.sweep(e, a, b, points) for e in exp.repeated().values()])
     with library('core.files').whole(file) as private: fig.savefig(private)
     print(file)
 
@@ -309,7 +309,9 @@ def clean(exp, # the run: `Experiment`
 
     solar-repro clean --dry-run
     """
-    print(library('pipeline.doctor').clean(exp, folder, hours, dry_run))
+    tidy = library('pipeline.doctor')
+    found = tidy.left_over(exp, folder, hours)
+    print('\n'.join(map(tidy.told, found) if dry_run else tidy.remove(found)) or 'nothing is left over')
 
 # %% ../../nbs/reports/02_commands.ipynb #a31f23df
 def fetch_base(profile, # that is to run: `Profile`

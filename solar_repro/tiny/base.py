@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EOS', 'UNK', 'HEAD_PAGES', 'vocabulary', 'build_tokenizer', 'BaseSettings', 'lr_scale', 'new_model', 'corpus_hash',
-           'encode_corpus', 'train_step', 'with_words', 'read', 'pretrain', 'random_base']
+           'encode_corpus', 'train_step', 'read', 'pretrain', 'random_base']
 
 # %% ../../nbs/tiny/03_base.ipynb #f8b7cf59
 import hashlib
@@ -157,25 +157,6 @@ def train_step(
         o.step(); o.zero_grad()
     return loss.item()
 
-# %% ../../nbs/tiny/03_base.ipynb #7839db7b
-def with_words(
-    model:LlamaForCausalLM, # with tied embeddings
-    old:dict[str,int], # its vocabulary: token -> id
-    new:dict[str,int], # the vocabulary it gets, which holds the old one
-    seed:int=0, # of the new rows
-)->LlamaForCausalLM: # another model; what it says in old words is unchanged, up to the room that the new ones take
-    "The model with a larger vocabulary."
-    if lost := set(old) - set(new):
-        raise ValueError(f'with_words: {sorted(lost)[:5]} are missing; expected all old words. Keep them.')
-    known = model.get_input_embeddings().weight.detach()
-    noise = torch.randn(len(new), known.shape[1], generator=torch.Generator().manual_seed(seed))
-    rows = known.mean(0) + known.std(0)*noise
-    for word, i in old.items(): rows[new[word]] = known[i]
-    config = LlamaConfig(**{**model.config.to_dict(), 'vocab_size': len(new)})
-    out = LlamaForCausalLM(config)
-    out.load_state_dict(model.state_dict() | {k: rows for k in ('model.embed_tokens.weight', 'lm_head.weight')})
-    return out
-
 # %% ../../nbs/tiny/03_base.ipynb #6e40a885
 def _resume(scratch, s, reading, model, opts)->tuple[int,list[float],float]: # step, losses, seconds
     "Go on from the checkpoint of this reading, if there is one."
@@ -217,32 +198,21 @@ def read(
     return log, time.time() - began
 
 # %% ../../nbs/tiny/03_base.ipynb #8b193839
-def _json(folder:Path, name:str)->dict: return json.loads((Path(folder)/name).read_text())
-
-def _words_of(folder:Path)->dict[str,int]: return _json(folder, 'tokenizer.json')['model']['vocab']
-
 def pretrain(
     out:Path, # folder of the finished model; checkpoints lie in `out/scratch` meanwhile
     s:BaseSettings=BaseSettings(), # all that decides the weights
     save_every:int=250, # steps between checkpoints
     on_progress:Callable[[int,int,float],None]|None=None, # called as on_progress(step, n_steps, loss) in each reading
-    first:Path|None=None, # a base that has done the first reading; None: from scratch
 )->Path: # `out`
-    "Train the base model, going on from a checkpoint where there is one."
+    "Train the base model from scratch, going on from a checkpoint where there is one."
     out = Path(out); scratch = out/'scratch'; scratch.mkdir(parents=True, exist_ok=True)
     tok = build_tokenizer(make_world(s.world_seed))
     rows = lambda reading: torch.from_numpy(encode_corpus(tok, s, reading).astype(np.int64))
-    if first is None:
-        model = new_model(s, len(tok)).train()
-        log, seconds = read(model, rows(1), s, 1, scratch, save_every, on_progress)
-        done = dict(n_steps=len(log), loss=_curve(log), seconds=round(seconds), vocabulary=len(tok))
-    else:
-        model = with_words(LlamaForCausalLM.from_pretrained(first), _words_of(first), tok.get_vocab(), s.seed).train()
-        was = _json(first, 'record.json')
-        done = {k: was[k] for k in ('n_steps', 'loss', 'seconds', 'weights', 'torch')}
-        done['vocabulary'] = len(_words_of(first))
-    again, seconds = read(model, rows(2), s, 2, scratch, save_every, on_progress) if s.n_again else ([], 0.)
-    return _finish(out, model, tok, s, done, again, seconds)
+    model = new_model(s, len(tok)).train()
+    log, seconds = read(model, rows(1), s, 1, scratch, save_every, on_progress)
+    first = dict(n_steps=len(log), loss=_curve(log), seconds=round(seconds), vocabulary=len(tok))
+    again, seconds = read(model, rows(2), s, 2, scratch, save_every, on_progress)
+    return _finish(out, model, tok, s, first, again, seconds)
 
 # %% ../../nbs/tiny/03_base.ipynb #7f4ef4c9
 HEAD_PAGES = 5000 # pages whose hash is checked in tests; the hash of all pages takes half a minute
@@ -259,7 +229,7 @@ def _finish(out, model, tok, s, first, again, seconds)->Path:
     corpora = dict(corpus_head=corpus_hash(s, head(s.n_pages)), corpus=corpus_hash(s, s.n_pages),
                    corpus_head_again=corpus_hash(s, head(s.n_again), 2), corpus_again=corpus_hash(s, s.n_again, 2))
     record = dict(settings=asdict(s), n_steps=n_steps, n_tokens=n_steps*s.batch_size*s.seq_len,
-                  seconds=first['seconds'] + round(seconds), loss=(second if again else first)['loss'],
+                  seconds=first['seconds'] + round(seconds), loss=second['loss'],
                   first=first, second=second, **corpora, weights=file_hash(out/'model.safetensors'),
                   tokenizer=file_hash(out/'tokenizer.json'), torch=torch.__version__)
     (out/'record.json').write_text(json.dumps(record, indent=1))
