@@ -98,7 +98,6 @@ def resident(key):
 
 
 def one(case, base):
-    import torch
     from solar_repro.dpo import reference_logps, train_dpo
     from solar_repro.models.adapters import AdaptedModel
     from solar_repro.core.config import load_profile

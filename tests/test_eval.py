@@ -1,6 +1,5 @@
 """Scores recomputed by hand, prompts as text, and lm-eval kept in its place."""
 
-import json
 import math
 import os
 import random
