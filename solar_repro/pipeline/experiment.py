@@ -197,12 +197,9 @@ def _execute(self:Experiment, wanted:list[str], apart:bool=False)->None:
     "Build what is missing of these stages, whose other inputs are there."
     if not (missing := [n for n in wanted if self.find(n) is None]): return
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
-    follows = os.environ.get('SOLAR_PROGRESS') # a notebook runner; it is told of all that coming notebooks will build
-    todo = [s for n, s in self.graph.items() if n in missing or follows and not self.find(n)]
-    have = [(s, a.manifest['seconds']) for n, s in self.graph.items() if (a := self.find(n))] if follows else []
-    costs, takes = planned_costs(self.profile, self.graph, self.find, [s.name for s in (*todo, *(s for s, _ in have))])
-    engine = self._engine(inputs, costs, int(max(takes[n] for n in missing)), lambda e: progress.follow(e), apart)
-    progress = Progress(todo, have, engine.n_slots, costs)
+    costs, takes = planned_costs(self.profile, self.graph, self.find, missing)
+    engine = self._engine(inputs, costs, int(max(takes.values())), lambda e: progress.follow(e), apart)
+    progress = Progress([self.graph[n] for n in missing], costs, engine.n_slots)
     self._in_work = progress.running
     of = lambda kinds: {n for n in missing if self.graph[n].kind in kinds}
     try: outcome = execute(inputs, engine, costs, of(KEEPS_BASE), of(USES_BASE) - of(KEEPS_BASE),

@@ -29,7 +29,7 @@ from ..data import BENCHMARKS
 from ..models.base_source import base_note
 from ..paper import H6_TASKS, MODELS
 from .graph import taught_by, USES_BASE
-from .progress import cost, duration, headline
+from .progress import headline
 from .sources import STAND_IN
 
 # %% ../../nbs/pipeline/13_results.ipynb #5c8a2b94
@@ -331,13 +331,6 @@ def _tally(exp, status:pd.DataFrame)->str:
     by_table = {n: [*tables.models(n), *exp.custom[n]] for n in range(3, 8)}
     return ', '.join(f'Table {n}: {sum(map(scored, names))} of {len(names)}' for n, names in by_table.items())
 
-def _kinds(status:pd.DataFrame)->str: # HTML
-    def words(x): return '?' if pd.isna(x) else duration(x) if x else ''
-    c = cost(status)
-    shown = {'kind': c['kind'], 'built': c['built'], 'took': c['seconds'].map(words), 'missing': c['missing'],
-             'would take about': c['left_s'].map(words)}
-    return pd.DataFrame(shown).to_html(index=False, border=0)
-
 def holds(
     exp, # an `Experiment`
 )->str:
@@ -361,7 +354,7 @@ def summary(
     missing = ', '.join(html.escape(n) for n in s.loc[s['state'] == 'missing', 'stage'])
     more = f'<details><summary>what is missing</summary>{missing}</details>' if missing else ''
     return (f'<p><b>{html.escape(exp.profile.name)}</b> ({html.escape(exp.label)}): {headline(s)}.<br>'
-            f'Rows scored: {_tally(exp, s)}.</p>{_kinds(s)}{more}')
+            f'Rows scored: {_tally(exp, s)}.</p>{more}')
 
 # %% ../../nbs/pipeline/13_results.ipynb #53070559
 def kinds_in_words(
