@@ -27,7 +27,7 @@ from ..publishing.text import as_text, Table
 from . import results
 from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
 from .graph import (
-    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, MODEL_KINDS, N_PROBE, Stage, USES_BASE)
+    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, MODEL_KINDS, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
 from .progress import LITTLE, planned_costs, Progress, say_interrupted
 from .workers import n_workers, ProcessEngine, WORKER
@@ -266,12 +266,9 @@ def model(self:Experiment,
     return heavy().adapted_model(self.build(name), self.store, base)
 
 @patch
-def quantization(self:Experiment,
-    name:str, # a training in four bits
-    n_probe:int=N_PROBE, # rows of each of its training sets
-)->pd.DataFrame: # of `quantization_table`; built where missing
-    "What four bits change: a model as trained, and on full weights, either way."
-    return heavy().quantization(self, name, n_probe)
+def quantization(self:Experiment)->pd.DataFrame: # of `pipeline.quantization.quantization_table`; built where missing
+    "What four bits change of SFT v3: as trained, and on full weights, either way."
+    return heavy().quantization(self)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #69327aab
 @patch
