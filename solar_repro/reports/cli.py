@@ -80,8 +80,13 @@ def _argument(
     return q.name, how if must else how | dict(nargs='?')
 
 # %% ../../nbs/reports/03_cli.ipynb #d2797b68
+_NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?'
+
 class _Parser(argparse.ArgumentParser):
-    "argparse, with its complaint on one line."
+    "argparse, with its complaint on one line, and other negative numbers than -1 and -.5."
+    def __init__(self, **how): # of argparse
+        super().__init__(**how)
+        self._negative_number_matcher = re.compile(f'{_NUMBER}([, ]{_NUMBER})*$', re.I)
     def error(self, message): self.exit(2, f'{self.prog}: {message}. See {self.prog} --help\n')
 
 def _command(name:str)->str: # of COMMANDS
@@ -142,25 +147,16 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/reports/03_cli.ipynb #533ceb47
-_NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?'
-
-def _kind(flag:str, kinds:dict): # what an option takes; its name may be cut short
-    meant = [flag] if flag in kinds else [k for k in kinds if flag.startswith('--') and k.startswith(flag)]
-    return kinds[meant[0]] if len(meant) == 1 else None
-
 def _join_numbers(
     words:list[str], # of a command
-    kinds:dict, # option -> its type for argparse
-)->list[str]: # `--weights -1 3` as `--weights=-1,3`, since argparse reads what begins with - as an option
-    "Numbers that follow an option as words of their own, as one word with it."
-    out, kind = [], None      # what the option before takes; None: no number belongs to it
+)->list[str]: # `--weights -1 3 A B` as `--weights '-1 3' A B`: argparse would take A and B for weights, too
+    "The numbers behind `--weights`, whose name may be cut short, as one word."
+    out, number = [], re.compile(_NUMBER, re.I)
     for w in words:
-        if kind and re.fullmatch(f'{_NUMBER}(,{_NUMBER})*', w, re.I): out[-1] += (',' if '=' in out[-1] else '=') + w
-        else:
-            kind = _kind(w.partition('=')[0], kinds)
-            out.append(w)
-        said = kind is _number and '=' in out[-1] or ',' in w       # with commas, all is said
-        if said or kind not in (_number, _numbers): kind = None
+        flag, last = out[-2:] if len(out) > 1 else ('', '')
+        several = flag[3:] and '--weights'.startswith(flag) and all(map(number.fullmatch, (*last.split(), w)))
+        if several: out[-1] += f' {w}'
+        else: out.append(w)
     return out
 
 def parse(
@@ -173,9 +169,7 @@ def parse(
     f = COMMANDS[name]
     if given and not {'exp', 'profile'} & set(inspect.signature(f).parameters):
         top.error(f'{name} takes no --{next(iter(given))} before it')
-    p = _parser_of(name)
-    kinds = {flag: a.type for a in p._actions for flag in a.option_strings}
-    return f, given | vars(p.parse_args(_join_numbers(words, kinds)))
+    return f, given | vars(_parser_of(name).parse_args(_join_numbers(words)))
 
 # %% ../../nbs/reports/03_cli.ipynb #d0cb7310
 def can_be_mended(
