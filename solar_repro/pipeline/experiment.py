@@ -315,7 +315,8 @@ def scores(self:Experiment,
     tasks:list[str]|None=None, # None: all of `tasks`
 )->pd.DataFrame: # model, task, metric, score, se, n; fractions; 'truthfulqa_plain' counts plainly worded answers only
     "Scores of models, built where missing; means over the seeds that the profile names (`tables.over_seeds`)."
-    if each := self.repeated(): return tables.over_seeds({s: e.scores(names, tasks) for s, e in each.items()})
+    if len(each := self.repeated()) > 1:
+        return tables.over_seeds({s: e.scores(names, tasks) for s, e in each.items()})
     return results.read_scores(self._evaluated(names, tasks), self.profile.eval.protocol)
 
 @patch
@@ -323,8 +324,9 @@ def samples(self:Experiment,
     names:list[str]|None=None, # models; None: all of `models`
 )->pd.DataFrame: # model, task, doc_id, score, where there are several also seed; one row an item and training
     "What each item scored, for paired tests."
-    if not (each := self.repeated()): return results.read_samples(self._evaluated(names), self.profile.eval.protocol)
-    return pd.concat([e.samples(names).assign(seed=s) for s, e in each.items()], ignore_index=True)
+    if len(each := self.repeated()) > 1:
+        return pd.concat([e.samples(names).assign(seed=s) for s, e in each.items()], ignore_index=True)
+    return results.read_samples(self._evaluated(names), self.profile.eval.protocol)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #40018efa
 @patch
@@ -367,7 +369,7 @@ def clean_scores(self:Experiment,
 )->pd.DataFrame: # model, task, score, clean, clean_se, n, n_clean; fractions
     "Scores, means over seeds, beside those on items that share no `n` words in a row with a training set of any seed."
     samples = self.samples(names).groupby(['model', 'task', 'doc_id'], sort=False, as_index=False)['score'].mean()
-    found = pd.concat([e.overlaps() for e in self.repeated().values() or [self]])
+    found = pd.concat([e.overlaps() for e in self.repeated().values()])
     return contamination.clean_scores(samples, found, n)
 
 @patch
@@ -428,9 +430,9 @@ def beside(self:Experiment,
 
 @patch
 def repeated(self:Experiment)->dict: # seed -> Experiment of that seed alone
-    "Where the profile names more `seeds`, an experiment of each over the same store; for one seed nothing."
+    "An experiment of each seed that the profile names, over the same store; of one seed alone the experiment itself."
     seeds = sorted({self.profile.seed, *self.profile.seeds})
-    if len(seeds) == 1: return {}
+    if len(seeds) == 1: return {self.profile.seed: self}
     return {s: self.beside(self.profile.model_copy(update=dict(seeds=[])), s, bool(self.records)) for s in seeds}
 
 @patch

@@ -91,8 +91,8 @@ def manifests(
     exp, # an `Experiment`
 )->list[dict]:
     "Of the trainings and evaluations that are there, of all seeds."
-    each = exp.repeated().values() or [exp]
-    return [a.manifest for e in each for n, s in e.graph.items() if s.kind in USES_BASE and (a := e.find(n))]
+    return [a.manifest for e in exp.repeated().values() for n, s in e.graph.items()
+            if s.kind in USES_BASE and (a := e.find(n))]
 
 def makers(
     manifests:list[dict], # of trainings and evaluations
@@ -343,7 +343,7 @@ def alone(
     exp, # an `Experiment`
 ): # an `Experiment`
     "Of a profile with several seeds the one whose stages `exp` holds."
-    return exp.repeated().get(exp.profile.seed, exp)
+    return exp.repeated()[exp.profile.seed]
 
 def summary(
     exp, # an `Experiment`

@@ -77,7 +77,7 @@ def is_built(exp:Experiment, line:pd.DataFrame)->bool: # both of `between`
     def scored(e):
         if e.records: return set(wanted) <= evaluations_of(e.records[e.profile.seed]).keys()
         return all(e.find(f'eval/{m}/{t}') for m, t in wanted)
-    return all(map(scored, exp.repeated().values() or [exp]))
+    return all(map(scored, exp.repeated().values()))
 
 def sweep(
     exp:Experiment, # over whose store
@@ -97,7 +97,8 @@ def of_each_seed(
     points:int=11,
 )->list[pd.DataFrame]: # of `measured`; empty where there is one seed
     "The same with each seed alone."
-    return [sweep(e, a, b, points) for e in exp.repeated().values()]
+    each = exp.repeated().values()
+    return [sweep(e, a, b, points) for e in each] if len(each) > 1 else []
 
 # %% ../../nbs/pipeline/17_sweep.ipynb #58aa5c74
 def best_weight(

@@ -201,7 +201,7 @@ class _Run:
 @patch
 def stages(self:_Run)->None:
     "Build what is missing, of every seed of the profile; workers do it, so that this process stays small."
-    for e in self.exp.repeated().values() or [self.exp]: e.run(apart=True)
+    for e in self.exp.repeated().values(): e.run(apart=True)
     self.have = results(self.exp)
 
 @patch

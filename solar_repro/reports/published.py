@@ -71,7 +71,7 @@ def _follows_from(exp:Experiment)->str: # sha256, hex
     code, (swept, _) = Path(find_spec('solar_repro').origin).parent, _line(exp) or (exp, None)
     library = [*code.rglob('*.py'), *code.glob('recorded/*/*/*')]
     said = {p.relative_to(code).as_posix(): file_hash(p) for p in sorted(library)}
-    results = [e.provenance().to_json() for e in swept.repeated().values() or [swept]]
+    results = [e.provenance().to_json() for e in swept.repeated().values()]
     how = exp.label, exp.custom, exp.profile.eval.protocol
     return hashlib.sha256(json.dumps([results, how, said]).encode()).hexdigest()
 

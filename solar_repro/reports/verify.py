@@ -282,7 +282,7 @@ def verify(
     said = f'{len(exp.store.entries())} artifacts of {exp.store.folder.name}/ hashed'
     problems = store_problems(exp.store)
     if len(problems): return said, problems
-    counted = {seed: recounted(e) for seed, e in (exp.repeated() or {exp.profile.seed: exp}).items()}
+    counted = {seed: recounted(e) for seed, e in exp.repeated().items()}
     n_scores, n_items = (sum(len(c[k]) for c in counted.values()) for k in (0, 1))
     said += f', {n_scores} scores counted again from {n_items} answers'
     wrong = pd.concat([c[2] for c in counted.values()], ignore_index=True)
