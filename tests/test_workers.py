@@ -38,7 +38,7 @@ store, ray, worker = sys.argv[1:]
 if worker: experiment.WORKER = '-c', worker
 exp = experiment.Experiment('smoke', store=store)
 exp.build_with(2, ray or None)
-exp.run({WANTED}, apart=True)          # by a worker, even where there is memory for only one
+exp.run({WANTED}, in_workers=True)          # by a worker, even where there is memory for only one
 '''
 # a worker that stays, the first time, where SFT v3 is past its first checkpoint, and leaves its number beside the
 # store; the next one that trains SFT v3 leaves there the first step that it takes

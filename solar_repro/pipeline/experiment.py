@@ -175,7 +175,7 @@ def build_with(self:Experiment,
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #36309589
 @patch
-def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callable, apart:bool)->Engine:
+def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callable, in_workers:bool)->Engine:
     "What builds these stages."
     machine, kinds = self.profile.machine, {self.graph[n].kind for n in inputs}
     hello = dict(profile=self.profile.model_dump(mode='json'), store=str(self.store.folder))
@@ -184,7 +184,7 @@ def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callabl
         return ray_engine()(WORKER, hello, machine, widest(inputs, costs), peak, self.store.folder)
     cards = heavy().visible_cards() if machine.device == 'cuda' else []
     n = n_workers(machine, widest(inputs, costs), peak, cards) if many else 1
-    if n == 1 and not apart: return InlineEngine(self.make, on_event)
+    if n == 1 and not in_workers: return InlineEngine(self.make, on_event)
     if cards: self.builder.let_go()            # the first worker needs the whole of the first card
     env = lambda k: dict(OMP_NUM_THREADS=str(machine.threads), **dict(CUDA_VISIBLE_DEVICES=cards[k]) if cards else {})
     return ProcessEngine([sys.executable, *WORKER], hello, n, env)
@@ -193,12 +193,13 @@ def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callabl
 KEEPS_BASE = 'eval', 'own' # kinds of stages that find the base in memory, or leave it there; others load their own
 
 @patch
-def _execute(self:Experiment, wanted:list[str], apart:bool=False)->None:
+def _execute(self:Experiment, wanted:list[str], in_workers:bool=False)->None:
     "Build what is missing of these stages, whose other inputs are there."
     if not (missing := [n for n in wanted if self.find(n) is None]): return
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
     costs, takes = planned_costs(self.profile, self.graph, self.find, missing)
-    engine = self._engine(inputs, costs, int(max(takes.values())), lambda e: progress.follow(e), apart)
+    engine = self._engine(inputs, costs, int(max(takes.values())), lambda e: progress.follow(e),
+                          in_workers)
     progress = Progress([self.graph[n] for n in missing], costs, engine.n_slots)
     self._in_work = progress.running
     of = lambda kinds: {n for n in missing if self.graph[n].kind in kinds}
@@ -214,7 +215,7 @@ def _execute(self:Experiment, wanted:list[str], apart:bool=False)->None:
 @patch
 def run(self:Experiment,
     names:list[str]|None=None, # stages; None: all
-    apart:bool=False, # in worker processes, even if there is but one: no model stays in this process
+    in_workers:bool=False, # even if there is but one: no model stays in this process
 )->None:
     "Build stages and everything that they need."
     names = self.needs(list(self.graph) if names is None else names)
@@ -226,7 +227,7 @@ def run(self:Experiment,
     self._in_work = ()
     try:
         self._check(wanted)
-        self._execute(wanted, apart)
+        self._execute(wanted, in_workers)
     except KeyboardInterrupt as e:
         say_interrupted(e, self._in_work, sum(self.find(n) is not None for n in wanted), len(wanted))
         raise

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
-           'makers', 'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records',
+           'makers', 'made_on', 'scale', 'in_a_line', 'requests_hash', 'write_record', 'read_record', 'records',
            'recorded', 'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains',
            'gained_and_forgotten', 'answer_in_words', 'find_flips', 'holds', 'alone', 'summary', 'kinds_in_words',
            'replications', 'replications_in_words']
@@ -16,13 +16,13 @@ import html
 import json
 from collections.abc import Iterable
 from functools import cache
-from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 
 from .. import tables
+from ..core.config import PACKAGE
 from ..core.files import write_whole
 from ..core.protocols import parts_of_score
 from ..data import BENCHMARKS
@@ -143,17 +143,18 @@ def _kept(e:Path)->dict:
     return dict(score=_score(e), items={k: [short(x) for x in items[k]] for k in said})
 
 # %% ../../nbs/pipeline/13_results.ipynb #f5cff065
-def asked_hash(
+def requests_hash(
     asked:Iterable[str], # hash of each item's requests, in order
 )->str: # sha256, hex
     "A benchmark's items as one hash."
     return hashlib.sha256(''.join(asked).encode()).hexdigest()
 
-def _asked(e:Path)->dict:
+def _items(e:Path)->dict:
     "The items of a benchmark, by hash, what is right on each, and of which subject it is."
     items = read_items(e)
     gold = [x.tolist() if hasattr(x, 'tolist') else x for x in items['gold']]
-    return dict(asked=asked_hash(items['asked']), gold=gold) | {k: list(items[k]) for k in ('subject',) if k in items}
+    of = {k: list(items[k]) for k in ('subject',) if k in items}
+    return dict(asked=requests_hash(items['asked']), gold=gold, **of)
 
 # %% ../../nbs/pipeline/13_results.ipynb #c9ab726c
 def write_record(
@@ -164,8 +165,8 @@ def write_record(
     "A run as one file; the same run gives the same bytes."
     by_task, results = {}, {}
     for (m, t), e in evaluations.items():
-        test = by_task.setdefault(t, _asked(e))
-        if test != _asked(e): raise ValueError(f'record: {m} was asked other items of {t}; expected the same for all. '
+        test = by_task.setdefault(t, _items(e))
+        if test != _items(e): raise ValueError(f'record: {m} was asked other items of {t}; expected the same for all. '
                                                'Run the evaluations again.')
         results.setdefault(m, {})[t] = _kept(e)
     text = json.dumps(dict(record=RECORD, **facts, tasks=by_task, results=results), separators=(',', ':'))
@@ -187,14 +188,13 @@ def read_record(
     return found
 
 # %% ../../nbs/pipeline/13_results.ipynb #0fa75553
-RECORDED = Path(str(files('solar_repro')))/'recorded' # what came with the package
+RECORDED = PACKAGE/'recorded' # what came with the package
 
 def records(
     profile:str, # its name
-    folder:Path|None=None, # of the records; None: `RECORDED`
 )->dict[str,dict[int,dict]]: # kind of processor -> seed -> record; most seeds, then most rows first
     "The recorded runs of a profile; none where none came with the package."
-    kinds = sorted(((folder or RECORDED)/profile).glob('*'))
+    kinds = sorted((RECORDED/profile).glob('*'))
     found = {k.name: [read_record(f) for f in k.glob('*.json.gz')] for k in kinds}
     found = {k: {r['seed']: r for r in sorted(x, key=lambda r: r['seed'])} for k, x in found.items() if x}
     much = lambda runs: (len(runs), min(len(r['results']) for r in runs.values()))

@@ -18,7 +18,6 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import papermill
@@ -27,7 +26,7 @@ from fastcore.xtras import modified_env
 from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
-from ..core.config import default_profile, Profile, profiles, root
+from ..core.config import default_profile, PACKAGE, Profile, profiles, root
 from ..core.files import expanded, file_hash, json_object, rename_whole, write_whole
 from ..pipeline.cost_model import fetched
 from ..pipeline.experiment import Experiment
@@ -56,8 +55,6 @@ def of_the_story(
     return nb.parent == root()/'nbs' and nb.stem != OWN
 
 # %% ../../nbs/reports/01_notebooks.ipynb #7df9887f
-_PACKAGE = Path(__file__).parent.parent if '__file__' in globals() else Path(find_spec('solar_repro').origin).parent
-
 def _sources(nb:Path)->list[str]:
     return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells']]
 
@@ -77,7 +74,7 @@ def fingerprint(
     exp:Experiment, # its profile
 )->str: # sha256, hex
     "What an execution depends on besides results: the notebook's cells, the library's code, the profile."
-    code = d if (d := root()/'solar_repro').is_dir() else _PACKAGE          # a clone's, or what is installed
+    code = d if (d := root()/'solar_repro').is_dir() else PACKAGE           # a clone's, or what is installed
     text = (lambda p: _bare(p, p.stat().st_mtime_ns)) if of_the_story(nb) else lambda p: p.read_text(encoding='utf-8')
     library = {p.relative_to(code).as_posix(): text(p) for p in sorted(code.rglob('*.py'))}
     return hashlib.sha256(json.dumps([_sources(nb), library, exp.profile.model_dump()]).encode()).hexdigest()
@@ -201,7 +198,7 @@ class _Run:
 @patch
 def stages(self:_Run)->None:
     "Build what is missing, of every seed of the profile; workers do it, so that this process stays small."
-    for e in self.exp.repeated().values(): e.run(apart=True)
+    for e in self.exp.repeated().values(): e.run(in_workers=True)
     self.have = results(self.exp)
 
 @patch
