@@ -104,20 +104,17 @@ def table(exp, # the run: `Experiment`
 def claims(exp, # the run: `Experiment`
     *,
     recorded:bool=False, # of the runs that came with the package, all seeds or --seed
-    format_:Literal['text', 'md', 'csv', 'json']='text', # json is for a program
+    format_:Literal['text', 'json']='text', # json is for a program
 )->None:
     """Print what the paper's text claims, with the verdicts on the paper's numbers and on ours.
 
     solar-repro claims --recorded
-    solar-repro claims --profile smoke --format md
+    solar-repro claims --profile smoke --json
     """
     shown, text = exp.claims(), library('publishing.text')
     plain = shown.found.drop(columns=['paper_parts', 'our_parts'])
     if format_ == 'json': return _print_json(dict(label=exp.label, claims=_as_records(plain)))
-    in_md = lambda: f'Claims of section 4.3, {exp.label}:\n\n{shown.iloc[:, :3].to_markdown(index=False)}'
-    as_csv = lambda: plain.to_csv(index=False).rstrip()
-    print(dict(text=lambda: repr(shown), md=in_md, csv=as_csv)[format_]())
-    if format_ != 'text': return
+    print(repr(shown))
     print(text.in_lines(f"{exp.label}: our numbers {text.counted(shown.found, 'on_ours')}. Supported: the 95 % "
                         'interval of every difference lies where the claim says; contradicted: one lies wholly '
                         f'elsewhere. Made on {exp.made_on()}.'))
@@ -188,8 +185,7 @@ def sweep(exp, # the run: `Experiment`
     file = exp.folder/'figures'/re.sub(r'[^\w.+-]+', '_', f'sweep {a} {b}.png')
     file.parent.mkdir(parents=True, exist_ok=True)
     fig = line.sweep_figure(m, exp.label, line.of_each_seed(exp, a, b, points))
-    with library('core.files').whole(file) as private: fig.savefig(private)
-    print(file)
+    print(library('publishing.figures').save(fig, file))
 
 # %% ../../nbs/reports/02_commands.ipynb #fea2e4ee
 def verify(exp, # the run: `Experiment`
