@@ -113,10 +113,9 @@ def _chances(name:str, store:Path, found:Hardware)->tuple[str,tuple[str,...]]: #
 
 def doctor(
     exp:Experiment, # whose store is looked at
-    folder:Path=Path('.'), # where merges and exports were written
 )->str:
     "What this machine has, which of the shipped profiles it can run, and what dead builds have left."
-    store, left = exp.store.folder, left_over(exp, folder)
+    store, left = exp.store.folder, left_over(exp)
     found = detect(store)
     can, cannot = [], {}
     for name in profiles():

@@ -84,8 +84,9 @@ _NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?'
 
 class _Parser(argparse.ArgumentParser):
     "argparse, with its complaint on one line, and other negative numbers than -1 and -.5."
-    def __init__(self, **how): # of argparse
-        super().__init__(**how)
+    def __init__(self, prog:str, what:str, ending:str):
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=_filled(what), epilog=ending, formatter_class=how)
         self._negative_number_matcher = re.compile(f'{_NUMBER}([, ]{_NUMBER})*$', re.I)
     def error(self, message): self.exit(2, f'{self.prog}: {message}. See {self.prog} --help\n')
 
@@ -113,17 +114,13 @@ def _filled(text:str, indent:int=0)->str: # spaces before its further lines
     width = max(11, shutil.get_terminal_size().columns - 2)     # as argparse has it
     return textwrap.fill(text, width, subsequent_indent=' '*indent)
 
-def _new_parser(prog:str, what:str, ending:str)->_Parser:
-    how = argparse.RawDescriptionHelpFormatter
-    return _Parser(prog=prog, description=_filled(what), epilog=ending, formatter_class=how)
-
 # %% ../../nbs/reports/03_cli.ipynb #9e1a0b3a
 def _top_parser()->argparse.ArgumentParser:
     "Reads what stands before the command, and the command."
     listed = '\n'.join(_filled(f'  {name:<15}{f.__doc__.splitlines()[0]}', 17) for name, f in COMMANDS.items())
     examples = '  solar-repro status --profile smoke\n  solar-repro table 5 --recorded\n  solar-repro merge --help'
     ending = f'commands:\n{listed}\n\nexamples:\n{examples}'
-    p = _new_parser('solar-repro', 'Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', ending)
+    p = _Parser('solar-repro', 'Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', ending)
     p.add_argument('--version', action='version', version=f'solar_repro {__version__}')
     _add_common(p)
     p.add_argument('command', type=_command, metavar='COMMAND', help='one of those below')
@@ -135,7 +132,7 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     f, needs = COMMANDS[name], inspect.signature(COMMANDS[name], eval_str=True).parameters
     what, _, examples = f.__doc__.partition('\n')
     examples = [x.strip() for x in examples.strip().splitlines()]
-    p, said = _new_parser(f'solar-repro {name}', what, '\n  '.join(['examples:', *examples])), docments(f)
+    p, said = _Parser(f'solar-repro {name}', what, '\n  '.join(['examples:', *examples])), docments(f)
     for k, q in needs.items():
         if k in ('exp', 'profile'): _add_common(p)
         else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, *_ALSO.get((name, k), ()), **how)
