@@ -58,7 +58,7 @@ def once(profile: str, safe: bool) -> dict: # seconds: in all, in fsync, in file
 
 def apart(profile: str, safe: bool) -> dict:
     words = [sys.executable, __file__, '--profile', profile, '--once', str(int(safe))]
-    quiet = dict(os.environ, SOLAR_PROGRESS=os.devnull)
+    quiet = dict(os.environ, TQDM_DISABLE='1')
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=quiet)
     return json.loads(done.stdout.splitlines()[-1])
 

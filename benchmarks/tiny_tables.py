@@ -41,7 +41,7 @@ for k, v in dict(
     HF_HUB_OFFLINE='1',
     MPLBACKEND='Agg',
     PYTHONWARNINGS='ignore',
-    SOLAR_PROGRESS=os.devnull,
+    TQDM_DISABLE='1',
 ).items():
     os.environ.setdefault(k, v)
 

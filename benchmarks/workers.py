@@ -67,7 +67,7 @@ def side(profile: str, way: str, store: str) -> dict:
 def run(profile: str, way: str) -> dict:
     with TemporaryDirectory() as d:
         words = [sys.executable, __file__, '--profile', profile, '--side', way, '--store', f'{d}/store']
-        env = dict(os.environ, **QUIET, PYTHONPATH=str(ROOT), SOLAR_PROGRESS=os.devnull)
+        env = dict(os.environ, **QUIET, PYTHONPATH=str(ROOT), TQDM_DISABLE='1')
         said = subprocess.run(words, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(said.splitlines()[-1])
 

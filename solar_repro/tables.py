@@ -6,8 +6,8 @@
 __all__ = ['Answers', 'ALPHA', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'MARGIN', 'Differences', 'MIN_SEEDS', 'PLAIN', 'with_h6',
            'table', 'answers', 'n_seeds', 'pair', 'compared', 'comparisons', 'detectable', 'all_comparisons',
            'unresolved', 'finding', 'judge', 'overall', 'paper_scores', 'claims', 'verdicts_of', 'verdicts_on_paper',
-           'lost_with', 'second_noise', 'standing', 'in_short', 'Verdicts', 'in_words', 'over_seeds', 'together',
-           'noises', 'alike', 'replication', 'by_trainings', 'plain_words']
+           'second_noise', 'standing', 'in_short', 'Verdicts', 'in_words', 'over_seeds', 'together', 'noises', 'alike',
+           'replication', 'by_trainings', 'plain_words']
 
 # %% ../nbs/06_tables.ipynb #dbcd38eb
 import math
@@ -286,19 +286,14 @@ def verdicts_on_paper()->pd.DataFrame: # claim, and its verdict under each noise
     on = lambda c, x: overall(_parts(_compare(c, _by_errors(x))))
     return pd.DataFrame([dict(claim=c.name, **{by: on(c, x) for by, x in under.items()}) for c in CLAIMS])
 
-def lost_with(
-    verdicts:pd.DataFrame, # of `claims`
-)->list[list[str]]: # names in paper.SPREADS; none where the verdict holds
-    "With which spread of others' measurements each verdict on the paper's numbers is lost."
-    under = verdicts_on_paper().set_index('claim')
-    return [[by for by in paper.SPREADS if c in under.index and under.loc[c, by] != v]
-            for c, v in zip(verdicts['claim'], verdicts['on_paper'])]
-
 def second_noise(
     verdicts:pd.DataFrame, # of `claims`
 )->list[str]: # such as 'not with the spread of harness or recipe'; empty where the verdict holds
-    "The same in words."
-    return [f'not with the spread of {" or ".join(x)}' if x else '' for x in lost_with(verdicts)]
+    "With which of `paper.SPREADS`, of others' measurements, each verdict on the paper's numbers is lost."
+    under = verdicts_on_paper().set_index('claim')
+    lost = [[by for by in paper.SPREADS if c in under.index and under.loc[c, by] != v]
+            for c, v in zip(verdicts['claim'], verdicts['on_paper'])]
+    return [f'not with the spread of {" or ".join(x)}' if x else '' for x in lost]
 
 # %% ../nbs/06_tables.ipynb #2cafdd30
 MIN_SEEDS = 4 # trainings of each model, whose verdicts others confirm (`by_trainings`); with fewer they are provisional

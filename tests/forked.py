@@ -14,13 +14,13 @@ fork = multiprocessing.get_context('forkserver')
 fork.set_forkserver_preload(['trl.trainer.sft_trainer', 'trl.trainer.dpo_trainer', 'matplotlib.pyplot',
                              'solar_repro.dpo', 'solar_repro.pipeline.builder', 'solar_repro.reports.notebooks'])
 
-# Before other code: the training of SFT v1 shows its first step, and then holds until an interrupt has come.
+# Before other code: the training of SFT v1 tells of its first step, in a log too, and holds until it is interrupted.
 HELD = '''
 import signal
 from solar_repro.pipeline.progress import Progress
 say = Progress.on_progress
 def held(self, name, done, total):
-    self.shown = 0.
+    self.shown = self.logged = 0.
     say(self, name, done, total)
     if (name, done) == ('SFT v1', 1): signal.pause()
 Progress.on_progress = held

@@ -152,7 +152,7 @@ def test_what_takes_long_says_on_a_terminal_what_it_does(is_terminal, monkeypatc
     monkeypatch.setitem(commands.COMMANDS, 'doctor', doctor)
     assert main(['doctor']) == 0 and capsys.readouterr().err == ''
     line, = said
-    assert line == (f"solar-repro: {commands.DOING['doctor']} ...\n" if is_terminal else '')
+    assert line == (f'solar-repro is at work: {doctor.__doc__}\n' if is_terminal else '')
 
 
 def test_what_says_that_it_builds_says_nothing_else(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from solar_repro.models.divergence import dequantized, kl_divergence, kl_summary
 from solar_repro.models.adapters import AdaptedModel, average, materialize, save_adapter
 from solar_repro.models.loading import load_base, load_tokenizer, quiet
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import DEQUANTIZED, build_graph, quantization_stage
+from solar_repro.pipeline.graph import DEQUANTIZED, build_graph
 from solar_repro.pipeline.quantization import MERGED_ONTO, quantization_table
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import geometry, geometry_of, rounded, slerp
@@ -137,9 +137,6 @@ def test_dequantised_and_merged_is_what_was_trained(base, tmp_path, dtype):
     assert load_tokenizer(back.base)('2 + 3')['input_ids'] == load_tokenizer(base)('2 + 3')['input_ids']
 
 
-def study_of(p, name): return quantization_stage(p, build_graph(p), name, 2)
-
-
 def profile(tmp_path, merge, more=''):
     (tmp_path/'own.toml').write_text(f'extends = "smoke"\n{more}\n[merge]\n{merge}\n')
     return load_profile(tmp_path/'own.toml')
@@ -152,9 +149,9 @@ def test_the_choice_is_strict(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'merge_onto'"): profile(tmp_path, 'merge_on = "original"')
     half = profile(tmp_path, 'merge_onto = "dequantized"', '[dpo]\nnf4 = false')
     with pytest.raises(ValueError, match='both trainings in four bits'): build_graph(half)
-    full_weights = profile(tmp_path, '', '[dpo]\nnf4 = false')
-    with pytest.raises(ValueError, match='trained on full weights'): study_of(full_weights, 'DPO v1')
-    with pytest.raises(ValueError, match='quantization names the training'): study_of(smoke, 'Merge v1')
+    full_weights = profile(tmp_path, '', '[sft]\nnf4 = false\n[dpo]\nnf4 = false')
+    with pytest.raises(ValueError, match="'SFT v3' is trained on full weights"):
+        Experiment(full_weights, store=tmp_path/'store').quantization()
 
 
 def test_the_choice_touches_evaluations_and_slerp_but_no_training(tmp_path):
@@ -183,14 +180,14 @@ def test_both_ways_run_and_say_so(full, tmp_path):
     assert two.model('SFT v3').adapters == one.model('SFT v3').adapters          # the same training
     said = [exp.items('SFT v3', 'hellaswag').loglikelihoods.explode().astype(float) for exp in (one, two)]
     assert not said[0].equals(said[1]) and score(one)['n'] == score(two)['n']
-    x, y = one.quantization('SFT v3', 2), two.quantization('SFT v3', 2)
+    x, y = one.quantization(), two.quantization()
     for t in (x, y):
         t = t.set_index('way')
         assert list(t.index) == list(MERGED_ONTO) and t.loc['as trained', 'kl'] < 1e-9
         assert t.loc['dequantized', 'kl'] < 1e-6 < t.loc['original', 'kl']
     pd.testing.assert_frame_equal(x, y, atol=1e-6)                         # whichever is known already
     before = {a.key for a in one.store.entries()}
-    one.quantization('SFT v3', 2)
+    one.quantization()
     assert {a.key for a in one.store.entries()} == before                  # kept
     for n in DEQUANTIZED, 'Merge v4', 'eval/SFT v3/hellaswag':               # whole for the next process, too
         assert Experiment(two.profile, store=tmp_path/'store').find(n), n
@@ -218,7 +215,7 @@ def test_each_model_is_gone_before_the_next_is_loaded(base, tmp_path, monkeypatc
         monkeypatch.setattr(study, name, stub)
     context = SimpleNamespace(store=None, on_progress=lambda *done: None,
                               materialize=lambda adapted: load(lambda: materialize(adapted)))
-    settings = study_of(smoke, 'SFT v3').settings
+    settings = build_graph(smoke)['quantization/SFT v3'].settings
     study.build_quantization(tmp_path, settings, dict(model=SimpleNamespace(kind='sft')), context)
     assert len(loaded) == 3 and list(dict.fromkeys(w for w, *_ in way)) == list(MERGED_ONTO)
     assert [b for *_, b in way[::len(H6_TASKS)]] == [base, tmp_path/'scratch'/'base', base]

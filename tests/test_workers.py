@@ -38,7 +38,7 @@ store, ray, worker = sys.argv[1:]
 if worker: experiment.WORKER = '-c', worker
 exp = experiment.Experiment('smoke', store=store)
 exp.build_with(2, ray or None)
-exp.run({WANTED}, apart=True)          # by a worker, even where there is memory for only one
+exp.run({WANTED}, in_workers=True)          # by a worker, even where there is memory for only one
 '''
 # a worker that stays, the first time, where SFT v3 is past its first checkpoint, and leaves its number beside the
 # store; the next one that trains SFT v3 leaves there the first step that it takes
@@ -76,7 +76,7 @@ def contents(store: Path) -> dict[str, str]:
 
 def driver(store: Path, ray: str = '', worker: str = '') -> Forked:
     "A run in a process of its own."
-    return Forked(RUN, store, ray, worker, env=dict(SOLAR_PROGRESS=f'{store}.progress'))
+    return Forked(RUN, store, ray, worker)
 
 
 def held(store: Path, run: Forked) -> int:
@@ -246,15 +246,15 @@ def test_ctrl_c_ends_two_workers_and_is_one_line(words, tmp_path):
            'psutil.virtual_memory = lambda: SimpleNamespace(available=2**36)       # room for two\n' \
            f'experiment.WORKER = "-c", {STAYS!r}\n' \
            'from solar_repro.reports.cli import main\nsys.exit(main(sys.argv[1:]))'
-    run = Forked(code, *words, env=dict(SOLAR_PROGRESS=os.devnull))
+    run = Forked(code, *words)
     wait_for(lambda: len(list(tmp_path.glob('*.stays'))) == 2, run)
     workers = {int(p.name.split('.')[1]) for p in tmp_path.glob('*.stays')}
     assert workers <= below(run.pid)
     run.send_signal(signal.SIGINT)
     assert run.wait() == 130
     assert not any(map(alive, workers))
-    _, *lines = filter(None, run.err.splitlines())                 # after what is going to be built
-    said, = lines
+    building, *stages, said = filter(None, run.err.splitlines())
+    assert 'missing of profile smoke' in building and stages and all(x.startswith('stage ') for x in stages)
     assert said.startswith('interrupted in SFT') and said.endswith('stages are finished and kept. Run again to go on.')
 
 
@@ -300,7 +300,7 @@ def test_how_far_a_run_is_goes_by_the_costs_by_which_stages_are_ordered(tmp_path
     seen, run = [], experiment.execute
     monkeypatch.setattr(experiment, 'planned_costs', lambda p, graph, find, names: (
         dict(zip(names, itertools.count(1.))), dict.fromkeys(names, 0)))
-    monkeypatch.setattr(experiment, 'Progress', lambda *a: seen.append(a[3]) or Progress(*a))
+    monkeypatch.setattr(experiment, 'Progress', lambda *a: seen.append(a[1]) or Progress(*a))
     def noted(inputs, engine, costs, *rest, **how):
         seen.append(costs)
         return run(inputs, engine, costs, *rest, **how)

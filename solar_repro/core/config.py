@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Count', 'Epochs', 'Beta', 'Share', 'Rate', 'Dtype', 'Seed', 'Text', 'Name', 'Commit', 'DPO_ROWS', 'Items',
-           'root', 'Strict', 'Machine', 'Base', 'Template', 'Data', 'Numerics', 'Training', 'Sft', 'DpoRow', 'DpoStep',
-           'Dpo', 'Merge', 'CustomSet', 'CustomRow', 'Eval', 'Profile', 'profiles', 'nearest', 'must_be_in',
+           'PACKAGE', 'root', 'Strict', 'Machine', 'Base', 'Template', 'Data', 'Numerics', 'Training', 'Sft', 'DpoRow',
+           'DpoStep', 'Dpo', 'Merge', 'CustomSet', 'CustomRow', 'Eval', 'Profile', 'profiles', 'nearest', 'must_be_in',
            'default_profile', 'load_profile']
 
 # %% ../../nbs/core/00_config.ipynb #918e79ca
@@ -338,7 +338,8 @@ def _without_hub(
     return raw | dict(data=data, base=base)
 
 # %% ../../nbs/core/00_config.ipynb #66729873
-_SHIPPED = Path(find_spec('solar_repro').origin).parent/'profiles'
+PACKAGE = Path(find_spec('solar_repro').origin).parent # what is installed, or a clone's folder of that name
+_SHIPPED = PACKAGE/'profiles'
 
 def profiles()->list[str]: # names
     "The shipped profiles."

@@ -25,7 +25,7 @@ _OF_MERGE = re.compile(r'\.(.+)\.[0-9a-f]{12}(-[0-9a-f]{8})?\.merging') # a priv
 def _to_go_on(exp:Experiment)->tuple[set[str],set[str]]:
     "Private folders from which stages go on; kinds of stages of which that is not known before their inputs are built."
     names, kinds = set(), set()
-    for e in exp.repeated().values() or [exp]:
+    for e in exp.repeated().values():
         for n, s in e.graph.items():
             if e.find(n): continue
             if all(e.find(i) for i in s.inputs.values()): names.add(f'{s.kind}-{e.key(s)[:32]}')
@@ -105,10 +105,9 @@ def _chances(name:str, store:Path, found:Hardware)->tuple[str,tuple[str,...]]: #
 
 def doctor(
     exp:Experiment, # whose store is looked at
-    folder:Path=Path('.'), # where merges and exports were written
 )->str:
     "What this machine has, which of the shipped profiles it can run, and what dead builds have left."
-    store, left = exp.store.folder, left_over(exp, folder)
+    store, left = exp.store.folder, left_over(exp)
     found = detect(store)
     can, cannot = [], {}
     for name in profiles():

@@ -26,9 +26,8 @@ from ..paper import MODELS
 from ..publishing.text import as_text, Table
 from . import results
 from .executor import Engine, execute, InlineEngine, raise_failed, TRIES, widest
-from solar_repro.pipeline.graph import (
-    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, KEEPS_BASE, MODEL_KINDS, N_PROBE, Stage,
-    USES_BASE)
+from .graph import (
+    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, KEEPS_BASE, MODEL_KINDS, Stage, USES_BASE)
 from .model import heavy, Model, ray_engine
 from .progress import LITTLE, planned_costs, Progress, say_interrupted
 from .workers import n_workers, ProcessEngine, WORKER
@@ -176,7 +175,7 @@ def build_with(self:Experiment,
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #36309589
 @patch
-def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callable, apart:bool)->Engine:
+def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callable, in_workers:bool)->Engine:
     "What builds these stages."
     machine, kinds = self.profile.machine, {self.graph[n].kind for n in inputs}
     hello = dict(profile=self.profile.model_dump(mode='json'), store=str(self.store.folder))
@@ -185,23 +184,21 @@ def _engine(self:Experiment, inputs:dict, costs:dict, peak:int, on_event:Callabl
         return ray_engine().RayEngine(WORKER, hello, machine, widest(inputs, costs), peak, self.store.folder)
     cards = heavy().visible_cards() if machine.device == 'cuda' else []
     n = n_workers(machine, widest(inputs, costs), peak, cards) if many else 1
-    if n == 1 and not apart: return InlineEngine(self.make, on_event)
+    if n == 1 and not in_workers: return InlineEngine(self.make, on_event)
     if cards: self.builder.let_go()            # the first worker needs the whole of the first card
     env = lambda k: dict(OMP_NUM_THREADS=str(machine.threads), **dict(CUDA_VISIBLE_DEVICES=cards[k]) if cards else {})
     return ProcessEngine([sys.executable, *WORKER], hello, n, env)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #7ef4b6bb
 @patch
-def _execute(self:Experiment, wanted:list[str], apart:bool=False)->None:
+def _execute(self:Experiment, wanted:list[str], in_workers:bool=False)->None:
     "Build what is missing of these stages, whose other inputs are there."
     if not (missing := [n for n in wanted if self.find(n) is None]): return
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
-    follows = os.environ.get('SOLAR_PROGRESS') # a notebook runner; it is told of all that coming notebooks will build
-    todo = [s for n, s in self.graph.items() if n in missing or follows and not self.find(n)]
-    have = [(s, a.manifest['seconds']) for n, s in self.graph.items() if (a := self.find(n))] if follows else []
-    costs, takes = planned_costs(self.profile, self.graph, self.find, [s.name for s in (*todo, *(s for s, _ in have))])
-    engine = self._engine(inputs, costs, int(max(takes[n] for n in missing)), lambda e: progress.follow(e), apart)
-    progress = Progress(todo, have, engine.n_slots, costs)
+    costs, takes = planned_costs(self.profile, self.graph, self.find, missing)
+    engine = self._engine(inputs, costs, int(max(takes.values())), lambda e: progress.follow(e),
+                          in_workers)
+    progress = Progress([self.graph[n] for n in missing], costs, engine.n_slots)
     self._in_work = progress.running
     of = lambda kinds: {n for n in missing if self.graph[n].kind in kinds}
     try: outcome = execute(inputs, engine, costs, of(KEEPS_BASE), of(USES_BASE) - of(KEEPS_BASE),
@@ -216,7 +213,7 @@ def _execute(self:Experiment, wanted:list[str], apart:bool=False)->None:
 @patch
 def run(self:Experiment,
     names:list[str]|None=None, # stages; None: all
-    apart:bool=False, # in worker processes, even if there is but one: no model stays in this process
+    in_workers:bool=False, # even if there is but one: no model stays in this process
 )->None:
     "Build stages and everything that they need."
     names = self.needs(list(self.graph) if names is None else names)
@@ -228,7 +225,7 @@ def run(self:Experiment,
     self._in_work = ()
     try:
         self._check(wanted)
-        self._execute(wanted, apart)
+        self._execute(wanted, in_workers)
     except KeyboardInterrupt as e:
         say_interrupted(e, self._in_work, sum(self.find(n) is not None for n in wanted), len(wanted))
         raise
@@ -268,12 +265,9 @@ def model(self:Experiment,
     return heavy().adapted_model(self.build(name), self.store, base)
 
 @patch
-def quantization(self:Experiment,
-    name:str, # a training in four bits
-    n_probe:int=N_PROBE, # rows of each of its training sets
-)->pd.DataFrame: # of `quantization_table`; built where missing
-    "What four bits change: a model as trained, and on full weights, either way."
-    return heavy().quantization(self, name, n_probe)
+def quantization(self:Experiment)->pd.DataFrame: # of `pipeline.quantization.quantization_table`; built where missing
+    "What four bits change of SFT v3: as trained, and on full weights, either way."
+    return heavy().quantization(self)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #69327aab
 @patch
@@ -320,7 +314,8 @@ def scores(self:Experiment,
     tasks:list[str]|None=None, # None: all of `tasks`
 )->pd.DataFrame: # model, task, metric, score, se, n; fractions; 'truthfulqa_plain' counts plainly worded answers only
     "Scores of models, built where missing; means over the seeds that the profile names (`tables.over_seeds`)."
-    if each := self.repeated(): return tables.over_seeds({s: e.scores(names, tasks) for s, e in each.items()})
+    if len(each := self.repeated()) > 1:
+        return tables.over_seeds({s: e.scores(names, tasks) for s, e in each.items()})
     return results.read_scores(self._evaluated(names, tasks), self.profile.eval.protocol)
 
 @patch
@@ -328,8 +323,9 @@ def samples(self:Experiment,
     names:list[str]|None=None, # models; None: all of `models`
 )->pd.DataFrame: # model, task, doc_id, score, where there are several also seed; one row an item and training
     "What each item scored, for paired tests."
-    if not (each := self.repeated()): return results.read_samples(self._evaluated(names), self.profile.eval.protocol)
-    return pd.concat([e.samples(names).assign(seed=s) for s, e in each.items()], ignore_index=True)
+    if len(each := self.repeated()) > 1:
+        return pd.concat([e.samples(names).assign(seed=s) for s, e in each.items()], ignore_index=True)
+    return results.read_samples(self._evaluated(names), self.profile.eval.protocol)
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #40018efa
 @patch
@@ -372,7 +368,7 @@ def clean_scores(self:Experiment,
 )->pd.DataFrame: # model, task, score, clean, clean_se, n, n_clean; fractions
     "Scores, means over seeds, beside those on items that share no `n` words in a row with a training set of any seed."
     samples = self.samples(names).groupby(['model', 'task', 'doc_id'], sort=False, as_index=False)['score'].mean()
-    found = pd.concat([e.overlaps() for e in self.repeated().values() or [self]])
+    found = pd.concat([e.overlaps() for e in self.repeated().values()])
     return contamination.clean_scores(samples, found, n)
 
 @patch
@@ -433,9 +429,9 @@ def beside(self:Experiment,
 
 @patch
 def repeated(self:Experiment)->dict: # seed -> Experiment of that seed alone
-    "Where the profile names more `seeds`, an experiment of each over the same store; for one seed nothing."
+    "An experiment of each seed that the profile names, over the same store; of one seed alone the experiment itself."
     seeds = sorted({self.profile.seed, *self.profile.seeds})
-    if len(seeds) == 1: return {}
+    if len(seeds) == 1: return {self.profile.seed: self}
     return {s: self.beside(self.profile.model_copy(update=dict(seeds=[])), s, bool(self.records)) for s in seeds}
 
 @patch

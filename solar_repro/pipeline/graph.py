@@ -6,7 +6,7 @@
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'LOADS_BASE', 'KEEPS_BASE', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES',
            'SLERPS', 'DEQUANTIZED', 'TAUGHT_ROWS', 'STUDIED', 'N_PROBE', 'Stage', 'in_words', 'machine_settings',
            'check_revisions', 'training_sets', 'benchmarks', 'part_of', 'custom_stages', 'bos_settings',
-           'task_settings', 'taught_by', 'quantization_stage', 'build_graph', 'custom_rows']
+           'task_settings', 'taught_by', 'build_graph', 'custom_rows']
 
 # %% ../../nbs/pipeline/01_graph.ipynb #8d283622
 import json
@@ -332,26 +332,16 @@ def _own_stages(p:Profile, graph:dict[str,Stage])->list[Stage]:
 # %% ../../nbs/pipeline/01_graph.ipynb #9d336137
 STUDIED, N_PROBE = 'SFT v3', 8 # the model, and rows of each of its training sets
 
-def quantization_stage(
-    p:Profile, # what runs
-    graph:dict[str,Stage], # with its models and evaluations
-    name:str, # a model trained in four bits
-    n_probe:int=N_PROBE, # rows of each of its training sets
-)->Stage:
+def _quantization_stage(p:Profile, graph:dict[str,Stage])->Stage: # with its models and evaluations
     "The stage that measures what four bits change of a model (`pipeline.quantization`)."
-    trained = {n: s.settings[s.kind] for n, s in graph.items() if s.kind in ('sft', 'dpo')}
-    must_be_in('quantization', 'training', name, list(trained))
-    if not trained[name]['nf4']:
-        raise ValueError(f'quantization: {name!r} is trained on full weights (nf4 = false in profile {p.name}); '
-                         'expected four bits, or there is nothing to compare. Set nf4 = true.')
-    evals = {t: graph[f'eval/{name}/{t}'] for t in H6_TASKS if f'eval/{name}/{t}' in graph}
-    settings = dict(numerics={k: v for k, v in trained[name].items() if k in Numerics.model_fields},
-                    template=p.template.model_dump(), machine=machine_settings(p), n_probe=n_probe,
+    numerics = {k: v for k, v in graph[STUDIED].settings['sft'].items() if k in Numerics.model_fields}
+    settings = dict(numerics=numerics, template=p.template.model_dump(), machine=machine_settings(p), n_probe=N_PROBE,
                     num_fewshot={t: p.eval.num_fewshot[t] for t in H6_TASKS}, batch_size=4*p.eval.batch_size,
                     known=p.merge.merge_onto, **bos_settings(p), **task_settings(p))
-    inputs = dict(model=name, **{k: i for k, i in graph[name].inputs.items() if i.startswith('data/')},
-                  **{f'bench_{t}': f'bench/{t}' for t in H6_TASKS}, **{f'eval_{t}': s.name for t, s in evals.items()})
-    return Stage(f'quantization/{name}', 'quantization', settings, inputs)
+    inputs = dict(model=STUDIED, **{k: i for k, i in graph[STUDIED].inputs.items() if i.startswith('data/')},
+                  **{f'bench_{t}': f'bench/{t}' for t in H6_TASKS},
+                  **{f'eval_{t}': f'eval/{STUDIED}/{t}' for t in H6_TASKS})
+    return Stage(f'quantization/{STUDIED}', 'quantization', settings, inputs)
 
 # %% ../../nbs/pipeline/01_graph.ipynb #be527ec9
 def build_graph(
@@ -369,7 +359,7 @@ def build_graph(
     stages += [_eval_stage(p, m, t) for m in ('base', *MODELS, *p.rows) for t in benchmarks(p)]
     stages += _own_stages(p, {s.name: s for s in stages})
     graph = _checked(_merged_onto(p, stages))
-    study = [quantization_stage(p, graph, STUDIED)] if p.sft.nf4 else []
+    study = [_quantization_stage(p, graph)] if p.sft.nf4 else []
     return graph | {s.name: s for s in study}
 
 def _eval_stage(p:Profile, model:str, task:str)->Stage:

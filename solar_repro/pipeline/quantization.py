@@ -8,7 +8,6 @@ __all__ = ['MERGED_ONTO', 'build_quantization', 'quantization_table', 'quantizat
 # %% ../../nbs/pipeline/03_quantization.ipynb #d5f4b3b2
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,8 +21,7 @@ from ..models.adapters import AdaptedModel
 from ..models.divergence import dequantized, kl_summary, log_probs, probe_of
 from ..paper import h6_se, H6_TASKS
 from .artifacts import adapted_model, BuildContext
-from .graph import quantization_stage
-from .progress import Progress
+from .graph import STUDIED
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #c324c985
 MERGED_ONTO = 'as trained', 'dequantized', 'original'
@@ -88,18 +86,13 @@ def quantization_table(
 
 def quantization(
     exp, # an `Experiment`
-    name:str, # a model trained in four bits
-    n_probe:int, # rows of each training set
 )->pd.DataFrame: # of `quantization_table`
-    "The study of one model, built where missing."
-    s = quantization_stage(exp.profile, exp.graph, name, n_probe)
-    exp.run([s.name] if exp.graph.get(s.name) == s else list(s.inputs.values()))
-    inputs = {r: exp.find(i) for r, i in s.inputs.items()}
-    if (a := exp.store.find(s.kind, exp.key(s))) is None:
-        progress = Progress([s], [])
-        progress.start(s.name)
-        try: a = exp.builder.build(s, exp.key(s), inputs, partial(progress.on_progress, s.name))
-        finally: progress.close()
-    divergences, scores = (pd.read_csv(a.path/f'{f}.csv') for f in ('divergence', 'scores'))
-    scores = scores[scores['protocol'] == exp.profile.eval.protocol]
-    return quantization_table(divergences, scores, pd.read_parquet(a.path/'items.parquet'))
+    "The study, built where missing."
+    p = exp.profile
+    if not p.sft.nf4:
+        raise ValueError(f'quantization: {STUDIED!r} is trained on full weights (nf4 = false in profile {p.name}); '
+                         'expected four bits, or there is nothing to compare. Set nf4 = true.')
+    folder = exp.build(f'quantization/{STUDIED}').path
+    divergences, scores = (pd.read_csv(folder/f'{f}.csv') for f in ('divergence', 'scores'))
+    scores = scores[scores['protocol'] == p.eval.protocol]
+    return quantization_table(divergences, scores, pd.read_parquet(folder/'items.parquet'))

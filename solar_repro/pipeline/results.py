@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
-           'makers', 'made_on', 'scale', 'in_a_line', 'asked_hash', 'write_record', 'read_record', 'records',
+           'makers', 'made_on', 'scale', 'in_a_line', 'requests_hash', 'write_record', 'read_record', 'records',
            'recorded', 'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains',
            'gained_and_forgotten', 'answer_in_words', 'find_flips', 'holds', 'alone', 'summary', 'kinds_in_words',
            'replications', 'replications_in_words']
@@ -16,20 +16,20 @@ import html
 import json
 from collections.abc import Iterable
 from functools import cache
-from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 
 from .. import tables
+from ..core.config import PACKAGE
 from ..core.files import write_whole
 from ..core.protocols import parts_of_score
 from ..data import BENCHMARKS
 from ..models.base_source import base_note
 from ..paper import H6_TASKS, MODELS
 from .graph import taught_by, USES_BASE
-from .progress import cost, duration, headline
+from .progress import headline
 from .sources import STAND_IN
 
 # %% ../../nbs/pipeline/13_results.ipynb #5c8a2b94
@@ -91,8 +91,8 @@ def manifests(
     exp, # an `Experiment`
 )->list[dict]:
     "Of the trainings and evaluations that are there, of all seeds."
-    each = exp.repeated().values() or [exp]
-    return [a.manifest for e in each for n, s in e.graph.items() if s.kind in USES_BASE and (a := e.find(n))]
+    return [a.manifest for e in exp.repeated().values() for n, s in e.graph.items()
+            if s.kind in USES_BASE and (a := e.find(n))]
 
 def makers(
     manifests:list[dict], # of trainings and evaluations
@@ -143,17 +143,18 @@ def _kept(e:Path)->dict:
     return dict(score=_score(e), items={k: [short(x) for x in items[k]] for k in said})
 
 # %% ../../nbs/pipeline/13_results.ipynb #f5cff065
-def asked_hash(
+def requests_hash(
     asked:Iterable[str], # hash of each item's requests, in order
 )->str: # sha256, hex
     "A benchmark's items as one hash."
     return hashlib.sha256(''.join(asked).encode()).hexdigest()
 
-def _asked(e:Path)->dict:
+def _items(e:Path)->dict:
     "The items of a benchmark, by hash, what is right on each, and of which subject it is."
     items = read_items(e)
     gold = [x.tolist() if hasattr(x, 'tolist') else x for x in items['gold']]
-    return dict(asked=asked_hash(items['asked']), gold=gold) | {k: list(items[k]) for k in ('subject',) if k in items}
+    of = {k: list(items[k]) for k in ('subject',) if k in items}
+    return dict(asked=requests_hash(items['asked']), gold=gold, **of)
 
 # %% ../../nbs/pipeline/13_results.ipynb #c9ab726c
 def write_record(
@@ -164,8 +165,8 @@ def write_record(
     "A run as one file; the same run gives the same bytes."
     by_task, results = {}, {}
     for (m, t), e in evaluations.items():
-        test = by_task.setdefault(t, _asked(e))
-        if test != _asked(e): raise ValueError(f'record: {m} was asked other items of {t}; expected the same for all. '
+        test = by_task.setdefault(t, _items(e))
+        if test != _items(e): raise ValueError(f'record: {m} was asked other items of {t}; expected the same for all. '
                                                'Run the evaluations again.')
         results.setdefault(m, {})[t] = _kept(e)
     text = json.dumps(dict(record=RECORD, **facts, tasks=by_task, results=results), separators=(',', ':'))
@@ -187,14 +188,13 @@ def read_record(
     return found
 
 # %% ../../nbs/pipeline/13_results.ipynb #0fa75553
-RECORDED = Path(str(files('solar_repro')))/'recorded' # what came with the package
+RECORDED = PACKAGE/'recorded' # what came with the package
 
 def records(
     profile:str, # its name
-    folder:Path|None=None, # of the records; None: `RECORDED`
 )->dict[str,dict[int,dict]]: # kind of processor -> seed -> record; most seeds, then most rows first
     "The recorded runs of a profile; none where none came with the package."
-    kinds = sorted(((folder or RECORDED)/profile).glob('*'))
+    kinds = sorted((RECORDED/profile).glob('*'))
     found = {k.name: [read_record(f) for f in k.glob('*.json.gz')] for k in kinds}
     found = {k: {r['seed']: r for r in sorted(x, key=lambda r: r['seed'])} for k, x in found.items() if x}
     much = lambda runs: (len(runs), min(len(r['results']) for r in runs.values()))
@@ -331,13 +331,6 @@ def _tally(exp, status:pd.DataFrame)->str:
     by_table = {n: [*tables.models(n), *exp.custom[n]] for n in range(3, 8)}
     return ', '.join(f'Table {n}: {sum(map(scored, names))} of {len(names)}' for n, names in by_table.items())
 
-def _kinds(status:pd.DataFrame)->str: # HTML
-    def words(x): return '?' if pd.isna(x) else duration(x) if x else ''
-    c = cost(status)
-    shown = {'kind': c['kind'], 'built': c['built'], 'took': c['seconds'].map(words), 'missing': c['missing'],
-             'would take about': c['left_s'].map(words)}
-    return pd.DataFrame(shown).to_html(index=False, border=0)
-
 def holds(
     exp, # an `Experiment`
 )->str:
@@ -350,7 +343,7 @@ def alone(
     exp, # an `Experiment`
 ): # an `Experiment`
     "Of a profile with several seeds the one whose stages `exp` holds."
-    return exp.repeated().get(exp.profile.seed, exp)
+    return exp.repeated()[exp.profile.seed]
 
 def summary(
     exp, # an `Experiment`
@@ -361,7 +354,7 @@ def summary(
     missing = ', '.join(html.escape(n) for n in s.loc[s['state'] == 'missing', 'stage'])
     more = f'<details><summary>what is missing</summary>{missing}</details>' if missing else ''
     return (f'<p><b>{html.escape(exp.profile.name)}</b> ({html.escape(exp.label)}): {headline(s)}.<br>'
-            f'Rows scored: {_tally(exp, s)}.</p>{_kinds(s)}{more}')
+            f'Rows scored: {_tally(exp, s)}.</p>{more}')
 
 # %% ../../nbs/pipeline/13_results.ipynb #53070559
 def kinds_in_words(

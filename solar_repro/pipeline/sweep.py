@@ -77,7 +77,7 @@ def is_built(exp:Experiment, line:pd.DataFrame)->bool: # both of `between`
     def scored(e):
         if e.records: return set(wanted) <= evaluations_of(e.records[e.profile.seed]).keys()
         return all(e.find(f'eval/{m}/{t}') for m, t in wanted)
-    return all(map(scored, exp.repeated().values() or [exp]))
+    return all(map(scored, exp.repeated().values()))
 
 def sweep(
     exp:Experiment, # over whose store
@@ -149,12 +149,12 @@ def _line(ax, m:pd.DataFrame, each:Sequence[pd.DataFrame], task:str)->None:
 def sweep_figure(
     m:pd.DataFrame, # of `measured`
     label:str, # what the scores are of
-    each:Sequence[pd.DataFrame]=(), # the same of each seed alone, where there are several
+    each:Sequence[pd.DataFrame]=(), # the same of each seed alone; drawn where there are several
 )->plt.Figure:
     "H6 and the six benchmarks over the weight."
     style()
     fig, axes = plt.subplots(2, 4, figsize=(9.6, 4.4), sharex=True)
-    for ax, task in zip(axes.flat, TITLES): _line(ax, m, each, task)
+    for ax, task in zip(axes.flat, TITLES): _line(ax, m, each if len(each) > 1 else (), task)
     axes.flat[-1].axis('off')
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc='center', fontsize=8)
     a, b = _ends(m)

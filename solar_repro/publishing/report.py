@@ -7,21 +7,19 @@ __all__ = ['Run', 'paper_in_words', 'summary', 'publish']
 
 # %% ../../nbs/publishing/02_report.ipynb #e1b2e158
 import base64
-import html
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from jinja2 import Environment
 
 from .. import paper
-from ..core.files import whole, write_whole
+from ..core.files import write_whole
 from ..paper import TITLES
-from .figures import claims_figure, figure
+from .figures import claims_figure, figure, save
 from .text import as_html, counted, printed, write_tables
 from ..tables import (
-    alike, all_comparisons, ALPHA, Answers, answers, claims, detectable, finding, lost_with, MARGIN, noises, pair,
+    alike, all_comparisons, ALPHA, Answers, answers, claims, detectable, finding, MARGIN, noises, pair,
     PLAIN, replication, second_noise, standing, table, UNDECIDED, verdicts_of, with_h6)
 
 # %% ../../nbs/publishing/02_report.ipynb #f4d00071
@@ -103,7 +101,7 @@ details.more>summary{font-weight:bold}
 # %% ../../nbs/publishing/02_report.ipynb #6a2c5bdf
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<title>Tables 3 to 7, {{ label }}</title><style>{{ css }}</style></head><body>
+<title>Tables 3 to 7, {{ label }}</title><style>{{ css|safe }}</style></head><body>
 <h1>Section 4.3 of SOLAR 10.7B, rebuilt: {{ label }}</h1>
 <p class="soft">{{ made }}</p>
 <ul>{% for x in summary %}<li>{{ x }}</li>{% endfor %}</ul>
@@ -115,7 +113,7 @@ beside them for direction only.</p>
 marks one that no paired test tells from the runner-up.{% if plain %} <i>plain words</i>: TruthfulQA over its plainly
 worded answers alone, without those whose careful wording gives them away.{% endif %}</p>
 {% for n, table, image, title, said in tables %}<h2 id="table{{ n }}">Table {{ n }}</h2><p>{{ said }}</p>
-<p class="hint soft">Tables and pictures scroll sideways →</p><div class="wide">{{ table }}</div>
+<p class="hint soft">Tables and pictures scroll sideways →</p><div class="wide">{{ table|safe }}</div>
 <div class="wide" tabindex="0"><img alt="{{ title }}" src="data:image/png;base64,{{ image }}"></div>
 {% endfor %}<h2 id="claims">Claims</h2>
 <p>A comparison is <span class="supported">supported</span> if the 95 % interval of the difference lies
@@ -132,25 +130,23 @@ src="data:image/png;base64,{{ claims_image }}"></div>
 <p class="soft">A claim opens with its words and the numbers that decide it.</p>
 <table class="claims"><tr><th>claim</th><th>on the paper's numbers (provisional)</th><th>on ours ({{ standing }})</th>
 </tr>{% for c in claims %}<tr><td><details><summary>{{ c.claim }}</summary><p class="soft">“{{ c.quote }}”</p>
-{% for whose, verdict, lost, numbers in c.sides %}<p class="soft">{{ whose }}: {{ numbers|join('<br>') }}</p>
+{% for whose, verdict, lost, numbers in c.sides %}<p class="soft">{{ whose }}: {{ numbers|join('<br>'|safe) }}</p>
 {% endfor %}
 </details></td>{% for whose, verdict, lost, numbers in c.sides %}<td><b class="{{ verdict }}">{{ verdict }}</b>
 {% if lost %}<span class="soft">{{ lost }}</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
 <h2 id="more">More</h2>
 {% for title, text, table in more %}<details class="more"><summary>{{ title }}</summary><p>{{ text }}</p>
-<p class="hint soft">Scrolls sideways →</p><div class="wide">{{ table }}</div></details>
+<p class="hint soft">Scrolls sideways →</p><div class="wide">{{ table|safe }}</div></details>
 {% endfor %}</body></html>
 """
 
 # %% ../../nbs/publishing/02_report.ipynb #9367647e
 def _embed(png:Path)->str: return base64.b64encode(png.read_bytes()).decode()
 
-def _escaped(c:pd.DataFrame)->list[dict]:
-    "Claims for the page: text escaped, the comparisons one by one."
-    numbers = lambda x: [html.escape(s) for s in x.split('; ')]
-    return [dict(claim=html.escape(r.claim), quote=html.escape(r.quote),
-                 sides=(('paper', r.on_paper, lost, numbers(r.paper_numbers)),
-                        ('ours', r.on_ours, '', numbers(r.our_numbers))))
+def _one_by_one(c:pd.DataFrame)->list[dict]:
+    "Claims for the page."
+    return [dict(claim=r.claim, quote=r.quote, sides=(('paper', r.on_paper, lost, r.paper_numbers.split('; ')),
+                                                      ('ours', r.on_ours, '', r.our_numbers.split('; '))))
             for r, lost in zip(c.itertuples(), second_noise(c))]
 
 # %% ../../nbs/publishing/02_report.ipynb #751daaf9
@@ -172,32 +168,26 @@ def _more(scores:pd.DataFrame, tested:Answers|None, beside:Run|None,
     shown = lambda x, **how: x.to_html(index=False, border=0, **how)
     found = []
     if beside:
-        found.append(('Beside the recorded seeds', f'This run and {html.escape(beside.label)}: percent.',
+        found.append(('Beside the recorded seeds', f'This run and {beside.label}: percent.',
                       shown(_side_by_side(scores, beside), float_format='%.2f')))
     if tested is not None:
         found.append(('Paired tests', "Differences in points on the same items; McNemar's exact test for right or "
-                      'wrong, a paired t test for TruthfulQA and H6. <i>p_holm</i> is corrected over a table; '
-                      '<i>resolvable</i> is the true difference that so many items would show four times in five.',
+                      'wrong, a paired t test for TruthfulQA and H6. p_holm is corrected over a table; '
+                      'resolvable is the true difference that so many items would show four times in five.',
                       shown(all_comparisons(tested), float_format='%.2g')))
     if 'seeds' in scores:
-        found.append(('Item noise and training noise', '<i>item_se</i> is the standard error of one score over its '
-                      'items, which all seeds share; <i>training_sd</i> is the standard deviation of the score over '
+        found.append(('Item noise and training noise', 'item_se is the standard error of one score over its '
+                      'items, which all seeds share; training_sd is the standard deviation of the score over '
                       'the trainings. The ± in the tables above is of both.',
                       shown(noises(scores), float_format='%.2f')))
     return [*found, ('What was run', f'{len(provenance)} stages.', shown(provenance, na_rep=''))]
 
 # %% ../../nbs/publishing/02_report.ipynb #b4db0063
-def _save(fig:plt.Figure, path:Path)->Path:
-    "A figure as a file, which does not say what drew it."
-    with whole(path) as private: fig.savefig(private, metadata={'Software': None})
-    plt.close(fig)
-    return path
-
 def paper_in_words(
     verdicts:pd.DataFrame, # of `claims`
 )->str:
     "What the paper's own numbers tell, by the noise of their items and by that of a recipe."
-    decided = [lost for v, lost in zip(verdicts['on_paper'], lost_with(verdicts)) if v != UNDECIDED]
+    decided = [lost for v, lost in zip(verdicts['on_paper'], second_noise(verdicts)) if v != UNDECIDED]
     left = sum('recipe' not in lost for lost in decided)
     return (f"the paper's own numbers {counted(verdicts, 'on_paper')} by the noise of items alone, and with that of a "
             f"recipe run twice {left or 'none'} of the {len(decided)} verdicts {'is' if left < 2 else 'are'} left")
@@ -240,17 +230,16 @@ def publish(
     files, shown = write_tables(scores, out/'tables', label, custom, tested), []
     for n in paper.MADE:
         rows = custom.get(n, {})
-        files.append(_save(figure(n, scores, label, rows, tested), pictures/f'table{n}.png'))
+        files.append(save(figure(n, scores, label, rows, tested), pictures/f'table{n}.png'))
         title = finding(n, table(n, scores, rows), label, tested)
         said = f'{". ".join(title.removeprefix(f"Table {n}, {label}: ").splitlines())}.'
         if tested is not None:
             said += f' A difference of {detectable(n, tested):.1f} points in H6 would be seen four times in five.'
-        shown.append((n, as_html(printed(n, scores, 'html', rows, tested)), _embed(files[-1]),
-                      html.escape(title), html.escape(said)))
-    files.append(_save(claims_figure(verdicts, label), pictures/'claims.png'))
-    found = map(html.escape, summary(scores, label, verdicts, custom, tested, line, beside))
-    page = Environment(autoescape=False).from_string(_PAGE).render(
-        label=html.escape(label), css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_escaped(verdicts),
-        claims_image=_embed(files[-1]), standing=standing(verdicts['seeds'].iloc[0]), made=html.escape(made),
-        summary=list(found), plain=PLAIN in set(scores['task']), more=_more(scores, tested, beside, provenance))
+        shown.append((n, as_html(printed(n, scores, 'html', rows, tested)), _embed(files[-1]), title, said))
+    files.append(save(claims_figure(verdicts, label), pictures/'claims.png'))
+    page = Environment(autoescape=True).from_string(_PAGE).render(
+        label=label, css=_CSS, margin=f'{100*MARGIN:.0f}', tables=shown, claims=_one_by_one(verdicts), made=made,
+        claims_image=_embed(files[-1]), standing=standing(verdicts['seeds'].iloc[0]),
+        summary=summary(scores, label, verdicts, custom, tested, line, beside), plain=PLAIN in set(scores['task']),
+        more=_more(scores, tested, beside, provenance))
     return [*files, write_whole(out/'report.html', page)]

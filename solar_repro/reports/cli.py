@@ -80,8 +80,14 @@ def _argument(
     return q.name, how if must else how | dict(nargs='?')
 
 # %% ../../nbs/reports/03_cli.ipynb #d2797b68
+_NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?'
+
 class _Parser(argparse.ArgumentParser):
-    "argparse, with its complaint on one line."
+    "argparse, with its complaint on one line, and other negative numbers than -1 and -.5."
+    def __init__(self, prog:str, what:str, ending:str):
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=_filled(what), epilog=ending, formatter_class=how)
+        self._negative_number_matcher = re.compile(f'{_NUMBER}([, ]{_NUMBER})*$', re.I)
     def error(self, message): self.exit(2, f'{self.prog}: {message}. See {self.prog} --help\n')
 
 def _command(name:str)->str: # of COMMANDS
@@ -108,17 +114,13 @@ def _filled(text:str, indent:int=0)->str: # spaces before its further lines
     width = max(11, shutil.get_terminal_size().columns - 2)     # as argparse has it
     return textwrap.fill(text, width, subsequent_indent=' '*indent)
 
-def _new_parser(prog:str, what:str, ending:str)->_Parser:
-    how = argparse.RawDescriptionHelpFormatter
-    return _Parser(prog=prog, description=_filled(what), epilog=ending, formatter_class=how)
-
 # %% ../../nbs/reports/03_cli.ipynb #9e1a0b3a
 def _top_parser()->argparse.ArgumentParser:
     "Reads what stands before the command, and the command."
     listed = '\n'.join(_filled(f'  {name:<15}{f.__doc__.splitlines()[0]}', 17) for name, f in COMMANDS.items())
     examples = '  solar-repro status --profile smoke\n  solar-repro table 5 --recorded\n  solar-repro merge --help'
     ending = f'commands:\n{listed}\n\nexamples:\n{examples}'
-    p = _new_parser('solar-repro', 'Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', ending)
+    p = _Parser('solar-repro', 'Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', ending)
     p.add_argument('--version', action='version', version=f'solar_repro {__version__}')
     _add_common(p)
     p.add_argument('command', type=_command, metavar='COMMAND', help='one of those below')
@@ -130,7 +132,7 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     f, needs = COMMANDS[name], inspect.signature(COMMANDS[name], eval_str=True).parameters
     what, _, examples = f.__doc__.partition('\n')
     examples = [x.strip() for x in examples.strip().splitlines()]
-    p, said = _new_parser(f'solar-repro {name}', what, '\n  '.join(['examples:', *examples])), docments(f)
+    p, said = _Parser(f'solar-repro {name}', what, '\n  '.join(['examples:', *examples])), docments(f)
     for k, q in needs.items():
         if k in ('exp', 'profile'): _add_common(p)
         else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, *_ALSO.get((name, k), ()), **how)
@@ -142,25 +144,16 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/reports/03_cli.ipynb #533ceb47
-_NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?'
-
-def _kind(flag:str, kinds:dict): # what an option takes; its name may be cut short
-    meant = [flag] if flag in kinds else [k for k in kinds if flag.startswith('--') and k.startswith(flag)]
-    return kinds[meant[0]] if len(meant) == 1 else None
-
 def _join_numbers(
     words:list[str], # of a command
-    kinds:dict, # option -> its type for argparse
-)->list[str]: # `--weights -1 3` as `--weights=-1,3`, since argparse reads what begins with - as an option
-    "Numbers that follow an option as words of their own, as one word with it."
-    out, kind = [], None      # what the option before takes; None: no number belongs to it
+)->list[str]: # `--weights -1 3 A B` as `--weights '-1 3' A B`: argparse would take A and B for weights, too
+    "The numbers behind `--weights`, whose name may be cut short, as one word."
+    out, number = [], re.compile(_NUMBER, re.I)
     for w in words:
-        if kind and re.fullmatch(f'{_NUMBER}(,{_NUMBER})*', w, re.I): out[-1] += (',' if '=' in out[-1] else '=') + w
-        else:
-            kind = _kind(w.partition('=')[0], kinds)
-            out.append(w)
-        said = kind is _number and '=' in out[-1] or ',' in w       # with commas, all is said
-        if said or kind not in (_number, _numbers): kind = None
+        flag, last = out[-2:] if len(out) > 1 else ('', '')
+        several = flag[3:] and '--weights'.startswith(flag) and all(map(number.fullmatch, (*last.split(), w)))
+        if several: out[-1] += f' {w}'
+        else: out.append(w)
     return out
 
 def parse(
@@ -173,9 +166,7 @@ def parse(
     f = COMMANDS[name]
     if given and not {'exp', 'profile'} & set(inspect.signature(f).parameters):
         top.error(f'{name} takes no --{next(iter(given))} before it')
-    p = _parser_of(name)
-    kinds = {flag: a.type for a in p._actions for flag in a.option_strings}
-    return f, given | vars(p.parse_args(_join_numbers(words, kinds)))
+    return f, given | vars(_parser_of(name).parse_args(_join_numbers(words)))
 
 # %% ../../nbs/reports/03_cli.ipynb #d0cb7310
 def can_be_mended(

@@ -9,11 +9,10 @@ __all__ = ['recorded_beside', 'line_found', 'commit', 'made_by', 'published']
 import hashlib
 import json
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__
-from ..core.config import root
+from ..core.config import PACKAGE, root
 from ..core.files import file_hash, json_object, write_whole
 from ..pipeline.experiment import Experiment
 from ..pipeline.results import manifests, records
@@ -47,7 +46,7 @@ def line_found(
 # %% ../../nbs/reports/05_published.ipynb #2d91f666
 def commit()->str: # such as '187ed46-dirty'; empty outside a clone
     "The commit of the project."
-    if Path(find_spec('solar_repro').origin).parent.parent != root().resolve(): return ''  # another project's, if any
+    if PACKAGE.parent != root().resolve(): return ''  # another project's, if any
     said = ['git', '-C', str(root()), 'describe', '--always', '--dirty', '--exclude=*']
     try: return subprocess.run(said, capture_output=True, text=True).stdout.strip()
     except OSError: return ''
@@ -68,10 +67,10 @@ def made_by(
 # %% ../../nbs/reports/05_published.ipynb #6d5c19aa
 def _follows_from(exp:Experiment)->str: # sha256, hex
     "What tables, figures and report are made from: results of all seeds, the line, what is said beside, the library."
-    code, (swept, _) = Path(find_spec('solar_repro').origin).parent, _line(exp) or (exp, None)
-    library = [*code.rglob('*.py'), *code.glob('recorded/*/*/*')]
-    said = {p.relative_to(code).as_posix(): file_hash(p) for p in sorted(library)}
-    results = [e.provenance().to_json() for e in swept.repeated().values() or [swept]]
+    swept, _ = _line(exp) or (exp, None)
+    library = [*PACKAGE.rglob('*.py'), *PACKAGE.glob('recorded/*/*/*')]
+    said = {p.relative_to(PACKAGE).as_posix(): file_hash(p) for p in sorted(library)}
+    results = [e.provenance().to_json() for e in swept.repeated().values()]
     how = exp.label, exp.custom, exp.profile.eval.protocol
     return hashlib.sha256(json.dumps([results, how, said]).encode()).hexdigest()
 

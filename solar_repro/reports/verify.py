@@ -30,7 +30,7 @@ from ..inference.lm import RequestEncoder
 from ..models.loading import load_tokenizer
 from ..paper import H6_TASKS, models
 from ..pipeline.experiment import Experiment
-from ..pipeline.results import alone, asked_hash, evaluations_of, read_items, read_scores, records
+from ..pipeline.results import alone, evaluations_of, read_items, read_scores, records, requests_hash
 from ..publishing.text import write_tables
 from ..tables import together
 
@@ -123,25 +123,25 @@ def _differs(recorded, found)->bool:
 
 def _item_problems(
     task:str,
-    records:list[dict], # of the items
+    samples:list[dict], # of the items
     docs:list[dict], # the items
     hashes:dict[int,str], # doc_id -> hash of the requests that the item makes
 )->list[tuple[str,str,str]]: # what, recorded, found
-    "Records that do not follow from their answers."
-    if [x['doc_id'] for x in records] != list(range(len(docs))):
-        return [('items', f'{len(records)} records', f'{len(docs)} items')]
+    "What does not follow from the answers."
+    if [x['doc_id'] for x in samples] != list(range(len(docs))):
+        return [('items', f'{len(samples)} samples', f'{len(docs)} items')]
     out = []
-    for x, doc in zip(records, docs):
+    for x, doc in zip(samples, docs):
         i, want = x['doc_id'], judged(task, doc, x) | dict(asked=hashes[x['doc_id']])
         out += [(f'{k} of item {i}', str(x[k])[:24], str(v)[:24]) for k, v in want.items() if _differs(x[k], v)]
     return out
 
 # %% ../../nbs/reports/00_verify.ipynb #63e6d400
-def _score(protocols:list[str], task:str, records:list[dict])->dict: # as in score.json
+def _score(protocols:list[str], task:str, samples:list[dict])->dict: # as in score.json
     "What score.json is to hold."
-    by = {p: dict(zip(('score', 'se'), score_as(p, task, pd.DataFrame(records)))) for p in protocols}
-    out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(records), protocols=by)
-    if 'plain' in records[0]: out['plain'], out['plain_se'] = mean_se([x['plain'] for x in records])
+    by = {p: dict(zip(('score', 'se'), score_as(p, task, pd.DataFrame(samples)))) for p in protocols}
+    out = dict(metric=METRICS[task], **next(iter(by.values())), n=len(samples), protocols=by)
+    if 'plain' in samples[0]: out['plain'], out['plain_se'] = mean_se([x['plain'] for x in samples])
     return out
 
 def _flat(score:dict)->dict:
@@ -149,15 +149,15 @@ def _flat(score:dict)->dict:
     return {**score, 'protocols': None, **{f'{p}, {k}': v for p, x in score['protocols'].items() for k, v in x.items()}}
 
 def _recount(exp:Experiment, model:str, task:str, docs:list[dict], hashes:dict[int,str])->tuple[list[dict],dict,list]:
-    "One evaluation from its answers: records, score, problems."
+    "One evaluation from its answers: samples, score, problems."
     where = f'eval/{model}/{task}'
-    records = exp.items(model, task).to_dict('records')
-    problems = [(where, *f) for f in _item_problems(task, records, docs, hashes)]
-    for x, doc in zip(records, docs): x |= {k: v for k, v in judged(task, doc, x).items() if _differs(x[k], v)}
+    samples = exp.items(model, task).to_dict('records')
+    problems = [(where, *f) for f in _item_problems(task, samples, docs, hashes)]
+    for x, doc in zip(samples, docs): x |= {k: v for k, v in judged(task, doc, x).items() if _differs(x[k], v)}
     recorded = json.loads((exp.build(where).path/'score.json').read_text())
-    score = _score(list(recorded['protocols']), task, records)
+    score = _score(list(recorded['protocols']), task, samples)
     a, b = _flat(recorded), _flat(score)
-    return records, score, problems + [(where, k, str(a.get(k))[:24], str(b[k])[:24]) for k in b if a.get(k) != b[k]]
+    return samples, score, problems + [(where, k, str(a.get(k))[:24], str(b[k])[:24]) for k in b if a.get(k) != b[k]]
 
 # %% ../../nbs/reports/00_verify.ipynb #3a5cc7fe
 def _own_problems(exp:Experiment)->list[tuple[str,str,str,str]]:
@@ -167,9 +167,9 @@ def _own_problems(exp:Experiment)->list[tuple[str,str,str,str]]:
     for s in built:
         rows = exp.rows(s.inputs['data'])
         asked = answer_requests(encoder, rows, exp.profile.template)
-        records = pd.read_parquet(exp.find(s.name).path/'items.parquet').to_dict('records')
+        samples = pd.read_parquet(exp.find(s.name).path/'items.parquet').to_dict('records')
         hashes = {i: request_hash([r]) for i, r in enumerate(asked)}
-        out += [(s.name, *x) for x in _item_problems(s.name, records, rows, hashes)]
+        out += [(s.name, *x) for x in _item_problems(s.name, samples, rows, hashes)]
     return out
 
 def recounted(
@@ -182,10 +182,10 @@ def recounted(
         docs, requests = exp.requests(t)
         hashes = {i: request_hash(r) for i, r in requests.items()}
         for m in models:
-            records, score, wrong = _recount(exp, m, t, docs, hashes)
+            answered, score, wrong = _recount(exp, m, t, docs, hashes)
             problems += wrong
             found[m, t] = dict(score=score)
-            parts = parts_of_score(exp.profile.eval.protocol, t, pd.DataFrame(records))
+            parts = parts_of_score(exp.profile.eval.protocol, t, pd.DataFrame(answered))
             samples += parts.assign(model=m, task=t).to_dict('records')
     problems += _own_problems(exp)
     order = {m: k for k, m in enumerate(exp.models)}
@@ -230,7 +230,7 @@ def record_problems(
     runs = [(f'recorded {kind}, seed {s}', evaluations_of(r)) for kind, by in kinds.items() for s, r in by.items()]
     for t in exp.tasks if runs else ():
         docs, requests = exp.requests(t)
-        asked = asked_hash([request_hash(requests[i]) for i in range(len(docs))])
+        asked = requests_hash([request_hash(requests[i]) for i in range(len(docs))])
         for where, found in runs:
             of_task = {m: e for (m, task), e in found.items() if task == t}
             if exp.profile.data.source != 'tiny' and any(e['asked'] != asked for e in of_task.values()): continue
@@ -282,7 +282,7 @@ def verify(
     said = f'{len(exp.store.entries())} artifacts of {exp.store.folder.name}/ hashed'
     problems = store_problems(exp.store)
     if len(problems): return said, problems
-    counted = {seed: recounted(e) for seed, e in (exp.repeated() or {exp.profile.seed: exp}).items()}
+    counted = {seed: recounted(e) for seed, e in exp.repeated().items()}
     n_scores, n_items = (sum(len(c[k]) for c in counted.values()) for k in (0, 1))
     said += f', {n_scores} scores counted again from {n_items} answers'
     wrong = pd.concat([c[2] for c in counted.values()], ignore_index=True)

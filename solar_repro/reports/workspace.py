@@ -7,9 +7,9 @@ __all__ = ['make_workspace']
 
 # %% ../../nbs/reports/07_workspace.ipynb #95718142
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
+from ..core.config import PACKAGE
 from ..core.files import write_whole
 
 # %% ../../nbs/reports/07_workspace.ipynb #9b8f3416
@@ -28,12 +28,10 @@ package; to change that, work in a clone.
 
 def make_workspace(
     folder:Path, # new, or empty
-    source:Path|None=None, # notebooks; None: those in the package, or a clone's
 )->list[Path]: # the notebooks
     "A folder to work in: `nbs/` with all notebooks, a README, and a `settings.ini` that marks it (`core.config.root`)."
     folder = Path(folder)
-    package = Path(find_spec('solar_repro').origin).parent
-    source = source or (package/'notebooks' if (package/'notebooks').is_dir() else package.parent/'nbs')
+    source = PACKAGE/'notebooks' if (PACKAGE/'notebooks').is_dir() else PACKAGE.parent/'nbs'      # or a clone's
     if not source.is_dir():
         raise FileNotFoundError(f'init: no notebooks in {source}; expected those of the package. '
                                 'Install it again, or use a clone.')
