@@ -14,6 +14,8 @@ import torch
 import yaml
 from forked import forked, Forked
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from solar_repro.merging import arithmetic, engine as merging, shards
 from solar_repro.models.adapters import AdaptedModel
@@ -423,8 +425,7 @@ print(before, peak[0])
 
 # ---- refusals
 
-def tokens(folder: Path, vocab: dict) -> None:
-    (folder/'tokenizer.json').write_text(json.dumps(dict(model=dict(vocab=vocab), added_tokens=[])))
+def tokens(folder: Path, vocab: dict) -> None: Tokenizer(WordLevel(vocab, 'a')).save(str(folder/'tokenizer.json'))
 
 
 def broken(folder: Path, A: dict, how: str) -> Path:

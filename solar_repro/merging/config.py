@@ -16,6 +16,7 @@ import yaml
 
 from ..core.files import expanded
 from .methods import Method, METHODS
+from ..models.files import TOKENIZER
 
 # %% ../../nbs/merging/01_config.ipynb #fe3348cf
 Setting = tuple[tuple[str|None,tuple[float,...]],...]   # rules: part of a name or None, gradient over the layers
@@ -214,8 +215,6 @@ def _in_order(models:list[dict], base:str|None, m:Method, method:str)->list[dict
                          f"models for {method}. Name one.")
     return [x for x in models if x not in others]+others
 
-_TOKENIZER = 'tokenizer.json', 'vocab*', '*.model', '*.tiktoken'   # the files of one
-
 def _check_tokenizer(said:dict, sources:tuple[str,...], file:str)->None:
     "Files are copied from the first model (all have one vocabulary, which is checked); another source is refused."
     own, source = _dict(said.get('tokenizer'), f'{file}, tokenizer', ('source',)), said.get('tokenizer_source')
@@ -227,7 +226,7 @@ def _check_tokenizer(said:dict, sources:tuple[str,...], file:str)->None:
         raise ValueError(f"merge: {file} takes the tokenizer of {source!r}; expected base, union or {sources[0]!r}, "
                          "whose files are copied. Remove it, or put that model first.")
     here = [p for m in sources if os.path.isdir(p := expanded(m))] if source is not None else []
-    lacking = [p for p in here if not any(f for pattern in _TOKENIZER for f in p.glob(pattern))]
+    lacking = [p for p in here if not any(f for pattern in TOKENIZER for f in p.glob(pattern))]
     if expanded(sources[0]) in lacking and len(lacking)<len(sources):
         raise ValueError(f"merge: {file} asks for a tokenizer, and {sources[0]}, whose files are copied, has none; "
                          "expected one there. Put a model that has one first.")
