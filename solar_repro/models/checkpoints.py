@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'REAL', 'PIECE', 'SLICE', 'FUNCTION', 'ASIDE', 'OF_MASKS', 'Entry', 'read_header', 'Checkpoint',
-           'open_checkpoint', 'mapped', 'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together', 'as_config',
-           'check_same_architecture', 'without_copies', 'check_same_shape', 'one_thread_each', 'compare']
+           'open_checkpoint', 'rewrite', 'mapped', 'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together',
+           'as_config', 'check_same_architecture', 'without_copies', 'check_same_shape', 'one_thread_each', 'compare']
 
 # %% ../../nbs/models/04_checkpoints.ipynb #39a28393
 import copy
@@ -15,7 +15,8 @@ import mmap
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers   # its configurations are loaded where two are spelled differently
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import checkpoint_files, read_json
@@ -132,6 +135,22 @@ def open_checkpoint(
         raise ValueError(f"checkpoint: {found.index} names {_some(lone)}, which no file of {folder} holds; expected "
                          "every tensor that it names. Fetch or save it again.")
     return Checkpoint(folder, _read_config(folder/'config.json'), dict(sorted(entries.items())))
+
+# %% ../../nbs/models/04_checkpoints.ipynb #c1d9a7e4
+def rewrite(
+    folder:Path, # a checkpoint
+    out:Path, # folder to write
+    value:Callable[[str,Tensor],Tensor], # name of a tensor and what it is -> what it becomes
+)->Path: # the folder
+    "A checkpoint of the same files with other numbers, one weight file in memory at a time."
+    out, weights = Path(out), open_checkpoint(folder).files
+    out.mkdir(parents=True, exist_ok=True)
+    for file in checkpoint_files(folder).all:
+        if file in weights:
+            with safe_open(file, 'pt') as f: changed = {n: value(n, f.get_tensor(n)) for n in sorted(f.keys())}
+            save_file(changed, out/file.name, metadata={'format': 'pt'})
+        else: shutil.copyfile(file, out/file.name)
+    return out
 
 # %% ../../nbs/models/04_checkpoints.ipynb #11b154c5
 def mapped(
