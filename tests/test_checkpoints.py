@@ -464,7 +464,7 @@ REFUSED = dict(
     quantized=['quantized (awq)'],
     dtype=['BF16 and F32', '--dtype'],
     pickle=['pytorch_model.bin', 'save_pretrained'],
-    cut=['expected a whole file'],
+    cut=['no whole safetensors file', 'not fully covered'],
     part=['model-00002-of-00002.safetensors', 'index'],
     vocabulary=['only in', ': b (1 in all)', ': c (1 in all)'],
     **{'added token': ['only in', ': c (1 in all)']},

@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import mmap
-import operator
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers   # its configurations are loaded where two are spelled differently
-from safetensors import safe_open
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,42 +51,25 @@ class Entry:
     def n(self)->int: return math.prod(self.shape)   # elements
 
 # %% ../../nbs/models/04_checkpoints.ipynb #fba7c8b7
-def _entry(name:str, said:dict, file:Path, begin:int)->Entry: # begin: first byte after the header
-    start, stop = map(operator.index, said['data_offsets'])
-    shape = tuple(map(operator.index, said['shape']))
-    if min(shape, default=0)<0: raise ValueError(f'{name} has the shape {shape}')
-    return Entry(name, str(said['dtype']), shape, file, begin+start, begin+stop)
-
 def read_header(
     file:Path, # a safetensors file
 )->dict[str,Entry]: # by name, in the order of the bytes
     "The tensors of a weight file, from its header alone."
-    size = file.stat().st_size
+    try:
+        with safe_open(file, 'np'): pass
+    except SafetensorError as e:
+        raise ValueError(f"checkpoint: {file} is no whole safetensors file ({file.stat().st_size} bytes; {e}); "
+                         "expected a header and all it names, one after another. Fetch or save it again.") from None
     with open(file, 'rb') as f:
-        length = int.from_bytes(f.read(8), 'little')
-        try: said = json.loads(f.read(length)) if 8+length<=size else None
-        except (ValueError, RecursionError): said = None
-    try: found = [_entry(n, t, file, 8+length) for n,t in said.items() if n!='__metadata__']
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"checkpoint: {file} is no whole safetensors file ({size} bytes); "
-                         "expected a header and all it names. Fetch or save it again.") from None
-    found.sort(key=lambda e: (e.start, e.stop))
-    end = 8+length   # of the tensor before
+        begin = 8+int.from_bytes(f.read(8), 'little')   # first byte after the header
+        said = json.loads(f.read(begin-8))
+    found = [Entry(n, t['dtype'], tuple(t['shape']), file, *(begin+x for x in t['data_offsets']))
+             for n,t in said.items() if n!='__metadata__']
     for e in found:
         if e.dtype not in DTYPES:
             raise ValueError(f"checkpoint: {e.name} in {file} is {e.dtype}; expected one of {sorted(DTYPES)}. "
                              "Convert it with transformers first.")
-        if e.stop>size or e.stop-e.start!=e.n*DTYPES[e.dtype].itemsize:
-            raise ValueError(f"checkpoint: {file} ends at byte {size}, but {e.name} {e.shape} stands at {e.start} to "
-                             f"{e.stop}; expected a whole file. Fetch or save it again.")
-        if e.start!=end:
-            raise ValueError(f"checkpoint: in {file} {e.name} starts at byte {e.start}, but what stands before it ends "
-                             f"at {end}; expected tensors one after another. Fetch or save it again.")
-        end = e.stop
-    if end!=size:
-        raise ValueError(f"checkpoint: {file} goes on for {size-end} bytes behind its last tensor; expected none. "
-                         "Fetch or save it again.")
-    return {e.name: e for e in found}
+    return {e.name: e for e in sorted(found, key=lambda e: (e.start, e.stop))}
 
 # %% ../../nbs/models/04_checkpoints.ipynb #c4216895
 _CONVERT = ("Convert it once: python -c \"from transformers import AutoModelForCausalLM as M; "
