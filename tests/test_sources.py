@@ -588,7 +588,7 @@ def test_bases_that_cannot_work_are_refused_before_training(tmp_path, folder):
     with pytest.raises(ValueError, match='reads 64 tokens, training rows have up to 256'):
         exp.build('SFT v4')
     short = {k: getattr(exp.profile, k).model_copy(update=dict(max_length=64)) for k in ('sft', 'dpo')}
-    with pytest.raises(ValueError, match='reads 64 tokens, the longest prompt of'):
+    with pytest.raises(ValueError, match='the longest request of .* at most 64, the context'):
         Experiment(exp.profile.model_copy(update=short), store=tmp_path / 'store').build('SFT v4')
     with pytest.raises(ValueError, match='reads 64 tokens, training rows have up to 65'):
         check_fit(base, exp.profile.template, 65)
