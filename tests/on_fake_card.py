@@ -93,7 +93,7 @@ def evaluated(folder):
                 model = Resident(device).become(point)
                 model.register_forward_pre_hook(lambda *args: passes.update(n=1))
                 fake_card.SYNCS.clear()
-                score, _ = evaluate(point, task, folder/'bench'/task, fewshot[task], 64, device, model)
+                score, _ = evaluate(model, point.base, task, folder/'bench'/task, fewshot[task], 64)
             scores.append(score['score'])
             if device == CARD: out[task] = dict(passes=passes['n'], syncs=sum(fake_card.SYNCS.values()),
                                                 fetched=sum(fake_card.TO_CPU.values()), where=dict(fake_card.SYNCS))

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from solar_repro.core.data_files import write_rows
 from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.core.protocols import PROTOCOLS, score_as
-from solar_repro.eval import allowed, build_requests, evaluate
+from solar_repro.eval import allowed, build_requests
 from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
 from solar_repro.models import resident as resident_module
 from solar_repro.inference.lm import RequestEncoder, AnswerCache, SharedPrefixLM, encode_pairs, stopper

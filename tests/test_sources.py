@@ -547,7 +547,7 @@ def test_our_scores_equal_lm_evals_own_backend_on_its_own_tasks(folder, tmp_path
     for t in H6_TASKS:
         bench, _ = Published(folder).items(t, 4)
         shots = 0 if t == 'truthfulqa' else 2
-        ours, records = evaluate(AdaptedModel(base), t, bench, shots, 4, model=model, tasks='lm-eval')
+        ours, records = evaluate(model, base, t, bench, shots, 4, tasks='lm-eval')
         asked = build_requests(t, bench, shots, 'lm-eval')
         names |= {x.config.task for x in asked.tasks}
         requests = [r for x in asked.tasks for r in x.instances]

@@ -207,8 +207,16 @@ def load_base(
 # %% ../../nbs/models/01_loading.ipynb #67bf9260
 def load_empty(
     folder:Path, # a checkpoint
-)->tuple[PreTrainedModel,list[str]]: # the model on `meta`, in the dtype of its files; weights that these lack, by name
-    "A model without the numbers of its weights."
+)->PreTrainedModel: # on `meta`, in the dtype of its files
+    "A model without the numbers of its weights; its files have them all."
     how = dict(device_map={'': 'meta'}, output_loading_info=True, dtype='auto', trust_remote_code=False)
-    with quiet(): model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
-    return model, sorted(info['missing_keys'])
+    try:
+        with quiet(): model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+    except ImportError: raise   # of a package that this kind of model needs
+    except Exception as e: # of several kinds, all meaning that configuration and weights are not of one model
+        raise ValueError(f"checkpoint: transformers does not load {folder} ({' '.join(str(e).split())[:200]}); "
+                         "expected one as save_pretrained writes it. Save or fetch it again.") from None
+    if lacking := sorted(info['missing_keys']):
+        raise ValueError(f"checkpoint: {folder} lacks {len(lacking)} weights of its architecture, {lacking[:3]}; "
+                         "expected all, or they would be random. Save the model again, whole, with its head.")
+    return model

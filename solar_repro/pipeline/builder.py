@@ -104,7 +104,7 @@ def check_requests(
     requests:dict[int,list], # of `benchmark_requests`
 )->None:
     "Raise if a base cannot read the prompts of a benchmark."
-    lm = SharedPrefixLM(load_empty(base)[0], RequestEncoder(load_tokenizer(base)))
+    lm = SharedPrefixLM(load_empty(base), RequestEncoder(load_tokenizer(base)))
     read = lambda r: sum(len(x) for x in r.args if isinstance(x, str))     # characters
     longest = sorted((r for rs in requests.values() for r in rs), key=read)[-32:]
     check_window(lm, task, longest, f'Lower {task} in [eval.num_fewshot] of the profile.')
