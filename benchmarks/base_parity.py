@@ -90,7 +90,7 @@ def one(exp, task: str, model, hf) -> dict: # the line of a benchmark
     from solar_repro.eval import build_requests, evaluate
     how, kind = exp.profile.eval, 'tiny' if exp.profile.data.source == 'tiny' else 'lm-eval'
     bench, shots, began = exp.build(f'bench/{task}').path, how.num_fewshot[task], time.perf_counter()
-    ours, records = evaluate(exp.model('base'), task, bench, shots, how.batch_size, model=model, tasks=kind)
+    ours, records = evaluate(model, exp.model('base').base, task, bench, shots, how.batch_size, tasks=kind)
     middle = time.perf_counter()
     theirs = by_hflm(hf, task, build_requests(task, bench, shots, kind))
     end = time.perf_counter()

@@ -72,7 +72,7 @@ class Bench:
 
     def __call__(self, name: str, point: AdaptedModel) -> dict[str, float]:
         began, model, how = time.process_time(), materialize(point), self.p.eval
-        got = {t: evaluate(point, t, self.items[t], how.num_fewshot[t], how.batch_size, model=model)[0]
+        got = {t: evaluate(model, point.base, t, self.items[t], how.num_fewshot[t], how.batch_size)[0]
                for t in H6_TASKS}
         scores = {t: 100*x['score'] for t, x in got.items()}
         h6, se = sum(scores.values())/6, 100*h6_se({t: x['se'] for t, x in got.items()})

@@ -36,7 +36,6 @@ from .core.protocols import PROTOCOLS, score_as
 from .core.stats import mean_se
 from .data import BENCHMARKS
 from .inference.lm import RequestEncoder, SharedPrefixLM
-from .models.adapters import materialize, AdaptedModel
 from .models.loading import load_tokenizer, quiet, render
 
 # %% ../nbs/05_eval.ipynb #dd515b00
@@ -268,13 +267,12 @@ def allowed(
 def _encoder(base:Path, add_bos:bool|None)->RequestEncoder: return RequestEncoder(load_tokenizer(base), add_bos)
 
 def evaluate(
-    point:AdaptedModel, # the model: base and adapters
+    model:PreTrainedModel, # that answers
+    base:Path, # folder of its tokenizer
     task:str, # one of `BENCHMARKS`
     bench:dict[str,list[dict]]|Path, # 'train' and 'test' rows, or a folder with train.jsonl and test.jsonl
     num_fewshot:int, # examples before each item
     batch_size:int, # items a forward pass at most
-    device:str='cpu', # 'cpu' or 'cuda'
-    model:PreTrainedModel|None=None, # `materialize(point)`, where the caller has it already
     add_bos:bool|None=None, # begin with a BOS; None: as the tokenizer does by itself
     scratch:Path|None=None, # folder for answers of finished batches; None: not kept
     on_progress:Callable[[int,int],None]=lambda done, total: None, # told of progress, in requests
@@ -283,8 +281,7 @@ def evaluate(
     "Score a model on one benchmark: lm-eval's tasks, our backend."
     asked = build_requests(task, bench, num_fewshot, tasks)
     with _lm_eval():
-        model = materialize(point, device) if model is None else model
-        lm = SharedPrefixLM(model, _encoder(point.base, add_bos), batch_size, scratch=scratch, on_progress=on_progress)
+        lm = SharedPrefixLM(model, _encoder(base, add_bos), batch_size, scratch=scratch, on_progress=on_progress)
         run_requests(lm, task, asked)
         samples = collect(task, asked)
     items = pd.DataFrame(samples)

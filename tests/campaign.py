@@ -26,13 +26,13 @@ from pathlib import Path
 import pandas as pd
 from waiting import HOUR
 
+import solar_repro.inference.lm as inference
 import solar_repro.merging.engine  # noqa: F401  loaded before the first fork, as is all below
 import solar_repro.merging.export  # noqa: F401
 import solar_repro.models.training as training
 import solar_repro.pipeline.builder  # noqa: F401
 from solar_repro.core.files import content_hash, folder_files
 from solar_repro.core.store import read_manifest
-from solar_repro.inference.lm import AnswerCache
 from solar_repro.reports.cli import main
 
 LIMIT_S = HOUR # a command that takes longer hangs; without a fault each takes seconds
@@ -77,7 +77,7 @@ def _in_child(argv:list[str], folder:Path, said:Path, ops:Path, hook:Callable|No
     for k in (1, 2): os.dup2(fd, k)
     sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', buffering=1, closefd=False)
     os.chdir(folder)
-    training.SAVE_S, AnswerCache.__init__.__defaults__ = 0., (0.,) # kept after every step, every batch
+    training.SAVE_S = inference.KEEP_S = 0. # kept after every step, every batch
     n = 0
 
     def watch(event, args):

@@ -25,6 +25,7 @@ from solar_repro.eval import evaluate
 from solar_repro.inference import forward
 from solar_repro.merging.config import merge_config
 from solar_repro.merging import engine
+from solar_repro.merging.methods import Numbers
 from solar_repro.models.adapters import AdaptedModel, save_adapter
 from solar_repro.models.resident import Resident
 from solar_repro.models.training import MicrobatchMixin
@@ -92,7 +93,7 @@ def evaluated(folder):
                 model = Resident(device).become(point)
                 model.register_forward_pre_hook(lambda *args: passes.update(n=1))
                 fake_card.SYNCS.clear()
-                score, _ = evaluate(point, task, folder/'bench'/task, fewshot[task], 64, device, model)
+                score, _ = evaluate(model, point.base, task, folder/'bench'/task, fewshot[task], 64)
             scores.append(score['score'])
             if device == CARD: out[task] = dict(passes=passes['n'], syncs=sum(fake_card.SYNCS.values()),
                                                 fetched=sum(fake_card.TO_CPU.values()), where=dict(fake_card.SYNCS))
@@ -132,7 +133,7 @@ def geometries(folder):
     "Of two adapted models and their SLERP, and what storing one takes: on the card and on the CPU, equal?"
     base = folder/'base'
     a, b = (AdaptedModel(base, ((adapter(folder/f'adapter{k}', k), 1.),)) for k in (0, 1))
-    merge.slerp(a, b, .5, .9995, folder/'slerp')
+    merge.merge_models([a, b], 'slerp', Numbers(t=.5), folder/'slerp')
     models = dict(a=a, b=b, slerp=AdaptedModel(folder/'slerp'))
     def found(device):
         with fake_card.Card():

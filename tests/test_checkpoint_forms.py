@@ -207,6 +207,8 @@ def test_names_of_folders_are_no_markup(pair, monkeypatch):
 
 @pytest.mark.parametrize('words', [('a', 'b'), ('b', 'a')])
 def test_a_vocabulary_in_a_list_of_words_counts(pair, capsys, words):
-    for folder, w in zip(pair, (('a', 'b'), words)): (folder/'vocab.txt').write_text('\n'.join(['[UNK]', *w, '']))
+    for folder, w in zip(pair, (('a', 'b'), words)):
+        (folder/'vocab.txt').write_text('\n'.join(['[UNK]', *w, '']))
+        (folder/'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer"}')
     if words == ('a', 'b'): assert main([*LINEAR, 'A', 'B', 'out']) == 0
     else: refused(capsys, [*LINEAR, 'A', 'B', 'out'], "with another id: 'a' (1 and 2)")

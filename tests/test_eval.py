@@ -167,7 +167,7 @@ def test_winogrande_is_read_as_lm_eval_reads_it(bench):
 
 @pytest.mark.parametrize('task', CHOICES)
 def test_scores_follow_from_direct_loglikelihoods(task, bench, point, model, tok):
-    result, records = evaluate(point, task, bench[task], SHOTS[task], 4, model=model)
+    result, records = evaluate(model, point.base, task, bench[task], SHOTS[task], 4)
     scores = []
     for row, pairs, r in zip(bench[task]['test'], requests_of(task, bench[task], SHOTS[task]), records, strict=True):
         lls = [loglikelihood(model, tok, *p) for p in pairs]
@@ -194,7 +194,7 @@ def test_scores_follow_from_direct_loglikelihoods(task, bench, point, model, tok
 
 
 def test_generation_is_greedy_and_stops(bench, point, model, tok):
-    _, records = evaluate(point, 'gsm8k', bench['gsm8k'], 1, 4, model=model)
+    _, records = evaluate(model, point.base, 'gsm8k', bench['gsm8k'], 1, 4)
     for ((context, _),), r in zip(requests_of('gsm8k', bench['gsm8k'], 1), records, strict=True):
         ids = tok(context)['input_ids']
         start = len(ids)
@@ -252,7 +252,7 @@ def test_mc2_of_very_unlikely_answers_is_a_number():
 
 @pytest.mark.parametrize('task', H6_TASKS)
 def test_batches_of_one_and_many_agree(task, bench, point, model):
-    (one, a), (many, b) = (evaluate(point, task, bench[task], SHOTS[task], n, model=model) for n in (1, 32))
+    (one, a), (many, b) = (evaluate(model, point.base, task, bench[task], SHOTS[task], n) for n in (1, 32))
     for x, y in zip(a, b, strict=True):
         assert x['asked'] == y['asked']
         if task == 'gsm8k':
@@ -265,7 +265,7 @@ def test_batches_of_one_and_many_agree(task, bench, point, model):
 
 @pytest.mark.parametrize('task', H6_TASKS)
 def test_lm_eval_says_the_same_on_the_same_folder(task, bench, point, model, tok, tmp_path):
-    ours, _ = evaluate(point, task, bench[task], SHOTS[task], 4, model=model)
+    ours, _ = evaluate(model, point.base, task, bench[task], SHOTS[task], 4)
     names = task_folder(task, bench[task], SHOTS[task], tmp_path)
     got = lm_eval.simple_evaluate(
         HFLM(pretrained=model, tokenizer=tok, batch_size=4),
@@ -284,24 +284,23 @@ def test_lm_eval_says_the_same_on_the_same_folder(task, bench, point, model, tok
 def test_requests_are_built_once_and_hold_nothing_of_the_last_model(bench, point, model, tmp_path):
     with quiet():
         other = AdaptedModel(random_base(tmp_path / 'other', seed=1))
-    first = evaluate(point, 'arc', bench['arc'], 2, 4, model=model)
+    first = evaluate(model, point.base, 'arc', bench['arc'], 2, 4)
     asked = build_requests('arc', bench['arc'], 2)
-    second = evaluate(other, 'arc', bench['arc'], 2, 4)
+    second = evaluate(materialize(other), other.base, 'arc', bench['arc'], 2, 4)
     assert build_requests('arc', bench['arc'], 2) is asked
     assert second[1][0]['loglikelihoods'] != first[1][0]['loglikelihoods']
-    assert evaluate(point, 'arc', bench['arc'], 2, 4, model=model) == first  # bit for bit
+    assert evaluate(model, point.base, 'arc', bench['arc'], 2, 4) == first  # bit for bit
 
 
 def test_a_folder_of_rows_is_the_same_benchmark(bench, point, model, tmp_path):
     for k, rows in bench['mmlu'].items():
         write_rows(rows, tmp_path / f'{k}.jsonl')
-    assert evaluate(point, 'mmlu', tmp_path, 2, 4, model=model) == evaluate(
-        point, 'mmlu', bench['mmlu'], 2, 4, model=model
-    )
+    of_rows = evaluate(model, point.base, 'mmlu', bench['mmlu'], 2, 4)
+    assert evaluate(model, point.base, 'mmlu', tmp_path, 2, 4) == of_rows
 
 
 def test_mmlu_records_keep_the_order_of_the_items(bench, point, model):
-    _, records = evaluate(point, 'mmlu', bench['mmlu'], 2, 4, model=model)
+    _, records = evaluate(model, point.base, 'mmlu', bench['mmlu'], 2, 4)
     assert [r['doc_id'] for r in records] == list(range(N))
     assert [(r['subject'], r['gold']) for r in records] == [(d['subject'], d['answer']) for d in bench['mmlu']['test']]
 
@@ -313,11 +312,11 @@ def test_errors_name_what_to_change(bench, point, model, tok):
     with pytest.raises(
         ValueError, match=r'tiny_mmlu_\w+ has \d+ rows for 30 examples.*Lower mmlu in \[eval.num_fewshot\]'
     ):
-        evaluate(point, 'mmlu', bench['mmlu'], 30, 4, model=model)
+        evaluate(model, point.base, 'mmlu', bench['mmlu'], 30, 4)
     with pytest.raises(ValueError, match='1 test items.*at least 2'):
-        evaluate(point, 'arc', dict(bench['arc'], test=bench['arc']['test'][:1]), 0, 4, model=model)
+        evaluate(model, point.base, 'arc', dict(bench['arc'], test=bench['arc']['test'][:1]), 0, 4)
     with pytest.raises(ValueError, match="no task 'boolq'"):
-        evaluate(point, 'boolq', bench['arc'], 0, 4, model=model)
+        evaluate(model, point.base, 'boolq', bench['arc'], 0, 4)
     asked = build_requests('gsm8k', bench['gsm8k'], 2)
     with pytest.raises(ValueError, match='longest request of gsm8k has .* at most 60'):
         run_requests(SharedPrefixLM(model, RequestEncoder(tok), max_length=60), 'gsm8k', asked)
@@ -328,7 +327,7 @@ def test_weights_with_nan_give_no_score(bench, point):
     with torch.no_grad():
         broken.model.norm.weight.fill_(float('nan'))
     with pytest.raises(ValueError, match='not finite'):
-        evaluate(point, 'truthfulqa', bench['truthfulqa'], 0, 4, model=broken)
+        evaluate(broken, point.base, 'truthfulqa', bench['truthfulqa'], 0, 4)
 
 
 OFFLINE = """
@@ -338,8 +337,9 @@ socket.socket.connect = socket.socket.connect_ex = socket.create_connection = so
 from pathlib import Path
 from solar_repro.pipeline.sources import TinyWorld
 from solar_repro.eval import evaluate
-from solar_repro.models.adapters import AdaptedModel
-for t in ('arc', 'gsm8k'): evaluate(AdaptedModel(Path(sys.argv[1])), t, TinyWorld().items(t, 3)[0], 1, 4)
+from solar_repro.models.adapters import AdaptedModel, materialize
+base = Path(sys.argv[1])
+for t in ('arc', 'gsm8k'): evaluate(materialize(AdaptedModel(base)), base, t, TinyWorld().items(t, 3)[0], 1, 4)
 """
 
 

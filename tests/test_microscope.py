@@ -20,7 +20,8 @@ from solar_repro.core.config import load_profile
 from solar_repro.pipeline.graph import DEQUANTIZED, build_graph
 from solar_repro.pipeline.quantization import MERGED_ONTO, quantization_table
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.merge import geometry, geometry_of, rounded, slerp
+from solar_repro.merging.methods import Numbers
+from solar_repro.merge import geometry_of, merge_models, rounded
 from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.base import random_base
 
@@ -52,6 +53,9 @@ def random_adapter(folder, seed, size=.05):
     return save_adapter(t, 4, 4, folder)
 
 
+def geometry(a, b, base): return geometry_of(dict(a=a, b=b), base)[0]
+
+
 def test_changes_at_right_angles_and_on_a_line(base, tmp_path):
     across = [AdaptedModel(base, ((adapter(tmp_path/f'{r}', r, 0, size), 1.),)) for r, size in ((0, 3.), (1, 4.))]
     g = geometry(*across, base).set_index('tensor').loc['model.layers.0.mlp.up_proj.weight']
@@ -76,7 +80,7 @@ def test_points_and_checkpoints_on_disk_compare_alike(base, tmp_path):
 
 def test_a_slerp_compares_with_what_it_was_made_of(base, tmp_path):
     a, b = (AdaptedModel(base, ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (1, 2))
-    slerp(a, b, .5, .9995, tmp_path/'half')
+    merge_models([a, b], 'slerp', Numbers(t=.5), tmp_path/'half')
     to = lambda p: together(geometry(p, AdaptedModel(tmp_path/'half'), base), None).distance.item()
     assert to(a) == pytest.approx(to(b), rel=.1) and 0 < to(average([a, b], [.5, .5])) < to(a)/2
     other = tmp_path/'other'; other.mkdir()
@@ -111,7 +115,7 @@ def test_each_sweep_reads_every_file_once_a_model(base, tmp_path, monkeypatch):
     "Of a base in shards: it, two models on it and their SLERP; and once to round one."
     with quiet(): load_base(base).save_pretrained(tmp_path/'base', max_shard_size='200KB')
     a, b = (AdaptedModel(tmp_path/'base', ((random_adapter(tmp_path/str(k), k), 1.),)) for k in (0, 1))
-    slerp(a, b, .5, .9995, tmp_path/'slerp')
+    merge_models([a, b], 'slerp', Numbers(t=.5), tmp_path/'slerp')
     files = {d: sorted((tmp_path/d).glob('*.safetensors')) for d in ('base', 'slerp')}
     opened, read = Counter(), merging.safe_open
     monkeypatch.setattr(merging, 'safe_open', lambda file, how: opened.update([file]) or read(file, how))

@@ -153,7 +153,7 @@ def test_a_base_that_lacks_weights_is_refused_by_their_names(name, tmp_path):
     saved(model, base)                                      # its head is not tied; the tokenizer stays
     check_base(base)
     save_file({n: w for n, w in weights.items() if n != name}, base/'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match=f'lacks 1 of its weights.*{name}'): check_base(base)
+    with pytest.raises(ValueError, match=f'lacks 1 weights of its architecture.*{name}'): check_base(base)
 
 
 def adapter_of(folder, tensors=None, **config):

@@ -548,7 +548,7 @@ def test_our_scores_equal_lm_evals_own_backend_on_its_own_tasks(folder, tmp_path
     for t in H6_TASKS:
         bench, _ = Published(folder).items(t, 4)
         shots = 0 if t == 'truthfulqa' else 2
-        ours, records = evaluate(AdaptedModel(base), t, bench, shots, 4, model=model, tasks='lm-eval')
+        ours, records = evaluate(model, base, t, bench, shots, 4, tasks='lm-eval')
         asked = build_requests(t, bench, shots, 'lm-eval')
         names |= {x.config.task for x in asked.tasks}
         requests = [r for x in asked.tasks for r in x.instances]
@@ -589,7 +589,7 @@ def test_bases_that_cannot_work_are_refused_before_training(tmp_path, folder):
     with pytest.raises(ValueError, match='reads 64 tokens, training rows have up to 256'):
         exp.build('SFT v4')
     short = {k: getattr(exp.profile, k).model_copy(update=dict(max_length=64)) for k in ('sft', 'dpo')}
-    with pytest.raises(ValueError, match='reads 64 tokens, the longest prompt of'):
+    with pytest.raises(ValueError, match='the longest request of .* at most 64, the context'):
         Experiment(exp.profile.model_copy(update=short), store=tmp_path / 'store').build('SFT v4')
     with pytest.raises(ValueError, match='reads 64 tokens, training rows have up to 65'):
         check_fit(base, exp.profile.template, 65)

@@ -35,7 +35,8 @@ from solar_repro.core.store import Store
 from solar_repro.pipeline.cost_model import Shape
 from solar_repro.pipeline.graph import build_graph, Stage
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.merge import slerp
+from solar_repro.merge import merge_models
+from solar_repro.merging.methods import Numbers
 from solar_repro.sft import packed_batch, packed_trainer, sft_rows, train_sft
 from solar_repro.tiny.base import random_base
 from solar_repro.tiny.world import make_world, shipped_base
@@ -772,7 +773,7 @@ def test_slerp_of_a_sharded_base(models, dtype, tmp_path):
     assert len(list((tmp_path/'base').glob('model-*.safetensors'))) > 1
     a, b = (AdaptedModel(tmp_path/'base', p.adapters) for p in models)
     for t, end in ((0., a), (1., b)):
-        table = slerp(a, b, t, .9995, tmp_path/str(t))
+        table = merge_models([a, b], 'slerp', Numbers(t=t), tmp_path/str(t))
         W, V = materialize(AdaptedModel(tmp_path/str(t))).state_dict(), materialize(end).state_dict()
         assert len(W) > 10 and all(torch.equal(W[n], V[n]) and W[n].dtype == dtype for n in W)
     same_in_both = table.tensor.str.contains('norm|embed')

@@ -16,6 +16,7 @@ import yaml
 
 from ..core.files import expanded
 from .methods import Method, METHODS
+from ..models.files import TOKENIZER
 
 # %% ../../nbs/merging/01_config.ipynb #fe3348cf
 Setting = tuple[tuple[str|None,tuple[float,...]],...]   # rules: part of a name or None, gradient over the layers
@@ -107,10 +108,11 @@ def _wrong_inputs(r:MergeConfig, m:Method)->str|None:
 def _wrong_parameters(r:MergeConfig, m:Method)->str|None:
     n = len(r.models)
     if len(r.weight)!=(n if m.takes('weight') else 0):
-        wanted = 'one for each' if m.takes('weight') else 'none'
-        return f"{len(r.weight)} weights for {n} models; expected {wanted}. Give --weights."
+        wanted = 'one for each. Give --weights' if m.takes('weight') else 'none but t. Give --t'
+        return f"{len(r.weight)} weights for {n} models with {r.method}; expected {wanted}."
     if m.takes('t')!=bool(r.t):
-        return f"{r.method} with t={r.t or None}; expected {'a t' if m.takes('t') else 'none'}. Give --t to SLERP only."
+        wanted = 'a t. Give --t' if m.takes('t') else 'none, since SLERP alone takes one. Give --weights'
+        return f"{r.method} with t={_plain(r.t) if r.t else None}; expected {wanted}."
     if r.density and (len(r.density)!=n or not m.takes('density')):
         return (f"{len(r.density)} densities for {r.method} of {n} models; expected one for each model of TIES or "
                 "DARE, none otherwise. Correct --density.")
@@ -130,7 +132,7 @@ def merge_config(
     method:str, # a name in METHODS
     models:Sequence[str|Path], # folders
     weights:Sequence[float]|None=None, # one for each model; None: equal shares, or 1 each on a base
-    t:float=.5, # SLERP: 0 the first model, 1 the second
+    t:float|None=None, # SLERP: 0 the first model, 1 the second; None: halfway
     base:str|Path|None=None, # what the models started from
     density:float|None=None, # share of the changes that TIES or DARE keeps
     lam:float=1., # factor on the sum of changes
@@ -141,14 +143,13 @@ def merge_config(
     "A merge with the same numbers everywhere."
     if method not in METHODS: return MergeConfig(method, ())
     m, n = METHODS[method], len(models)
-    if not m.takes('weight') and weights is not None:
-        raise ValueError(f"merge: weights {list(weights)} with {method}; expected t. Give --t.")
+    if t is None and m.takes('t'): t = .5
     if weights is None: weights = [1. if m.on_base else 1/n]*n if n and m.takes('weight') else []
     return MergeConfig(
         method, tuple(map(str, models)), None if base is None else str(base),
         weight=tuple(setting(w, 'weight') for w in weights),
         density=() if density is None else (setting(density, 'density'),)*n,
-        t=setting(t, 't') if m.takes('t') else (), lam=setting(lam, 'lambda'),
+        t=() if t is None else setting(t, 't'), lam=setting(lam, 'lambda'),
         normalize=m.normalize if normalize is None else normalize, seed=seed, dtype=dtype)
 
 # %% ../../nbs/merging/01_config.ipynb #2ddac7c8
@@ -214,8 +215,6 @@ def _in_order(models:list[dict], base:str|None, m:Method, method:str)->list[dict
                          f"models for {method}. Name one.")
     return [x for x in models if x not in others]+others
 
-_TOKENIZER = 'tokenizer.json', 'vocab*', '*.model', '*.tiktoken'   # the files of one
-
 def _check_tokenizer(said:dict, sources:tuple[str,...], file:str)->None:
     "Files are copied from the first model (all have one vocabulary, which is checked); another source is refused."
     own, source = _dict(said.get('tokenizer'), f'{file}, tokenizer', ('source',)), said.get('tokenizer_source')
@@ -227,7 +226,7 @@ def _check_tokenizer(said:dict, sources:tuple[str,...], file:str)->None:
         raise ValueError(f"merge: {file} takes the tokenizer of {source!r}; expected base, union or {sources[0]!r}, "
                          "whose files are copied. Remove it, or put that model first.")
     here = [p for m in sources if os.path.isdir(p := expanded(m))] if source is not None else []
-    lacking = [p for p in here if not any(f for pattern in _TOKENIZER for f in p.glob(pattern))]
+    lacking = [p for p in here if not any(f for pattern in TOKENIZER for f in p.glob(pattern))]
     if expanded(sources[0]) in lacking and len(lacking)<len(sources):
         raise ValueError(f"merge: {file} asks for a tokenizer, and {sources[0]}, whose files are copied, has none; "
                          "expected one there. Put a model that has one first.")

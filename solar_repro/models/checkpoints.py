@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'REAL', 'PIECE', 'SLICE', 'FUNCTION', 'ASIDE', 'OF_MASKS', 'Entry', 'read_header', 'Checkpoint',
-           'open_checkpoint', 'mapped', 'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together', 'as_config',
-           'check_same_architecture', 'without_copies', 'check_same_shape', 'one_thread_each', 'compare']
+           'open_checkpoint', 'rewrite', 'mapped', 'tensor_sums', 'angle_deg', 'layer_of', 'tensor_row', 'together',
+           'as_config', 'check_same_architecture', 'without_copies', 'check_same_shape', 'one_thread_each', 'compare']
 
 # %% ../../nbs/models/04_checkpoints.ipynb #39a28393
 import copy
 import json
 import math
 import mmap
-import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers   # its configurations are loaded where two are spelled differently
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import checkpoint_files, read_json
@@ -49,42 +51,25 @@ class Entry:
     def n(self)->int: return math.prod(self.shape)   # elements
 
 # %% ../../nbs/models/04_checkpoints.ipynb #fba7c8b7
-def _entry(name:str, said:dict, file:Path, begin:int)->Entry: # begin: first byte after the header
-    start, stop = map(operator.index, said['data_offsets'])
-    shape = tuple(map(operator.index, said['shape']))
-    if min(shape, default=0)<0: raise ValueError(f'{name} has the shape {shape}')
-    return Entry(name, str(said['dtype']), shape, file, begin+start, begin+stop)
-
 def read_header(
     file:Path, # a safetensors file
 )->dict[str,Entry]: # by name, in the order of the bytes
     "The tensors of a weight file, from its header alone."
-    size = file.stat().st_size
+    try:
+        with safe_open(file, 'np'): pass
+    except SafetensorError as e:
+        raise ValueError(f"checkpoint: {file} is no whole safetensors file ({file.stat().st_size} bytes; {e}); "
+                         "expected a header and all it names, one after another. Fetch or save it again.") from None
     with open(file, 'rb') as f:
-        length = int.from_bytes(f.read(8), 'little')
-        try: said = json.loads(f.read(length)) if 8+length<=size else None
-        except (ValueError, RecursionError): said = None
-    try: found = [_entry(n, t, file, 8+length) for n,t in said.items() if n!='__metadata__']
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"checkpoint: {file} is no whole safetensors file ({size} bytes); "
-                         "expected a header and all it names. Fetch or save it again.") from None
-    found.sort(key=lambda e: (e.start, e.stop))
-    end = 8+length   # of the tensor before
+        begin = 8+int.from_bytes(f.read(8), 'little')   # first byte after the header
+        said = json.loads(f.read(begin-8))
+    found = [Entry(n, t['dtype'], tuple(t['shape']), file, *(begin+x for x in t['data_offsets']))
+             for n,t in said.items() if n!='__metadata__']
     for e in found:
         if e.dtype not in DTYPES:
             raise ValueError(f"checkpoint: {e.name} in {file} is {e.dtype}; expected one of {sorted(DTYPES)}. "
                              "Convert it with transformers first.")
-        if e.stop>size or e.stop-e.start!=e.n*DTYPES[e.dtype].itemsize:
-            raise ValueError(f"checkpoint: {file} ends at byte {size}, but {e.name} {e.shape} stands at {e.start} to "
-                             f"{e.stop}; expected a whole file. Fetch or save it again.")
-        if e.start!=end:
-            raise ValueError(f"checkpoint: in {file} {e.name} starts at byte {e.start}, but what stands before it ends "
-                             f"at {end}; expected tensors one after another. Fetch or save it again.")
-        end = e.stop
-    if end!=size:
-        raise ValueError(f"checkpoint: {file} goes on for {size-end} bytes behind its last tensor; expected none. "
-                         "Fetch or save it again.")
-    return {e.name: e for e in found}
+    return {e.name: e for e in sorted(found, key=lambda e: (e.start, e.stop))}
 
 # %% ../../nbs/models/04_checkpoints.ipynb #c4216895
 _CONVERT = ("Convert it once: python -c \"from transformers import AutoModelForCausalLM as M; "
@@ -132,6 +117,22 @@ def open_checkpoint(
         raise ValueError(f"checkpoint: {found.index} names {_some(lone)}, which no file of {folder} holds; expected "
                          "every tensor that it names. Fetch or save it again.")
     return Checkpoint(folder, _read_config(folder/'config.json'), dict(sorted(entries.items())))
+
+# %% ../../nbs/models/04_checkpoints.ipynb #c1d9a7e4
+def rewrite(
+    folder:Path, # a checkpoint
+    out:Path, # folder to write
+    value:Callable[[str,Tensor],Tensor], # name of a tensor and what it is -> what it becomes
+)->Path: # the folder
+    "A checkpoint of the same files with other numbers, one weight file in memory at a time."
+    out, weights = Path(out), open_checkpoint(folder).files
+    out.mkdir(parents=True, exist_ok=True)
+    for file in checkpoint_files(folder).all:
+        if file in weights:
+            with safe_open(file, 'pt') as f: changed = {n: value(n, f.get_tensor(n)) for n in sorted(f.keys())}
+            save_file(changed, out/file.name, metadata={'format': 'pt'})
+        else: shutil.copyfile(file, out/file.name)
+    return out
 
 # %% ../../nbs/models/04_checkpoints.ipynb #11b154c5
 def mapped(

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from lm_eval.models.utils import normalize_gen_kwargs
 
 from ..core.config import Machine, Template
 from ..core.store import Artifact, Store
-from ..eval import build_requests, by_item
-from ..inference.lm import end_ids
+from ..eval import build_requests, by_item, check_window
+from ..inference.lm import end_ids, RequestEncoder, SharedPrefixLM
 from ..models.adapters import AdaptedModel
-from ..models.base_models import check_prompts, context_window
-from ..models.loading import load_tokenizer, quiet, render, token_ids
+from ..models.base_models import context_window
+from ..models.loading import load_empty, load_tokenizer, quiet, render, token_ids
 from ..models.resident import Resident
 from .artifacts import adapted_model, BuildContext
 from .graph import CODE_VERSIONS, LOADS_BASE, Stage
@@ -103,9 +102,10 @@ def check_requests(
     requests:dict[int,list], # of `benchmark_requests`
 )->None:
     "Raise if a base cannot read the prompts of a benchmark."
-    args = [r.args for rs in requests.values() for r in rs]
-    room = max((normalize_gen_kwargs(x)['max_gen_toks'] for _, x in args if isinstance(x, dict)), default=0)
-    check_prompts(base, task, [c if isinstance(x, dict) else c + x for c, x in args], room)
+    lm = SharedPrefixLM(load_empty(base), RequestEncoder(load_tokenizer(base)))
+    read = lambda r: sum(len(x) for x in r.args if isinstance(x, str))     # characters
+    longest = sorted((r for rs in requests.values() for r in rs), key=read)[-32:]
+    check_window(lm, task, longest, f'Lower {task} in [eval.num_fewshot] of the profile.')
 
 # %% ../../nbs/pipeline/09_builder.ipynb #b078dcfe
 def generate(

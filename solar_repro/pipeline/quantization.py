@@ -34,14 +34,13 @@ def _ways(adapted:AdaptedModel, folder:Path, s:dict, context): # yields each of 
     for way, m in zip(MERGED_ONTO[1:], (back, adapted)): yield way, m, context.materialize(m)
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #720f5aac
-def _items(adapted:AdaptedModel, model, way:str, t:str, s:dict, inputs, scratch:Path): # score, DataFrame of items
+def _items(model, base:Path, way:str, t:str, s:dict, inputs, scratch:Path): # score, DataFrame of items
     "A model's answers to a benchmark; those of the profile's own way are known."
     if way == s['known'] and f'eval_{t}' in inputs:
         folder = inputs[f'eval_{t}'].path
         return json.loads((folder/'score.json').read_text()), pd.read_parquet(folder/'items.parquet')
-    score, items = evaluate(adapted, t, inputs[f'bench_{t}'].path, s['num_fewshot'][t], s['batch_size'],
-                            s['machine']['device'], model, s.get('add_bos'), scratch/f'{way} {t}',
-                            tasks=s.get('tasks', 'tiny'))
+    score, items = evaluate(model, base, t, inputs[f'bench_{t}'].path, s['num_fewshot'][t], s['batch_size'],
+                            s.get('add_bos'), scratch/f'{way} {t}', tasks=s.get('tasks', 'tiny'))
     return score, pd.DataFrame(items)
 
 # %% ../../nbs/pipeline/03_quantization.ipynb #31bcc39b
@@ -55,7 +54,7 @@ def build_quantization(out:Path, settings:dict, inputs:dict[str,Artifact], conte
     for way, m, model in _ways(adapted, out/'scratch', settings, context):
         said.append(log_probs(model, probe))
         for t in H6_TASKS:
-            score, found = _items(m, model, way, t, settings, inputs, out/'scratch')
+            score, found = _items(model, m.base, way, t, settings, inputs, out/'scratch')
             items.append(found[['doc_id', 'score']].assign(way=way, task=t))
             scores += [dict(way=way, task=t, protocol=p, score=x['score'], se=x['se'])
                        for p, x in score['protocols'].items()]

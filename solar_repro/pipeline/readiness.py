@@ -118,7 +118,7 @@ def check_askable(
     base:Path, # folder of an external base
 )->None:
     "Raise unless evaluation can compute with the base."
-    model, _ = load_empty(base)
+    model = load_empty(base)
     check_model(model, getattr(model.config, 'max_position_embeddings', 0) or 0)
     check_greedy(model, {})
     _check_shares(Path(base), RequestEncoder(load_tokenizer(base)))
@@ -159,7 +159,7 @@ def check_packing(
 def _check_held(base:Path, p:Profile, held:list[Path])->None: # held: folders of rows that are held out
     "Raise unless the base can read such rows, with room for the longest answer of a set."
     if not held: return
-    lm = SharedPrefixLM(load_empty(base)[0], RequestEncoder(load_tokenizer(base)))
+    lm = SharedPrefixLM(load_empty(base), RequestEncoder(load_tokenizer(base)))
     for folder in held:
         asked = answer_requests(lm.encoder, read_rows(folder/'rows.jsonl'), p.template)
         check_window(lm, 'held-out rows', asked, 'Lower max_length in [sft].')

@@ -130,9 +130,9 @@ def build_merge(out:Path, settings:dict, inputs:dict[str,Artifact], context:Buil
 def build_eval(out:Path, settings:dict, inputs:dict[str,Artifact], context:BuildContext)->None:
     "score.json and items.parquet, one row an item."
     adapted = adapted_model(inputs['model'], context.store, inputs.get('merge_onto'))
-    score, items = evaluate(adapted, settings['task'], inputs['bench'].path, settings['num_fewshot'],
-                            settings['batch_size'], settings['machine']['device'], context.materialize(adapted),
-                            settings.get('add_bos'), out/'scratch', context.on_progress, settings.get('tasks', 'tiny'))
+    score, items = evaluate(context.materialize(adapted), adapted.base, settings['task'], inputs['bench'].path,
+                            settings['num_fewshot'], settings['batch_size'], settings.get('add_bos'), out/'scratch',
+                            context.on_progress, settings.get('tasks', 'tiny'))
     (out/'score.json').write_text(json.dumps(score))
     pd.DataFrame(items).to_parquet(out/'items.parquet', index=False)
 

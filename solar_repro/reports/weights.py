@@ -98,17 +98,14 @@ def _read_recipe(file:Path, options:dict): # MergeConfig
     return library('merging.config').from_yaml(file.read_bytes(), file.name)
 
 def _from_options(models:list[Path], options:dict): # MergeConfig
-    config, method, t = library('merging.config'), options['method'], options['t']
+    config, method = library('merging.config'), options['method']
     if not method:
         raise ValueError(f'merge: no --method for {[str(p) for p in models]}; expected one of {tuple(config.METHODS)}, '
                          'or CONFIG.yml OUT. Name one.')
     if not models and options['weights']:
         raise ValueError(f"merge: the weights {options['weights']} and no model; expected models between weights and "
                          'OUT. Put commas between the weights, as 0.4,0.6, before folders that are called by numbers.')
-    if t is not None and method in config.METHODS and not config.METHODS[method].takes('t'):
-        takes = ' or '.join(n for n, m in config.METHODS.items() if m.takes('t'))
-        raise ValueError(f'merge: --t {t} with {method}; expected it with {takes} only. Give --weights.')
-    return config.merge_config(models=models, **options | dict(t=.5 if t is None else t))
+    return config.merge_config(models=models, **options)
 
 # %% ../../nbs/reports/06_weights.ipynb #1d12d757
 def merge(
