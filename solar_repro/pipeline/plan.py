@@ -23,7 +23,7 @@ from .cost_model import (
     base_shape, count_items, eval_tokens, fetched, forward_flops, GIB, head_bytes, ItemSizes, Lengths, local_base,
     lora_rank, run_context, set_lengths, Shape, train_flops, train_memory)
 from .executor import remaining_path, simulate
-from .graph import build_graph, part_of, Stage
+from .graph import part_of, Stage
 from .hardware import Card, card, NET_GB_S, READ_GB_S
 from ..publishing.text import in_terminal
 
