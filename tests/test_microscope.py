@@ -211,8 +211,8 @@ def test_each_model_is_gone_before_the_next_is_loaded(base, tmp_path, monkeypatc
     def back(base, out, *numbers):
         assert loaded[0]() is None
         return dequantized(base, out, *numbers)
-    def items(adapted, model, name, task, *rest):
-        way.append((name, task, adapted.base))
+    def items(model, base, name, task, *rest):
+        way.append((name, task, base))
         return dict(protocols=dict(p=dict(score=.5, se=.1))), pd.DataFrame(dict(doc_id=[0], score=[.5]))
     for name, stub in dict(adapted_model=lambda *args: point, load_policy=trained, dequantized=back, _items=items,
                            probe_of=lambda rows, *args: probe_of(ROWS, *args)).items():
