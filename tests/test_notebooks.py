@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from common import alive
 from forked import Forked
@@ -135,6 +136,15 @@ def test_a_notebook_that_builds_shows_no_bar(project, without_stages):
     notebook(project/'nbs'/'00_one.ipynb', code)
     out, = runner.run_notebooks('smoke')
     assert nbformat.read(out, 4).cells[-1].outputs == [] and list((project/'own').glob('base/*'))
+
+
+def test_a_notebook_that_somebody_executes_keeps_no_dead_bar(project):
+    "A bar is a widget, of which a saved notebook could show but that it is gone."
+    notebook(project/'nbs'/'00_one.ipynb', "from solar_repro.pipeline.experiment import Experiment\n"
+             "Experiment('smoke', store='own').run(['base'])")
+    papermill.execute_notebook('nbs/00_one.ipynb', 'OUT.ipynb', kernel_name='python3', progress_bar=False)
+    outputs = nbformat.read('OUT.ipynb', 4).cells[-1].outputs
+    assert [o.data for o in outputs] == [{'text/plain': ''}] and list((project/'own').glob('base/*'))
 
 
 def test_results_that_left_the_store_are_made_again(project):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm.auto import notebook_tqdm, std_tqdm, tqdm
 
 from ..core.config import Profile
 from ..core.store import Artifact
@@ -78,11 +78,15 @@ class Progress:
         self.n, self.shown, self.logged, self.last = len(plan), 0., 0., None
         self.weight = self.seconds = 0.        # cost and time of what is built here and tells the pace
         self.whole = sum(self.cost[n] for n in self.left_over)
-        self.bar, self.lines = None, []
+        self.bar, self.lines, self.views = None, [], []
         if 'ipykernel' in sys.modules or sys.stderr.isatty():
             how, many = dict(leave=False, disable=bool(os.environ.get('TQDM_DISABLE'))), n_slots if n_slots > 1 else 0
+            if notebook_tqdm is not std_tqdm: how['display'] = False
             self.bar = tqdm(total=self.whole, bar_format=_BAR, **how)
             self.lines = [tqdm(total=1., bar_format=_LINE, desc='waits', position=k + 1, **how) for k in range(many)]
+            if 'display' in how and not how['disable']:
+                from IPython.display import display # a command line does without
+                self.views = [display(bar.container, display_id=True) for bar in (self.bar, *self.lines)]
 
 # %% ../../nbs/pipeline/12_progress.ipynb #05d3fcc8
 @patch
@@ -168,6 +172,7 @@ def close(self:Progress):
     for bar in [*self.lines[::-1], *([] if self.bar is None else [self.bar])]:
         bar.total = bar.n                  # a notebook's bar stays, in red, where it is not full
         bar.close()
+    for view in self.views: view.update({'text/plain': ''}, raw=True) # or a saved notebook shows a widget that is gone
 
 # %% ../../nbs/pipeline/12_progress.ipynb #4ec02056
 @patch
