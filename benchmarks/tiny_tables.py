@@ -35,15 +35,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-for k, v in dict(
-    GOMP_SPINCOUNT='30000',
-    TOKENIZERS_PARALLELISM='false',
-    HF_HUB_OFFLINE='1',
-    MPLBACKEND='Agg',
-    PYTHONWARNINGS='ignore',
-    TQDM_DISABLE='1',
-).items():
-    os.environ.setdefault(k, v)
+if __name__ == '__main__': # before torch is loaded, and of this process alone
+    for k, v in dict(GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', MPLBACKEND='Agg',
+                     PYTHONWARNINGS='ignore', TQDM_DISABLE='1').items():
+        os.environ.setdefault(k, v)
 
 
 @contextmanager

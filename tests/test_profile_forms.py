@@ -198,7 +198,7 @@ def test_a_damaged_note_of_what_was_published_counts_as_none(full, tmp_path, mon
     assert publication.published(exp) == [exp.folder/'t.md']
     monkeypatch.setattr(publication, 'publish', lambda *args: 1/0) # it is not written again
     assert publication.published(exp) == [exp.folder/'t.md']
-    assert runner._Run('smoke', None, None, exp).done == {}
+    assert runner._Run('smoke', None, exp).done == {}
 
 
 def test_sets_of_one_training_make_the_same_in_any_order(write):

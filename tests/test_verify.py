@@ -70,12 +70,10 @@ def put(file, change):
 
 def test_a_whole_run_has_no_fault(whole, monkeypatch):
     "And to see that, no model is loaded and nothing is built."
-    import solar_repro.eval
     import solar_repro.models.adapters
     from solar_repro.pipeline.builder import Builder        # what imports these names must have done so before
     from solar_repro.core.store import Store
     for module, name in (
-        (solar_repro.eval, 'materialize'),
         (solar_repro.models.adapters, 'materialize'),
         (Store, 'build'),
         (Builder, 'materialized'),
