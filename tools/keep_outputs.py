@@ -40,8 +40,12 @@ def plain(text: str) -> str:
 
 
 def tidy(outputs: list) -> list:
-    "Outputs as they are kept."
-    kept = [o for o in outputs if not (o.output_type == 'stream' and o.name == 'stderr' or WIDGET in o.get('data', {}))]
+    "Outputs as they are kept; what was printed in one go is one, however it was cut on its way."
+    kept = []
+    for o in outputs:
+        if o.output_type == 'stream' and o.name == 'stderr' or WIDGET in o.get('data', {}): continue
+        if kept and o.output_type == kept[-1].output_type == 'stream': kept[-1].text += o.text
+        else: kept.append(o)
     for o in kept:
         if o.output_type == 'stream':
             o.text = plain(o.text)
