@@ -174,6 +174,15 @@ def test_what_says_that_it_builds_says_nothing_else(tmp_path, monkeypatch, capsy
     assert 'missing of profile smoke' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('columns', ['1', '2'])
+def test_a_terminal_too_narrow_for_anything_is_no_fault(columns, tmp_path, monkeypatch, capsys):
+    "Every command lays out its help first, and of 1 or 2 columns none or less were left for it."
+    monkeypatch.setenv('COLUMNS', columns)
+    assert main(['status', '--profile', 'smoke', '--store', str(tmp_path/'none')]) == 0
+    with pytest.raises(SystemExit) as e: main(['status', '--help'])
+    assert e.value.code == 0, capsys.readouterr().err
+
+
 def test_a_recorded_table_is_of_the_seed_that_was_asked_for(tmp_path, capsys):
     assert main(['table', '5', '--recorded', '--seed', '1', '--store', str(tmp_path/'none')]) == 0
     assert 'seed 1' in capsys.readouterr().out

@@ -205,6 +205,16 @@ def test_figures_are_drawn_by_functions():
     assert not wrong, wrong
 
 
+def test_no_merge_was_left_half_done():
+    "Marks of a conflict went into the changelog once, where nothing else reads them."
+    folders = [ROOT / d for d in ('nbs', 'solar_repro', 'tests', 'tools', 'benchmarks')]
+    texts = [*ROOT.glob('*.*'), *(p for d in folders for p in d.rglob('*'))]
+    read = '.md', '.py', '.ipynb', '.toml', '.yml', '.yaml', '.ini', '.cff', '.sh', '.css'
+    texts = [p for p in texts if p.suffix in read]
+    mark = re.compile(rb'^[ "]*(<{7}|>{7}) ', re.M)
+    assert [str(p.relative_to(ROOT)) for p in texts if mark.search(p.read_bytes())] == []
+
+
 def test_no_limit_that_a_slow_machine_would_meet():
     "In a test and in a notebook what is waited for comes when it comes: limits are of an hour, loops count nothing."
     def limits(name, code):

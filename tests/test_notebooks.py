@@ -20,6 +20,7 @@ from waiting import wait_for
 
 from solar_repro.reports import notebooks as runner
 from solar_repro.pipeline.experiment import Experiment
+from solar_repro.pipeline.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 INI = '[DEFAULT]\nlib_name = solar_repro\n'
@@ -136,6 +137,15 @@ def test_a_notebook_that_builds_shows_no_bar(project, without_stages):
     notebook(project/'nbs'/'00_one.ipynb', code)
     out, = runner.run_notebooks('smoke')
     assert nbformat.read(out, 4).cells[-1].outputs == [] and list((project/'own').glob('base/*'))
+
+
+def test_stages_show_their_bars_on_a_terminal(project, monkeypatch):
+    "What keeps bars out of notebooks kept them from the runner's own terminal, which then showed nothing for minutes."
+    shown = []
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(Experiment, 'run', lambda *args, **how: shown.append(Progress([], {}).bar.disable))
+    runner.run_notebooks('smoke')
+    assert shown and not any(shown)
 
 
 def test_a_notebook_that_somebody_executes_keeps_no_dead_bar(project):

@@ -74,6 +74,28 @@ def test_what_is_installed_is_what_is_pinned():
     assert not wrong
 
 
+def test_package_data_is_packed(tmp_path):
+    "Profiles, task files and the base model travel with the package."
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md'):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / 'solar_repro', tmp_path / 'solar_repro', ignore=shutil.ignore_patterns('__pycache__'))
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    here = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / 'solar_repro').rglob('*')
+        if p.is_file() and '__pycache__' not in p.parts
+    }
+    packed = {p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file()}
+    assert 'solar_repro/profiles/tiny.toml' in packed and 'solar_repro/tasks/arc.yaml' in packed
+    assert 'solar_repro/tiny/base/model.safetensors' in packed
+    assert not here - packed
+
+
 # ---- imports
 
 QUIET = '''

@@ -299,7 +299,7 @@ def test_how_far_a_run_is_goes_by_the_costs_by_which_stages_are_ordered(tmp_path
     "It went by the tiny world's, for which four trainings are alike and a benchmark costs a minute."
     seen, run = [], experiment.execute
     monkeypatch.setattr(experiment, 'planned_costs', lambda p, graph, find, names: (
-        dict(zip(names, itertools.count(1.))), dict.fromkeys(names, 0)))
+        dict(zip(names, itertools.count(1.))), 0))
     monkeypatch.setattr(experiment, 'Progress', lambda *a: seen.append(a[1]) or Progress(*a))
     def noted(inputs, engine, costs, *rest, **how):
         seen.append(costs)

@@ -195,9 +195,8 @@ def _execute(self:Experiment, wanted:list[str], in_workers:bool=False)->None:
     "Build what is missing of these stages, whose other inputs are there."
     if not (missing := [n for n in wanted if self.find(n) is None]): return
     inputs = {n: [i for i in self.graph[n].inputs.values() if i in missing] for n in missing}
-    costs, takes = planned_costs(self.profile, self.graph, self.find, missing)
-    engine = self._engine(inputs, costs, int(max(takes.values())), lambda e: progress.follow(e),
-                          in_workers)
+    costs, peak = planned_costs(self.profile, self.graph, self.find, missing)
+    engine = self._engine(inputs, costs, peak, lambda e: progress.follow(e), in_workers)
     progress = Progress([self.graph[n] for n in missing], costs, engine.n_slots)
     self._in_work = progress.running
     of = lambda kinds: {n for n in missing if self.graph[n].kind in kinds}

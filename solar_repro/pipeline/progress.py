@@ -43,12 +43,13 @@ def planned_costs(
     graph:dict[str,Stage], # of `build_graph`
     find:Callable[[str],Artifact|None], # stage name -> its artifact, where it is built (`Experiment.find`)
     names:list[str], # stages
-)->tuple[dict[str,float],int]: # stage -> relative cost; stage -> bytes in use at most
-    "What stages cost beside each other, and memory: as planned, but for a base that is small or not there yet."
-    if graph['base'].settings['source'] in ('tiny', 'random') or not find('base'):
-        return relative_costs(graph[n] for n in names), dict.fromkeys(names, 2**29)
+)->tuple[dict[str,float],int]: # stage -> relative cost; bytes that one of them takes at most
+    "What stages cost beside each other, and memory: as planned, if the base is there and large and much is to do."
+    by_kind = relative_costs(graph[n] for n in names)
+    little = sum(by_kind.values()) <= LITTLE and not p.machine.ray         # a plan counts the tokens of all rows
+    if little or graph['base'].settings['source'] in ('tiny', 'random') or not find('base'): return by_kind, 2**29
     stages = make_plan(p, graph, find).stages.set_index('stage').loc[names]
-    return (stages['hours']*1200).to_dict(), (stages['gib']*2**30).to_dict()
+    return (stages['hours']*1200).to_dict(), int(stages['gib'].max()*2**30)
 
 # %% ../../nbs/pipeline/12_progress.ipynb #9f9caec6
 _BAR = '{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}'

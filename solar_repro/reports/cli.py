@@ -149,11 +149,13 @@ def _join_numbers(
 )->list[str]: # `--weights -1 3 A B` as `--weights '-1 3' A B`: argparse would take A and B for weights, too
     "The numbers behind `--weights`, whose name may be cut short, as one word."
     out, number = [], re.compile(_NUMBER, re.I)
+    def is_weights(flag:str)->bool: return len(flag) > 3 and '--weights'.startswith(flag)
     for w in words:
-        flag, last = out[-2:] if len(out) > 1 else ('', '')
-        several = flag[3:] and '--weights'.startswith(flag) and all(map(number.fullmatch, (*last.split(), w)))
-        if several: out[-1] += f' {w}'
-        else: out.append(w)
+        name, equals, value = w.partition('=')
+        for x in (name, value) if equals and is_weights(name) else (w,):
+            flag, last = out[-2:] if len(out) > 1 else ('', '')
+            if is_weights(flag) and all(map(number.fullmatch, (*last.split(), x))): out[-1] += f' {x}'
+            else: out.append(x)
     return out
 
 def parse(

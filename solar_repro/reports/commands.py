@@ -184,7 +184,8 @@ def sweep(exp, # the run: `Experiment`
     print(text.in_lines(said))
     file = exp.folder/'figures'/re.sub(r'[^\w.+-]+', '_', f'sweep {a} {b}.png')
     file.parent.mkdir(parents=True, exist_ok=True)
-    fig = line.sweep_figure(m, exp.label, [line.sweep(e, a, b, points) for e in exp.repeated().values()])
+    each = [m if e is exp else line.sweep(e, a, b, points) for e in exp.repeated().values()]
+    fig = line.sweep_figure(m, exp.label, each)
     print(library('publishing.figures').save(fig, file))
 
 # %% ../../nbs/reports/02_commands.ipynb #fea2e4ee

@@ -117,7 +117,7 @@ def execute(
 
 # %% ../../nbs/reports/01_notebooks.ipynb #722b66b3
 QUIET_ENV = dict(GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_TELEMETRY='1',
-                 TQDM_DISABLE='1', PYTHONWARNINGS='ignore', MPLBACKEND='module://matplotlib_inline.backend_inline')
+                 PYTHONWARNINGS='ignore', MPLBACKEND='module://matplotlib_inline.backend_inline')
 
 def needs_hub(
     p:Profile, # what is run
@@ -235,12 +235,13 @@ def run_notebooks(
     (exp.folder/'notebooks').mkdir(parents=True, exist_ok=True)
     named = [(nb, f"[{k}/{len(nbs)}] {nb.relative_to(root()/'nbs').as_posix()}") for k, nb in enumerate(nbs, 1)]
     run = _Run(profile, seed, exp)
-    with modified_env(**kernel_env(exp.profile, profile, exp.store.folder)): # ours, too; the bars of stages are loaded
+    with modified_env(**kernel_env(exp.profile, profile, exp.store.folder)): # ours, too
         run.stages()
         n = 2 if exp.profile.machine.device == 'cpu' else 1
         for story in (True, False):
             todo = [x for x in named if of_the_story(x[0]) is story]
-            run.side_by_side(todo[::-1] if story and n > 1 else todo, n)     # what puts all together takes longest
+            with modified_env(TQDM_DISABLE='1'):        # a bar would stay in the notebook; those of stages are shown
+                run.side_by_side(todo[::-1] if story and n > 1 else todo, n) # what puts all together takes longest
     report = os.path.relpath(exp.folder/'report.html')
     print(f'{exp.profile.label}, seed {exp.profile.seed}: {time.time() - began:.0f} s. Open {report}')
     return [run.out/nb.relative_to(root()/'nbs') for nb in nbs]
