@@ -102,7 +102,7 @@ def evaluate(profile: str, fresh: bool) -> float:
                 if engine: engine.stop()
                 engine = ProcessEngine([sys.executable, *WORKER], hello, 1)
             done = execute({name: ()}, engine, {})
-            assert done.built == [name], done.failed
+            assert list(done.built) == [name], done.failed
         seconds = time.perf_counter() - began
         engine.stop()
     return seconds

@@ -62,12 +62,21 @@ def make(hello):
             mark.with_suffix('.part').write_text(str(os.getpid()))
             mark.with_suffix('.part').rename(mark)
             time.sleep(10**6)
-        build(name, stays)
+        return build(name, stays)
     return held
 serve(make, int(sys.argv[1]))
 '''
 ray_only = pytest.mark.skipif(find_spec('ray') is None, reason="Ray is not installed: pip install 'solar_repro[ray]'")
 ENGINES = [pytest.param('', id='local'), pytest.param('local', id='ray', marks=ray_only)]
+
+
+# a worker that builds what it is told in a folder of its own, as on a machine that sees another one there
+ELSEWHERE = '''
+import sys
+from solar_repro.pipeline.serve import make_builder
+from solar_repro.pipeline.workers import serve
+serve(lambda hello: make_builder(hello | dict(store=hello['store'] + '.other')), int(sys.argv[1]))
+'''
 
 
 def contents(store: Path) -> dict[str, str]:
@@ -103,6 +112,15 @@ def wait_for(what, of: Forked | None = None):
     except AssertionError:
         if of is None or 'no cluster could be started here' not in of.err: raise
         pytest.skip(f'Ray does not start: {of.err.splitlines()[-1]}')
+
+
+def test_what_a_worker_built_elsewhere_is_not_taken_for_built(tmp_path, monkeypatch):
+    "What it built lay in a folder that this machine does not see, and the next stage failed for want of a key."
+    monkeypatch.setattr(experiment, 'WORKER', ('-c', ELSEWHERE))
+    exp = Experiment('smoke', store=tmp_path/'store')
+    with pytest.raises(OSError, match='data/openorca was built.*does not hold it here.*lookupcache=positive'):
+        exp.run(['data/openorca'], in_workers=True)
+    assert contents(tmp_path/'store') == {} and list(contents(tmp_path/'store.other')) == ['data/openorca']
 
 
 @pytest.mark.slow                       # that of a killed worker sees the same of a few stages

@@ -28,6 +28,7 @@ class Event:
     done: int = 0            # of a step: steps done
     total: int = 0           # of a step: steps in all
     error: Exception | None = None # of 'failed' and 'died'
+    content: str = ''        # of 'done': of what was built, so that whoever opens the store can tell that it is there
 
 class WorkerDied(RuntimeError):
     "What built a stage is gone: it was killed, or its machine is lost."
@@ -72,12 +73,12 @@ class _State:
     tried: Counter = field(default_factory=Counter)       # stage -> failures
     failed: dict[str,Exception] = field(default_factory=dict) # stage -> why it is given up
     warm: list[int] = field(default_factory=list)         # slots that hold the base, the last one used last
-    built: list[str] = field(default_factory=list)        # in order
+    built: dict[str,str] = field(default_factory=dict)    # stage -> content, in order
 
 @dataclass(frozen=True)
 class Outcome:
     "What an execution came to."
-    built: list[str]              # in the order in which they were finished
+    built: dict[str,str]          # stage -> content, '' of what was found; in the order in which they were finished
     failed: dict[str,Exception]   # stage -> why it could not be built
     left_out: dict[str,str]       # stage -> the failed stage that it needs
 
@@ -107,7 +108,7 @@ def _take(s:_State, e:Event, tries:int, n_slots:int)->None:
     "Take notice of what happened to a stage."
     if e.kind == 'step': return
     del s.running[e.slot]
-    if e.kind == 'done': _finished(s, e.name)
+    if e.kind == 'done': _finished(s, e.name, e.content)
     elif e.kind == 'busy': s.busy[e.name] = time.monotonic()
     else:
         if e.kind == 'died' and e.slot in s.warm: s.warm.remove(e.slot)
@@ -117,10 +118,10 @@ def _take(s:_State, e:Event, tries:int, n_slots:int)->None:
             s.failed[e.name] = e.error
             del s.todo[e.name]
 
-def _finished(s:_State, name:str)->None:
+def _finished(s:_State, name:str, content:str='')->None:
     del s.todo[name]
     s.busy.pop(name, None)
-    s.built.append(name)
+    s.built[name] = content
 
 def _look_again(s:_State, found:Callable[[str],bool], on_event)->None:
     "Look for the stages that another run was building; one that is still missing may be tried again."
@@ -189,18 +190,18 @@ class InlineEngine:
     "Builds one stage after another in this process."
     n_slots = 1
     def __init__(self,
-        build:Callable, # build(name, step): builds a stage and calls step(done, total)
+        build:Callable, # build(name, step): builds a stage, calls step(done, total), returns its content
         on_event:Callable[[Event],None]=lambda e: None, # told of steps
     ): self.build, self.on_event, self.said = build, on_event, []
 
     def start(self, slot:int, name:str)->None:
-        try: self.build(name, lambda done, total: self.on_event(Event(slot, name, 'step', done, total)))
+        try: content = self.build(name, lambda done, total: self.on_event(Event(slot, name, 'step', done, total)))
         except Busy: self.said.append(Event(slot, name, 'busy'))
         except BaseException as e:
             _let_go(e)
             if not isinstance(e, Exception): raise             # Ctrl-C
             self.said.append(Event(slot, name, 'failed', error=e))
-        else: self.said.append(Event(slot, name, 'done'))
+        else: self.said.append(Event(slot, name, 'done', content=content))
 
     def events(self, wait_s:float)->list[Event]:
         if not self.said: time.sleep(wait_s)

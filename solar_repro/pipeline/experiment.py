@@ -126,13 +126,14 @@ def provenance(self:Experiment)->pd.DataFrame: # one row a built stage: stage, k
 def make(self:Experiment,
     name:str, # of a stage whose inputs are built
     on_progress:Callable[[int,int],None], # called with (done, total)
-)->None:
+)->str: # its content
     "Build a stage in this process; `core.files.Busy` where another is building it."
     s = self.graph[name]
     if absent := [i for i in s.inputs.values() if self.find(i) is None]:
         raise FileNotFoundError(f'experiment: {name} needs {absent}, which are not built. Run again to build them.')
     inputs = {r: self._built[i] for r, i in s.inputs.items()}
     self._built[name] = self.builder.build(s, self.key(s), inputs, on_progress, wait=False)
+    return self._built[name].content
 
 # %% ../../nbs/pipeline/14_experiment.ipynb #552dcb85
 @patch
@@ -206,7 +207,10 @@ def _execute(self:Experiment, wanted:list[str], in_workers:bool=False)->None:
     finally:
         progress.close()
         engine.stop()
-    for n in outcome.built: self.find(n)
+    for n, content in outcome.built.items():
+        if (a := self.find(n)) and content in ('', a.content): continue
+        raise OSError(f'experiment: {n} was built, and {self.store.folder} does not hold it here; expected what a '
+                      'worker wrote. Let all machines see one folder (NFS: lookupcache=positive) and have one version.')
     raise_failed(outcome, {n: self.graph[n].inputs['model'] for n in of(['eval'])})
 
 @patch

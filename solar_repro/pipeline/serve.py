@@ -16,7 +16,7 @@ from .workers import serve
 # %% ../../nbs/pipeline/15_serve.ipynb #d67b69c9
 def make_builder(
     hello:dict, # profile, store
-)->Callable: # build(name, step)
+)->Callable: # build(name, step), which returns the stage's content
     "An experiment's way to build one stage."
     exp = Experiment(Profile.model_validate(hello['profile']), store=hello['store'])
     return exp.make

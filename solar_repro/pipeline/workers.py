@@ -189,7 +189,7 @@ class _Heard:
 
 # %% ../../nbs/pipeline/11_workers.ipynb #35bde3fd
 def serve(
-    make:Callable[[dict],Callable], # makes of `hello` what builds a stage: build(name, step)
+    make:Callable[[dict],Callable], # makes of `hello` what builds a stage: build(name, step), which returns its content
     channel:int, # descriptor on which events are said
 )->None:
     "Build the stages that are named on the standard input, until it ends."
@@ -203,14 +203,14 @@ def serve(
         name = told.get()['name']
         try:
             build = build or make(hello)
-            build(name, _steps(lambda done, total: say(name, 'step', done=done, total=total)))
+            content = build(name, _steps(lambda done, total: say(name, 'step', done=done, total=total)))
         except Busy: say(name, 'busy')
         except Exception as e:
             if 'CUDA error' in str(e):                         # the card answers no more: another process goes on
                 os.write(2, str(e).splitlines()[0].encode())
                 os._exit(1)
             say(name, 'failed', error=pack_error(e))
-        else: say(name, 'done')
+        else: say(name, 'done', content=content)
 
 # %% ../../nbs/pipeline/11_workers.ipynb #96582dd7
 def _read(told:queue.Queue)->None:
