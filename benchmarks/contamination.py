@@ -3,7 +3,7 @@ against 28K items of six benchmarks.
 
     python benchmarks/contamination.py [--data DIR] [--rows 300000] [--out NAME]
 
-What is timed is `pipeline.stages.build_contamination` in a process of its own, from the files of its inputs to the
+What is timed is `stages.builders.build_contamination` in a process of its own, from the files of its inputs to the
 table in the store: reading, normalising, runs of 13 and of 8 words, counting.
 The five sets have the paper's shares of the rows, and the six benchmarks the leaderboard's numbers of items. With
 --data the texts are published ones of that folder, drawn with
@@ -30,7 +30,7 @@ from kept import keep, RESULTS
 from solar_repro.core.contamination import BREAK
 from solar_repro.core.data_files import read_rows
 from solar_repro.data import BENCHMARKS, SETS, item_text
-from solar_repro.pipeline.sources import Published
+from solar_repro.stages.sources import Published
 
 ROWS, PROMISE_S, PROMISE_GIB = 300_000, 300, 4.
 # words of the fields of a row as in samples of the published sets; of an item: its question and one choice
@@ -121,7 +121,7 @@ def make(folder: Path, source: Maker|Drawer, n_rows: int, n_items: int) -> dict:
 
 def timed(folder: str, out: str, answer) -> None:
     "The stage in this process; seconds and the largest memory."
-    from solar_repro.pipeline.stages import build_contamination
+    from solar_repro.stages.builders import build_contamination
     inputs = {
         f'{p.parent.name}/{p.name}': SimpleNamespace(path=p)
         for kind in ('data', 'bench')

@@ -338,7 +338,7 @@ def runs_beside_mask(model, work) -> dict:
 
 
 def flops_of(model, n_row: int, rank: int) -> float:
-    from solar_repro.pipeline.cost_model import Shape, train_flops
+    from solar_repro.planning.cost_model import Shape, train_flops
     c = model.get_base_model().config
     kv = c.hidden_size//c.num_attention_heads*c.num_key_value_heads
     shape = Shape(c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, kv, c.vocab_size,

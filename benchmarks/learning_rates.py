@@ -33,8 +33,8 @@ from solar_repro.eval import answer_rows, evaluate                              
 from solar_repro.models.adapters import AdaptedModel, materialize               # noqa: E402
 from solar_repro.models.loading import encode, load_tokenizer                   # noqa: E402
 from solar_repro.paper import h6_se, H6_TASKS                                   # noqa: E402
-from solar_repro.pipeline.graph import SFT_ROWS                                 # noqa: E402
-from solar_repro.pipeline.sources import source_of                              # noqa: E402
+from solar_repro.stages.graph import SFT_ROWS                                 # noqa: E402
+from solar_repro.stages.sources import source_of                              # noqa: E402
 from solar_repro.sft import train_sft                                           # noqa: E402
 from solar_repro.tiny.world import shipped_base                                 # noqa: E402
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from solar_repro.data import from_alpaca, from_metamath, from_openorca, from_ultrafeedback
-from solar_repro.pipeline.cost_model import count_rows, counter
+from solar_repro.planning.cost_model import count_rows, counter
 from solar_repro.core.config import load_profile
 
 READ = dict(

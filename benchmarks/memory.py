@@ -153,7 +153,7 @@ def one(case, base):
 
 def compare(i, base):
     "Planned and measured, of one case; the training runs in a process of its own."
-    from solar_repro.pipeline.cost_model import shape_of, train_memory
+    from solar_repro.planning.cost_model import shape_of, train_memory
     r = subprocess.run(
         [sys.executable, __file__, '--case', str(i), '--base', str(base)], capture_output=True, text=True
     )

@@ -294,7 +294,7 @@ def prepare(a, base, work):
 
 def flops(base, m, rank):
     "What has to be computed for the rows: forward, gradients of activations and of the adapter; nothing twice."
-    from solar_repro.pipeline.cost_model import forward_flops, shape_of
+    from solar_repro.planning.cost_model import forward_flops, shape_of
 
     s = shape_of(base)
     body = forward_flops(s, m['context'], rank, 0.0)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from .core.contamination import BREAK, find_pairs, Index
 from .core.data_files import EMPTY, File, ItemSizes, Lengths
 from .paper import N_ITEMS, TITLES
-from .tiny.world import World
 from .tiny.items import leak_keys, number_key
+from .tiny.world import World
 
 # %% ../nbs/01_data.ipynb #7bd9fbe1
 def _lines(*texts:str)->str: return '\n'.join(t for t in (x.strip() for x in texts) if t)

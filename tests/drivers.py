@@ -25,7 +25,7 @@ Store.build = noted
 WORKER = NOTED + '''
 import sys
 from solar_repro.pipeline.serve import make_builder
-from solar_repro.pipeline.workers import serve
+from solar_repro.execution.workers import serve
 serve(make_builder, int(sys.argv[1]))
 '''
 RUN = NOTED + f'''

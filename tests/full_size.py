@@ -28,8 +28,8 @@ from solar_repro.core.config import load_profile
 from solar_repro.dpo import SharedPrefixTrainer
 from solar_repro.models import training
 from solar_repro.models.loading import lighten
-from solar_repro.pipeline.cost_model import base_shape
-from solar_repro.pipeline.hardware import card
+from solar_repro.planning.cost_model import base_shape
+from solar_repro.planning.hardware import card
 from solar_repro.sft import PackedTrainer
 
 PRODUCTS = 'mm', 'addmm', 'bmm', 'linear', 'gemm_4bit'

@@ -128,7 +128,7 @@ def test_a_training_set_is_one_entry(package):
 import solar_repro
 assert solar_repro.__file__.startswith(str(Path.cwd())), solar_repro.__file__
 from solar_repro.data import FILES
-from solar_repro.pipeline.plan import make_plan
+from solar_repro.planning.plan import make_plan
 rows = exp.rows('data/opposites')
 assert len(rows) == 8 and all(r['prompt'].startswith('What is the opposite') for r in rows), rows
 assert len(exp.log('SFT v5')) and 'data/opposites' in exp.graph['contamination'].inputs
@@ -193,7 +193,7 @@ assert exp.graph['Mine'].settings == dict(method='swapped', weights=[.2, .8]), e
 merged = exp.model('Mine')
 parts = {n: exp.model(n).adapters[0][0] for n in ('SFT v1', 'SFT v4')}
 assert dict(merged.adapters) == {parts['SFT v1']: .8, parts['SFT v4']: .2}, merged.adapters
-from solar_repro.pipeline.plan import make_plan
+from solar_repro.planning.plan import make_plan
 planned = make_plan(exp.profile, exp.graph).stages.set_index('stage')['disk_gib']
 assert planned['Mine'] == planned['Merge v1'], 'a sum of adapters takes no room'
 from solar_repro.reports.cli import main
@@ -210,7 +210,7 @@ for name, parts in one.items():
 def test_the_shipped_profiles_ask_the_papers_six():
     from solar_repro.core.config import load_profile, profiles
     from solar_repro.paper import H6_TASKS
-    from solar_repro.pipeline.graph import benchmarks
+    from solar_repro.stages.graph import benchmarks
     for name in profiles(): assert tuple(benchmarks(load_profile(name))) == H6_TASKS
 
 
@@ -220,6 +220,6 @@ def test_the_shipped_profiles_ask_the_papers_six():
     ('[eval.num_fewshot]\nmmlu = 6\n', 'eval.num_fewshot.mmlu is 6; expected at most 5')])
 def test_names_in_a_profile_are_those_of_entries(tmp_path, text, says):
     from solar_repro.core.config import load_profile
-    from solar_repro.pipeline.graph import build_graph
+    from solar_repro.stages.graph import build_graph
     (tmp_path/'mine.toml').write_text(f'extends = "smoke"\n{text}')
     with pytest.raises(ValueError, match=says): build_graph(load_profile(tmp_path/'mine.toml'))

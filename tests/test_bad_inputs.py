@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from solar_repro.core.data_files import read_custom
 from solar_repro.data import BENCHMARKS, FILES
 from solar_repro.models.base_models import check_base
-from solar_repro.pipeline.sources import source_of
+from solar_repro.stages.sources import source_of
 from solar_repro.reports.cli import main
 
 WIDTH, VOCAB = 16, 40

@@ -10,7 +10,7 @@ from common import python
 
 from solar_repro.core.data_files import write_rows
 from solar_repro.paper import H6_TASKS
-from solar_repro.pipeline.sources import TinyWorld
+from solar_repro.stages.sources import TinyWorld
 from solar_repro.tiny.base import random_base
 
 HERE = Path(__file__).parent

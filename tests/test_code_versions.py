@@ -25,8 +25,8 @@ def test_nothing_to_say_is_no_failure():
 def copy(tmp_path, monkeypatch):
     "The package in a folder of its own, recorded as it is."
     shutil.copytree(ROOT/'solar_repro', tmp_path/'solar_repro', ignore=shutil.ignore_patterns('__pycache__'))
-    (tmp_path/'nbs'/'pipeline').mkdir(parents=True)
-    shutil.copy(ROOT/'nbs'/'pipeline'/'01_graph.ipynb', tmp_path/'nbs'/'pipeline')
+    (tmp_path/'nbs'/'stages').mkdir(parents=True)
+    shutil.copy(ROOT/'nbs'/'stages'/'01_graph.ipynb', tmp_path/'nbs'/'stages')
     monkeypatch.setattr(code_versions, 'ROOT', tmp_path)
     code_versions.write_record(code_versions.now())
     return tmp_path
@@ -78,7 +78,7 @@ def test_raising_a_kind_records_it(copy, capsys):
     now = code_versions.now()
     assert now['sft']['version'] == was['sft']['version'] + 1 and now['dpo']['version'] == was['dpo']['version']
     assert set(code_versions.changed(code_versions.read_record(), now)) == {'dpo'}
-    text = ''.join(''.join(c['source']) for c in json.loads((copy/'nbs/pipeline/01_graph.ipynb').read_text())['cells'])
+    text = ''.join(''.join(c['source']) for c in json.loads((copy/'nbs/stages/01_graph.ipynb').read_text())['cells'])
     assert f"sft={now['sft']['version']}," in text
     with pytest.raises(SystemExit, match="no kind 'stf'; expected"): code_versions.main('raise', 'stf')
 

@@ -2,7 +2,7 @@
 import pytest
 
 from solar_repro.core.config import default_profile, load_profile
-from solar_repro.pipeline.graph import build_graph
+from solar_repro.stages.graph import build_graph
 
 
 @pytest.mark.parametrize('environment,expected', [

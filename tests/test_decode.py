@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from toy_models import shaped
 from transformers import LlamaForCausalLM
 
-from solar_repro.pipeline.sources import TinyWorld
+from solar_repro.stages.sources import TinyWorld
 from solar_repro.eval import build_requests
 from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
 from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM, stopper

@@ -15,14 +15,14 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from solar_repro.core.data_files import write_rows
-from solar_repro.pipeline.sources import TinyWorld
+from solar_repro.stages.sources import TinyWorld
 from solar_repro.eval import FEWSHOT_SEED, METRICS, build_requests, collect, evaluate, mc2, run_requests, task_folder
 from solar_repro.inference.lm import RequestEncoder, SharedPrefixLM
 from solar_repro.models.adapters import AdaptedModel, materialize
 from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.paper import H6_TASKS
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.pipeline.graph import SFT_ROWS
+from solar_repro.stages.graph import SFT_ROWS
 from solar_repro.pipeline.results import taught
 from solar_repro.reports import verify
 from solar_repro.tiny.base import random_base
@@ -335,7 +335,7 @@ import json, socket, sys
 def no(*a, **k): raise RuntimeError('network')
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = no
 from pathlib import Path
-from solar_repro.pipeline.sources import TinyWorld
+from solar_repro.stages.sources import TinyWorld
 from solar_repro.eval import evaluate
 from solar_repro.models.adapters import AdaptedModel, materialize
 base = Path(sys.argv[1])

@@ -16,7 +16,7 @@ from waiting import HOUR
 LIB = ROOT / 'solar_repro'
 FILES = [p for p in sorted(LIB.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
 MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in FILES}
-WIDTH, LENGTH, INSIDE, BY_NAME = 120, 450, 12, 52
+WIDTH, LENGTH, SHARE, INSIDE, BY_NAME = 120, 450, 1/7, 12, 52
 COMMANDS = {'reports.cli', 'reports.commands', 'reports.weights'}      # what `solar-repro` is made of
 
 
@@ -60,14 +60,21 @@ def test_every_part_of_the_library_stands_on_a_floor():
     assert {part(m) for m in MODULES} == set(floors()), 'the table of floors on the front page, and the folders'
 
 
+def numbers() -> dict[str, str]:
+    "Module -> number and name of its notebook."
+    texts = {p: p.read_text(encoding='utf-8') for p in NOTEBOOKS}
+    return {f'solar_repro.{m[1]}': p.name for p, t in texts.items() if (m := re.search(r'default_exp ([\w.]+)', t))}
+
+
 def test_every_import_goes_down():
-    "To a lower floor, or along inside a folder; what a function imports when it is called counts, too."
-    on, wrong = floors(), []
+    """To a lower floor, or inside a folder to a notebook of a lower number, so that a folder can be read from its
+    first; what a function imports when it is called counts, too."""
+    on, of, wrong = floors(), numbers(), []
     for m in MODULES:
         for target, line in ours(m):
             a, b = part(m), part(target)
-            if on.get(a, 0) <= on.get(b, 0) and not (a == b and LIB.joinpath(a).is_dir()):
-                wrong.append(f'{m}:{line} (floor {on.get(a)}) imports {target} (floor {on.get(b)})')
+            down = of[m] > of[target] if a == b and LIB.joinpath(a).is_dir() else on.get(a, 0) > on.get(b, 0)
+            if not down: wrong.append(f'{m}:{line} (floor {on.get(a)}) imports {target} (floor {on.get(b)})')
     assert not wrong, '\n'.join(wrong)
 
 
@@ -101,6 +108,13 @@ def test_imports_stand_at_the_top():
     silent = [f'{m}:{n} {text}' for m, n, text in inside if not said(m, n)]
     assert len(inside) <= INSIDE, f'{len(inside)}:\n' + '\n'.join(f'{m}:{n} {text}' for m, n, text in inside)
     assert not silent, 'without a reason:\n' + '\n'.join(silent)
+
+
+def test_no_folder_outgrows_the_others():
+    lines = Counter()
+    for m, p in MODULES.items(): lines[part(m)] += len(p.read_text(encoding='utf-8').splitlines())
+    wide = {f: f'{n/lines.total():.0%}' for f, n in lines.items() if n > SHARE*lines.total()}
+    assert not wide, f'of the lines of the library; expected at most {SHARE:.0%} in one folder'
 
 
 def test_modules_are_short_and_say_what_they_are_for():

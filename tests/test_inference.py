@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from toy_models import shaped
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from solar_repro.pipeline.sources import TinyWorld
+from solar_repro.stages.sources import TinyWorld
 from solar_repro.core.protocols import PROTOCOLS, score_as
 from solar_repro.eval import allowed, build_requests
 from solar_repro.inference import forward as forward_module, generation as generation_module, lm as lm_module
@@ -30,7 +30,7 @@ from solar_repro.inference.forward import limits_of, run_rows, run_stems
 from solar_repro.models.adapters import AdaptedModel, materialize, save_adapter
 from solar_repro.models.loading import load_tokenizer, quiet
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import build_graph
+from solar_repro.stages.graph import build_graph
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.paper import H6_TASKS
 from solar_repro.tiny.base import random_base

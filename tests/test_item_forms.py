@@ -11,7 +11,7 @@ from test_sources import rows_of, turns
 from solar_repro.core.data_files import custom_fields, read_file, read_custom
 from solar_repro.data import BENCHMARKS, FILES, item_problem
 from solar_repro.eval import build_requests, by_item, collect, run_requests
-from solar_repro.pipeline.sources import STAND_IN, source_of
+from solar_repro.stages.sources import STAND_IN, source_of
 
 
 def published(d, task, *rows):

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import solar_repro.merge as merging
-import solar_repro.pipeline.quantization as study
+import solar_repro.stages.quantization as study
 from solar_repro.dpo import load_policy
 from solar_repro.models.checkpoints import compare, together
 from solar_repro.models.divergence import dequantized, kl_divergence, kl_summary, log_probs, probe_of
 from solar_repro.models.adapters import AdaptedModel, average, materialize, save_adapter
 from solar_repro.models.loading import load_base, load_tokenizer, quiet
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import DEQUANTIZED, build_graph
-from solar_repro.pipeline.quantization import MERGED_ONTO, quantization_table
+from solar_repro.stages.graph import DEQUANTIZED, build_graph
+from solar_repro.stages.quantization import MERGED_ONTO, quantization_table
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merging.methods import Numbers
 from solar_repro.merge import geometry_of, merge_models, rounded

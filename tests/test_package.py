@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 MODULES = sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in (ROOT / 'solar_repro').rglob('*.py')
                  if not p.name.startswith('_'))
-LIGHT = [f'solar_repro.{m}' for m in ('paper', 'tables', 'core.config', 'core.store', 'pipeline.graph', 'reports.cli')]
+LIGHT = [f'solar_repro.{m}' for m in ('paper', 'tables', 'core.config', 'core.store', 'stages.graph', 'reports.cli')]
 
 
 def settings() -> dict:

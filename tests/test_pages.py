@@ -21,7 +21,7 @@ from forked import forked, HELD
 from waiting import wait_for
 
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import build_graph
+from solar_repro.stages.graph import build_graph
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.progress import headline
 
@@ -353,7 +353,7 @@ def test_no_arrow_of_the_lineage_runs_through_a_word(note):
     import matplotlib.pyplot as plt
     from matplotlib.path import Path as Line
     from solar_repro.core.figures import graph_figure
-    from solar_repro.pipeline.graph import MODEL_KINDS
+    from solar_repro.stages.graph import MODEL_KINDS
     graph = Experiment('tiny').graph
     fig = graph_figure(graph, MODEL_KINDS, {n: note for n, s in graph.items() if s.kind in MODEL_KINDS and note})
     fig.canvas.draw()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.cost_model import base_shape, train_memory
-from solar_repro.pipeline.hardware import card
+from solar_repro.planning.cost_model import base_shape, train_memory
+from solar_repro.planning.hardware import card
 
 GIB = {'a100': 80, 'a100-bf16': 80, 'gpu-24gib': 24, 'gpu-48gib': 48, 'gpu-16gib': 16}  # of the cards
 # of an SFT; of DPO after it, and of DPO after an average of two

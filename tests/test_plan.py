@@ -10,11 +10,11 @@ import pytest
 
 from solar_repro.reports.cli import main
 from solar_repro.data import BENCHMARKS, SETS
-from solar_repro.pipeline.cost_model import SHAPES, eval_tokens, forward_flops, train_flops, train_memory
-from solar_repro.pipeline.hardware import CARDS, Hardware
-from solar_repro.pipeline import machine
-from solar_repro.pipeline.machine import blockers
-from solar_repro.pipeline.plan import actual, by_workers, make_plan, OWN, table
+from solar_repro.planning.cost_model import SHAPES, eval_tokens, forward_flops, train_flops, train_memory
+from solar_repro.planning.hardware import CARDS, Hardware
+from solar_repro.planning import machine
+from solar_repro.planning.machine import blockers
+from solar_repro.planning.plan import actual, by_workers, make_plan, OWN, table
 from solar_repro.core.config import load_profile
 from solar_repro.models.training import arguments
 from solar_repro.pipeline.experiment import Experiment

@@ -8,7 +8,7 @@ from solar_repro.core.config import load_profile, Profile, profiles, root
 from solar_repro.core.figures import graph_figure
 from solar_repro.core.files import write_whole
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.pipeline.graph import build_graph, MODEL_KINDS
+from solar_repro.stages.graph import build_graph, MODEL_KINDS
 from solar_repro.pipeline.sweep import between
 from solar_repro.publishing.text import as_text
 from solar_repro.reports import notebooks as runner

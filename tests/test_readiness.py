@@ -8,7 +8,7 @@ import transformers
 from test_sources import FILES, WORDS, model_of, profile_of, put, rows_of, tokenizer_of
 
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.pipeline.readiness import check_askable, check_budget, check_packing
+from solar_repro.planning.readiness import check_askable, check_budget, check_packing
 
 LLAMA = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
 FALCON = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2)

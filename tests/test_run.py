@@ -12,7 +12,7 @@ from forked import Forked, HELD
 from waiting import wait_for
 
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import CODE_VERSIONS, MODELS
+from solar_repro.stages.graph import CODE_VERSIONS, MODELS
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.paper import H6_TASKS
 

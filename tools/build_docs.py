@@ -38,6 +38,9 @@ SECTIONS = {
     'inference': 'Inference',
     'merging': 'Merging',
     'publishing': 'Publishing',
+    'stages': 'Stages',
+    'execution': 'Execution',
+    'planning': 'Planning',
     'pipeline': 'Pipeline',
     'reports': 'Reports',
 }  # of the machinery, in this order; others by their own name, last

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = Path('nbs/pipeline/code_versions.json') # beside the notebook that holds CODE_VERSIONS
+RECORD = Path('nbs/stages/code_versions.json') # beside the notebook that holds CODE_VERSIONS
 PACKAGE = 'solar_repro'
 ALWAYS = ('pipeline.builder.Builder._prepare',) # what every stage is built under
 OF_CONTEXT = {'materialize': 'models.resident.Resident'} # what a builder calls through its context
@@ -163,11 +163,11 @@ def _hash(data:bytes)->str: return hashlib.sha256(data).hexdigest()[:8]
 
 def now()->dict[str,dict]: # kind -> version, code
     "The code versions, and the code of each kind."
-    nodes = module('pipeline.graph')[0]['CODE_VERSIONS']
+    nodes = module('stages.graph')[0]['CODE_VERSIONS']
     versions = {k.arg: k.value.value for k in nodes[0].value.keywords}
-    builders = {k.arg: k.value.id for k in module('pipeline.stages')[0]['BUILDERS'][0].value.keywords}
+    builders = {k.arg: k.value.id for k in module('stages.builders')[0]['BUILDERS'][0].value.keywords}
     if set(versions) != set(builders): sys.exit(f'CODE_VERSIONS has {set(versions)}, BUILDERS {set(builders)}')
-    return {k: dict(version=v, code=reached([f'pipeline.stages.{builders[k]}', *ALWAYS])) for k, v in versions.items()}
+    return {k: dict(version=v, code=reached([f'stages.builders.{builders[k]}', *ALWAYS])) for k, v in versions.items()}
 
 
 def changed(
@@ -249,7 +249,7 @@ def raise_kinds(kinds:list[str], today:dict[str,dict])->None:
     "Raise code versions, in the notebook and in the module made from it."
     for kind in kinds:
         if kind not in today: sys.exit(f'no kind {kind!r}; expected some of {sorted(today)}')
-        for file in (ROOT/'nbs/pipeline/01_graph.ipynb', ROOT/PACKAGE/'pipeline/graph.py'):
+        for file in (ROOT/'nbs/stages/01_graph.ipynb', ROOT/PACKAGE/'stages/graph.py'):
             old, n = today[kind]['version'], rf'(CODE_VERSIONS = dict\((?:[^)]|\n)*?\b{kind}=)(\d+)'
             text, times = re.subn(n, rf'\g<1>{old + 1}', file.read_text())
             if times != 1: sys.exit(f'{file}: CODE_VERSIONS is not as expected; raise {kind} by hand')

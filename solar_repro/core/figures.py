@@ -121,7 +121,7 @@ def overlap_figure(
 
 # %% ../../nbs/core/07_figures.ipynb #8a7eb326
 def hours_figure(
-    by_workers:pd.DataFrame, # of `pipeline.plan.by_workers`: workers, hours, bound
+    by_workers:pd.DataFrame, # of `planning.plan.by_workers`: workers, hours, bound
     label:str, # what is planned, and on which cards
 )->plt.Figure:
     "Hours from begin to end against the number of workers."

@@ -15,8 +15,8 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from .. import paper
-from ..core.files import whole
 from ..core.figures import OURS, PAPER, style
+from ..core.files import whole
 from ..paper import models, TITLES
 from .text import counted
 from ..tables import (
