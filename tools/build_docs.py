@@ -221,12 +221,12 @@ def api_pages() -> dict[str, str]: # module -> its page in the site
 
 
 def sidebar(pages: list[str]) -> list:
-    "Front page, results, the story in its order, the tiny world; then the machinery and the reference, folded."
+    "Front page, results, the story in its order, the tiny world; then machinery and reference by floors, folded."
     folders = {p: Path(p).parent.as_posix() for p in pages if p not in ('index.ipynb', *RESULTS)}
     inside = lambda f: [p for p in pages if folders.get(p) == f]
     known = [f for f in SECTIONS if f in folders.values()]
     rest = sorted(set(folders.values()) - {*known, *STORY})
-    reference = {'The story': []}
+    reference = {name: [] for name in ('The story', *SECTIONS.values())}
     for module, page in api_pages().items():
         part = module.split('.')[1] if module.count('.') > 1 else 'The story'
         reference.setdefault(SECTIONS.get(part, part[0].upper() + part[1:]), []).append(page.replace('.html', '.qmd'))
@@ -237,7 +237,7 @@ def sidebar(pages: list[str]) -> list:
         section('The story', inside('.')),
         section('The tiny world', inside('tiny')),
         section('The machinery', [section(SECTIONS.get(f, f.capitalize()), inside(f)) for f in [*known, *rest]]),
-        section('API reference', [section(name, found) for name, found in reference.items()]),
+        section('API reference', [section(name, found) for name, found in reference.items() if found]),
     ]
 
 
