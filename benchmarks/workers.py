@@ -32,11 +32,11 @@ from kept import command, keep
 
 from solar_repro.core.config import load_profile
 from solar_repro.execution.executor import execute, remaining_path
-from solar_repro.pipeline.experiment import Experiment
-from solar_repro.stages.graph import build_graph
-from solar_repro.planning.plan import by_workers, make_plan
+from solar_repro.execution.workers import ProcessEngine
+from solar_repro.pipeline.experiment import Experiment, WORKER
 from solar_repro.pipeline.progress import Progress
-from solar_repro.execution.workers import ProcessEngine, WORKER
+from solar_repro.planning.plan import by_workers, make_plan
+from solar_repro.stages.graph import build_graph
 
 WAYS = {'inline': dict(workers=1), '2 workers': dict(workers=2), '2 workers, Ray': dict(workers=2, ray='local')}
 QUIET = dict(OMP_NUM_THREADS='1', GOMP_SPINCOUNT='30000', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',

@@ -16,7 +16,7 @@ from waiting import HOUR
 LIB = ROOT / 'solar_repro'
 FILES = [p for p in sorted(LIB.rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
 MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in FILES}
-WIDTH, LENGTH, SHARE, INSIDE, BY_NAME = 120, 450, 1/7, 12, 52
+WIDTH, LENGTH, SHARE, INSIDE, BY_NAME = 120, 450, 1/8, 12, 52
 COMMANDS = {'reports.cli', 'reports.commands', 'reports.weights'}      # what `solar-repro` is made of
 
 

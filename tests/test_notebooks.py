@@ -142,6 +142,7 @@ def test_a_notebook_that_builds_shows_no_bar(project, without_stages):
 def test_stages_show_their_bars_on_a_terminal(project, monkeypatch):
     "What keeps bars out of notebooks kept them from the runner's own terminal, which then showed nothing for minutes."
     shown = []
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
     monkeypatch.setattr(Experiment, 'run', lambda *args, **how: shown.append(Progress([], {}).bar.disable))
     runner.run_notebooks('smoke')

@@ -119,9 +119,22 @@ def test_what_a_worker_built_elsewhere_is_not_taken_for_built(tmp_path, monkeypa
     "What it built lay in a folder that this machine does not see, and the next stage failed for want of a key."
     monkeypatch.setattr(experiment, 'WORKER', ('-c', ELSEWHERE))
     exp = Experiment('smoke', store=tmp_path/'store')
-    with pytest.raises(OSError, match='data/openorca was built.*does not hold it here.*lookupcache=positive'):
+    with pytest.raises(OSError, match='data/openorca was built.*not hold it here.*lookupcache=positive.*Run again'):
         exp.run(['data/openorca'], in_workers=True)
     assert contents(tmp_path/'store') == {} and list(contents(tmp_path/'store.other')) == ['data/openorca']
+
+
+def test_what_failed_is_said_before_what_is_lost(tmp_path, monkeypatch):
+    "A stage that is gone again is the lesser news; and what is there with another content is not what was built."
+    exp, made = Experiment('smoke', store=tmp_path/'store'), Experiment.make
+    def odd(self, name, step):
+        if name != 'data/openorca': raise OSError(28, 'no space')
+        return made(self, name, step) and 'another'
+    monkeypatch.setattr(Experiment, 'make', odd)
+    with pytest.raises(OSError, match='no space') as e: exp.run(['data/alpaca_gpt4', 'data/openorca'])
+    assert any('Run again to go on' in n for n in e.value.__notes__)
+    exp = Experiment('smoke', store=tmp_path/'other')
+    with pytest.raises(OSError, match='data/openorca was built.*Run again to go on'): exp.run(['data/openorca'])
 
 
 @pytest.mark.slow                       # that of a killed worker sees the same of a few stages

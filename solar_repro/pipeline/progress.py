@@ -21,7 +21,7 @@ from ..core.config import Profile
 from ..core.store import Artifact
 from ..execution.executor import Event, simulate
 from ..planning.plan import make_plan
-from ..stages.graph import Stage
+from ..stages.graph import Stage, USES_BASE
 
 # %% ../../nbs/pipeline/02_progress.ipynb #f04f9aff
 # what a stage of each kind costs, roughly, as measured in the tiny world; a unit is about three seconds of one core
@@ -44,10 +44,10 @@ def planned_costs(
     find:Callable[[str],Artifact|None], # stage name -> its artifact, where it is built (`Experiment.find`)
     names:list[str], # stages
 )->tuple[dict[str,float],int]: # stage -> relative cost; bytes that one of them takes at most
-    "What stages cost beside each other, and memory: as planned, if the base is there and large and much is to do."
+    "What stages cost beside each other, and memory: as planned where the base is there and large: minutes."
     by_kind = relative_costs(graph[n] for n in names)
-    little = sum(by_kind.values()) <= LITTLE and not p.machine.ray         # a plan counts the tokens of all rows
-    if little or graph['base'].settings['source'] in ('tiny', 'random') or not find('base'): return by_kind, 2**29
+    needless = (len(names) == 1 or not {graph[n].kind for n in names} & set(USES_BASE)) and not p.machine.ray
+    if needless or graph['base'].settings['source'] in ('tiny', 'random') or not find('base'): return by_kind, 2**29
     stages = make_plan(p, graph, find).stages.set_index('stage').loc[names]
     return (stages['hours']*1200).to_dict(), int(stages['gib'].max()*2**30)
 

@@ -151,8 +151,8 @@ def _join_numbers(
     out, number = [], re.compile(_NUMBER, re.I)
     def is_weights(flag:str)->bool: return len(flag) > 3 and '--weights'.startswith(flag)
     for w in words:
-        name, equals, value = w.partition('=')
-        for x in (name, value) if equals and is_weights(name) else (w,):
+        name, _, value = w.partition('=')
+        for x in (name, value) if is_weights(name) and number.fullmatch(value) else (w,):
             flag, last = out[-2:] if len(out) > 1 else ('', '')
             if is_weights(flag) and all(map(number.fullmatch, (*last.split(), x))): out[-1] += f' {x}'
             else: out.append(x)
