@@ -340,7 +340,9 @@ def over_seeds(
     if len(by_seed) < 2:
         raise ValueError(f'over_seeds: scores of seeds {list(by_seed)}; expected two seeds or more. '
                          'Name them in the profile: seeds = [0, 1, 2, 3].')
-    x = item_and_training_noise({s: with_h6(r).reset_index() for s, r in by_seed.items()})
+    whole = all(set(H6_TASKS) <= {*r['task']} for r in by_seed.values())
+    of_six = (lambda r: with_h6(r).reset_index()) if whole else lambda r: r      # of some benchmarks there is no H6
+    x = item_and_training_noise({s: of_six(r) for s, r in by_seed.items()})
     x['se'] = np.hypot(x['item_se'], x['training_sd']/x['seeds']**.5)
     about = next(iter(by_seed.values()))[['model', 'task', 'metric', 'n']]
     six = about[about['task'].isin(H6_TASKS)].groupby('model', as_index=False)['n'].sum()

@@ -187,6 +187,7 @@ def test_a_recorded_table_is_of_the_seed_that_was_asked_for(tmp_path, capsys):
     assert main(['table', '5', '--recorded', '--seed', '1', '--store', str(tmp_path/'none')]) == 0
     assert 'seed 1' in capsys.readouterr().out
     assert main(['table', '5', '--recorded', '--seed', '99', '--store', str(tmp_path/'none')]) == 2
+    assert main(['show', 'quantization/SFT v3', '--recorded', '--store', str(tmp_path/'none')]) == 2  # of no record
 
 
 def test_a_table_comes_in_the_formats_of_the_files(full, tmp_path, monkeypatch, capsys):

@@ -110,6 +110,12 @@ def test_imports_stand_at_the_top():
     assert not silent, 'without a reason:\n' + '\n'.join(silent)
 
 
+def test_what_only_linux_has_stands_in_one_place():
+    "A laptop's Python has no `sched_getaffinity`: merging and comparing failed there, for a count of processors."
+    only = re.compile(r'sched_|memfd_|pidfd_|posix_fadvise|copy_file_range|fdatasync|eventfd|splice|prctl')
+    assert [m for m, p in MODULES.items() if only.search(p.read_text(encoding='utf-8'))] == ['solar_repro.core.files']
+
+
 def test_no_folder_outgrows_the_others():
     lines = Counter()
     for m, p in MODULES.items(): lines[part(m)] += len(p.read_text(encoding='utf-8').splitlines())

@@ -264,7 +264,10 @@ def test_recorded_runs_stand_on_the_front_page(full, tmp_path, monkeypatch):
     file = record_run.record('smoke', 0, full, tmp_path)
     assert record_run.record('smoke', 0, full, tmp_path) == file
     with monkeypatch.context() as m, pytest.raises(SystemExit, match='is of .*, this run of another;.*--kind NAME'):
-        m.setattr(results, 'made_on', lambda made, here=results.made_on: here(made) | dict(processor='another'))
+        m.setattr(results, 'makers', lambda of, here=results.makers: [x | dict(processor='another') for x in here(of)])
+        record_run.record('smoke', 0, full, tmp_path)
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match='expected one machine and one set of libraries'):
+        m.setattr(results, 'makers', lambda of, here=results.makers: 2*here(of))
         record_run.record('smoke', 0, full, tmp_path)
     monkeypatch.setattr(results, 'RECORDED', tmp_path)
     one, exp = Experiment('smoke', store=full), Experiment('smoke', store=tmp_path / 'none', recorded=True)

@@ -2,11 +2,13 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 
 from solar_repro.core.config import load_profile, Profile, profiles, root
 from solar_repro.core.figures import graph_figure
 from solar_repro.core.files import write_whole
+from solar_repro.core.store import sealed
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.stages.graph import build_graph, MODEL_KINDS
 from solar_repro.pipeline.sweep import between
@@ -145,6 +147,13 @@ def test_what_is_not_there_is_named(tmp_path, ask, says):
     with pytest.raises(ValueError, match=says): ask(Experiment('tiny', store=tmp_path, recorded=True))
 
 
+def test_some_benchmarks_of_several_seeds_have_scores_and_no_h6(tmp_path):
+    exp = Experiment('tiny', store=tmp_path, recorded=True)
+    some, of_all = exp.scores(['SFT v1'], ['arc', 'gsm8k']), exp.scores(['SFT v1'])
+    wanted = of_all[of_all['task'].isin(['arc', 'gsm8k'])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some, wanted)
+
+
 # ---- odd names, where they are shown
 
 ODD = '[best]', '*mine', '~~gone~~', 'a $x^$ b', '<img src=x>', 'SFT_v1', 'gold'
@@ -233,7 +242,7 @@ def test_another_protocol_writes_the_tables_again_and_what_is_no_longer_made_goe
     record = json.loads((exp.folder/'published.json').read_text())
     (exp.folder/'tables'/'noise.csv').write_text('of seeds that were taken out')
     record['files']['tables/noise.csv'] = ''
-    (exp.folder/'published.json').write_text(json.dumps(record))
+    (exp.folder/'published.json').write_text(json.dumps(sealed(record)))
     (exp.folder/'tables'/'.table4.0123.csv').write_text('of a run that was killed')
     (exp.folder/'tables'/'.ipynb_checkpoints').mkdir()
     then = made('leaderboard-2023')[1]

@@ -166,7 +166,11 @@ def test_what_is_gone_or_cannot_be_read_is_caught(mine):
     kept = (path/'manifest.json').read_text()
     (path/'manifest.json').write_text(kept[:100])
     assert problems(store, folder)[1]['what'].tolist() == ['manifest.json']
-    (path/'manifest.json').write_text(kept.replace('"seed"', '"sede"').replace('"num_fewshot": 2', '"num_fewshot": 3'))
+    other = json.loads(kept.replace('"seed"', '"sede"').replace('"num_fewshot": 2', '"num_fewshot": 3'))
+    for m in (other, {k: v for k, v in json.loads(kept).items() if k != 'sha256'}):      # not as it was written
+        (path/'manifest.json').write_text(json.dumps(m))
+        assert problems(store, folder)[1]['what'].tolist() == ['manifest.json']
+    (path/'manifest.json').write_text(json.dumps(other | dict(sha256=own_hash(other))))
     assert 'key' in set(problems(store, folder)[1]['what'])      # other settings than those that it was made with
     shutil.rmtree(path)
     said, found = problems(store, folder)

@@ -32,7 +32,7 @@ def record(
 ) -> Path:
     "A finished run as one file; the line between the candidates with it, where that is scored, too."
     from solar_repro.pipeline.experiment import Experiment, USES_BASE
-    from solar_repro.pipeline.results import made_on, read_record, scale, taught, write_record
+    from solar_repro.pipeline.results import in_a_line, makers, read_record, scale, taught, write_record
     from solar_repro.pipeline.sweep import between, CANDIDATES, is_built
     exp = Experiment(profile, seed=seed, store=store)
     status = exp.status()
@@ -47,7 +47,13 @@ def record(
     rows = list(dict.fromkeys([*exp.models, *of_line]))
     evaluations = {(m, t): f'eval/{m}/{t}' for m in rows for t in exp.tasks}
     manifests = {n: whole.find(n).manifest for n in dict.fromkeys([*exp.graph, *evaluations.values()])}
-    made = made_on([m for n, m in manifests.items() if whole.graph[n].kind in USES_BASE])
+    of = makers([m for n, m in manifests.items() if whole.graph[n].kind in USES_BASE])
+    if len(of) != 1:
+        sys.exit(
+            f'record_run: made on {in_a_line(of)}; expected one machine and one set of libraries. '
+            'Run it again into a store of its own.'
+        )
+    (made,) = of
     trainings = [m for n, m in manifests.items() if whole.graph[n].kind in ('sft', 'dpo')]    # of this seed alone
     how = dict.fromkeys(x.lower() for x in (made.get('capability'), made.get('MKL_CBWR')) if x)
     facts = dict(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['expanded', 'sync', 'sync_all', 'rename_whole', 'remove', 'whole', 'write_whole', 'json_object', 'Busy', 'locked',
-           'file_hash', 'folder_files', 'content_hash', 'seal', 'is_as_sealed']
+           'file_hash', 'n_processors', 'folder_files', 'content_hash', 'seal', 'is_as_sealed']
 
 # %% ../../nbs/core/00_files.ipynb #f3e4602b
 import fcntl
@@ -119,6 +119,10 @@ def file_hash(
 )->str: # sha256, hex
     "Hash of a file's bytes."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def n_processors()->int:
+    "How many processors this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()    # macOS counts all
 
 def folder_files(
     folder:Path, # with subfolders

@@ -27,7 +27,7 @@ import psutil
 from fastcore.basics import patch
 
 from ..core.config import Machine
-from ..core.files import Busy
+from ..core.files import Busy, n_processors
 from .executor import Event, WorkerDied
 
 # %% ../../nbs/execution/01_workers.ipynb #ce9dbae5
@@ -165,8 +165,8 @@ def n_workers(
         raise ValueError(f'workers: {machine.workers} of them and {len(cards)} cards; expected a card for each. Lower '
                          '--workers, or name more cards in CUDA_VISIBLE_DEVICES.')
     if machine.device == 'cuda': return max(1, min(machine.workers or len(cards), wide))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    n, fit = min(machine.workers or cores//machine.threads, wide), psutil.virtual_memory().available//(LIBRARIES + peak)
+    n = min(machine.workers or n_processors()//machine.threads, wide)
+    fit = psutil.virtual_memory().available//(LIBRARIES + peak)
     if machine.workers and fit < n:
         gib = n*(LIBRARIES + peak)/2**30
         _say_once(f'{n} workers need {gib:.1f} GiB, more memory than is free: {max(1, fit)} at a time')

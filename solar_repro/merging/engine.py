@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from fastcore.basics import patch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from ..core.files import expanded, file_hash
+from ..core.files import expanded, file_hash, n_processors
 from ..core.imports import without_collector
 from ..core.store import read_sealed, sealed
 from .arithmetic import fill, gram, Mix, mix_for, numbers_for, Pad, smallest_kept
@@ -393,10 +392,9 @@ def merge(
     threads:int|None=None, # None: one a processor and two to wait for the disk, 16 at most
     device:str='cpu', # where to compute
     on_progress:Callable[[int,int],None]|None=None, # called with bytes written and in all
-    digest:Callable[[Path],str]=file_hash, # sha256 of a weight file
 )->Path: # the folder
     "Merge checkpoints into a new folder."
-    out, cores = Path(out), len(os.sched_getaffinity(0))
+    out, cores = Path(out), n_processors()
     check_target(out)
     _check_options(shard_bytes, threads, device)
     shard_bytes = int(shard_bytes)
@@ -407,7 +405,7 @@ def merge(
     with ExitStack() as stack:
         hashers = ThreadPoolExecutor(cores)
         stack.callback(hashers.shutdown, cancel_futures=True)
-        hashes = {f: hashers.submit(digest, f) for m in models for f in m.files}
+        hashes = {f: hashers.submit(file_hash, f) for m in models for f in m.files}
         _check_whole(models[0])   # the others have the same tensors
         private = stack.enter_context(private_folder(out, plan))
         pool = stack.enter_context(one_thread_each(threads or min(16, cores+2)))

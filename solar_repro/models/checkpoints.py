@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import mmap
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..core.files import n_processors
 from .files import checkpoint_files, read_json
 
 # %% ../../nbs/models/01_checkpoints.ipynb #786c200b
@@ -369,7 +369,7 @@ def one_thread_each(
 )->Iterator[ThreadPoolExecutor]:
     "A pool of threads, each of which computes by itself."
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(n or len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(n or n_processors(), initializer=torch.set_num_threads, initargs=(1,))
     try: yield pool
     finally:
         pool.shutdown(cancel_futures=True)

@@ -16,7 +16,7 @@ from ..merging.shards import discard
 from .experiment import Experiment
 from .progress import duration
 from ..planning.hardware import Hardware
-from ..planning.machine import detect, lacking
+from ..planning.machine import blockers, detect, hub_missing
 from ..planning.plan import make_plan
 
 # %% ../../nbs/pipeline/06_doctor.ipynb #6a1c0e52
@@ -101,7 +101,8 @@ def _chances(name:str, store:Path, found:Hardware)->tuple[str,tuple[str,...]]: #
     except (ValueError, OSError) as e: return '', (str(e),)      # SOLAR_DATA, where it stands for the Hub
     hours = plan.missing['hours'].sum()
     left = f'about {duration(3600*hours)} left to do (on {plan.card.name}; {plan.card.source})'
-    return f"can run {name}: {'all is built' if plan.missing.empty else left}", tuple(lacking(of.profile, plan, found))
+    why = blockers(of.profile, plan, found, hub_missing(of.profile))
+    return f"can run {name}: {'all is built' if plan.missing.empty else left}", tuple(why)
 
 def doctor(
     exp:Experiment, # whose store is looked at

@@ -445,5 +445,6 @@ def show(self:Experiment,
     name:str, # of a stage
 )->dict:
     "What made a stage: settings, inputs, hashes, versions, seed, times; of a recorded run kind, hashes and time."
-    if self.records: return self.provenance().set_index('stage').loc[self._stage(name).name].to_dict()
-    return self.build(name).manifest
+    if not self.records: return self.build(name).manifest
+    made = self.provenance().set_index('stage')
+    return made.loc[must_be_in('this call', 'stage', self._stage(name).name, made.index, 'experiment')].to_dict()

@@ -34,17 +34,12 @@ class Model:
     exp: object # the `Experiment` that it belongs to
     name: str
 
-    @property
-    def adapted(self):
-        "Base and weighted adapters (`models.adapters.AdaptedModel`)."
-        return self.exp.model(self.name)
-
     def generate(self,
         prompt:str, # a question; the profile's template is put around it
         max_new_tokens:int=64, # of the answer, at most
     )->str: # the answer, greedy
         "Answer a prompt."
-        adapted, template = self.adapted, self.exp.profile.template
+        adapted, template = self.exp.model(self.name), self.exp.profile.template
         model = self.exp.builder.materialized(adapted)
         return heavy().generate(model, adapted.base, template, prompt, max_new_tokens)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Evaluations', 'RECORD', 'RECORDED', 'read_items', 'read_scores', 'read_protocols', 'read_samples', 'manifests',
-           'makers', 'made_on', 'scale', 'in_a_line', 'requests_hash', 'write_record', 'read_record', 'records',
-           'recorded', 'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains',
-           'gained_and_forgotten', 'answer_in_words', 'find_flips', 'holds', 'alone', 'summary', 'kinds_in_words',
-           'replications', 'replications_in_words']
+           'makers', 'scale', 'in_a_line', 'requests_hash', 'write_record', 'read_record', 'records', 'recorded',
+           'evaluations_of', 'recorded_evaluations', 'read_taught', 'taught', 'recorded_gains', 'gained_and_forgotten',
+           'answer_in_words', 'find_flips', 'holds', 'alone', 'summary', 'kinds_in_words', 'replications',
+           'replications_in_words']
 
 # %% ../../nbs/pipeline/03_results.ipynb #4397e2b5
 import gzip
@@ -100,16 +100,6 @@ def makers(
     "The processors and sets of libraries that made these, each once."
     each = (dict({k: m['host'][k] for k in _SAME if k in m['host']}, versions=m['versions']) for m in manifests)
     return [json.loads(x) for x in sorted({json.dumps(x, sort_keys=True) for x in each})]
-
-def made_on(
-    manifests:list[dict], # of trainings and evaluations
-)->dict: # of `makers`
-    "The processor and the libraries that made all of these."
-    made = makers(manifests)
-    if len(made) != 1:
-        raise ValueError(f'record: made on {in_a_line(made) if made else "nothing"}; expected one machine and one set '
-                         'of libraries. Run it again into a store of its own.')
-    return made[0]
 
 # %% ../../nbs/pipeline/03_results.ipynb #f2022262
 def scale(

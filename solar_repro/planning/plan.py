@@ -339,7 +339,6 @@ def workers_text(
     workers:int, # at least 1
 )->str:
     "The hours of so many workers, and what bounds them."
-    if workers < 1: raise ValueError(f'plan: {workers} workers; expected 1 or more.')
     if plan.missing.empty: return 'Nothing is left to build. What was measured is put on the clock with --actual.'
     r = by_workers(plan, graph, [workers]).iloc[0]
     each = '' if plan.card.name == 'CPU' else ', each with a card'

@@ -20,7 +20,7 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin, Literal
@@ -103,12 +103,17 @@ _ALSO = {('plan', 'card'): ['--device']}
 # these build what they lack
 _BUILD = 'table', 'claims', 'show', 'diff', 'sweep', 'results', 'contamination', 'export'
 
-def _add_common(p:argparse.ArgumentParser)->None:
-    "The options that choose an experiment; allowed before and after the command."
-    if_given = dict(default=argparse.SUPPRESS)
-    p.add_argument('--profile', help='name or TOML file of a profile (default: SOLAR_PROFILE, else tiny)', **if_given)
-    p.add_argument('--seed', type=int, help="in place of the profile's seed", **if_given)
-    p.add_argument('--store', type=_path, help='folder of the results (default: runs/store)', **if_given)
+_CHOOSE = dict(profile=dict(help='name or TOML file of a profile (default: SOLAR_PROFILE, else tiny)'),
+               seed=dict(type=int, help="in place of the profile's seed"),
+               store=dict(type=_path, help='folder of the results (default: runs/store)'))
+
+def _choosing(f:Callable)->list[str]: # of `_CHOOSE`
+    "The options that choose what a command is about; allowed before and after it."
+    needs = inspect.signature(f).parameters
+    return [*_CHOOSE] if 'exp' in needs else ['profile', 'seed'] if 'profile' in needs else []
+
+def _add_common(p:argparse.ArgumentParser, names:Iterable[str])->None:
+    for k in names: p.add_argument(f'--{k}', default=argparse.SUPPRESS, **_CHOOSE[k])
 
 def _filled(text:str, indent:int=0)->str: # spaces before its further lines
     width = max(11, shutil.get_terminal_size().columns - 2)     # as argparse has it
@@ -122,7 +127,7 @@ def _top_parser()->argparse.ArgumentParser:
     ending = f'commands:\n{listed}\n\nexamples:\n{examples}'
     p = _Parser('solar-repro', 'Rebuild Tables 3 to 7 of the SOLAR 10.7B paper.', ending)
     p.add_argument('--version', action='version', version=f'solar_repro {__version__}')
-    _add_common(p)
+    _add_common(p, _CHOOSE)
     p.add_argument('command', type=_command, metavar='COMMAND', help='one of those below')
     p.add_argument('words', nargs=argparse.REMAINDER, metavar='...', help='what the command takes')
     return p
@@ -134,7 +139,7 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     examples = [x.strip() for x in examples.strip().splitlines()]
     p, said = _Parser(f'solar-repro {name}', what, '\n  '.join(['examples:', *examples])), docments(f)
     for k, q in needs.items():
-        if k in ('exp', 'profile'): _add_common(p)
+        if k in ('exp', 'profile'): _add_common(p, _choosing(f))
         else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, *_ALSO.get((name, k), ()), **how)
     if 'format_' in needs:
         p.add_argument('--json', dest='format_', action='store_const', const='json', default=argparse.SUPPRESS,
@@ -166,8 +171,7 @@ def parse(
     given = vars(top.parse_args(argv))
     name, words = given.pop('command'), given.pop('words')
     f = COMMANDS[name]
-    if given and not {'exp', 'profile'} & set(inspect.signature(f).parameters):
-        top.error(f'{name} takes no --{next(iter(given))} before it')
+    if odd := [k for k in given if k not in _choosing(f)]: top.error(f'{name} takes no --{odd[0]} before it')
     return f, given | vars(_parser_of(name).parse_args(_join_numbers(words)))
 
 # %% ../../nbs/reports/06_cli.ipynb #d0cb7310
@@ -218,8 +222,8 @@ def _why_ask(f:Callable, named:bool)->str|None: # named: somebody has said where
 def _call(f:Callable, words:dict)->int: # exit status
     "Call a command with its profile or experiment."
     needs = inspect.signature(f).parameters
-    chosen = ('profile', 'seed', 'store') if {'exp', 'profile'} & set(needs) else () # a merge has a seed of its own
-    yes, (profile, seed, store) = words.pop('yes', False), [words.pop(k, None) for k in chosen] or [None]*3
+    yes, chosen = words.pop('yes', False), {k: words.pop(k, None) for k in _choosing(f)} # a merge has a seed of its own
+    profile, seed, store = map(chosen.get, _CHOOSE)
     with said_if_long(f) as timer:
         if 'exp' in needs:
             of_records = words.get('recorded', False)

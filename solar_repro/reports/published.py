@@ -13,10 +13,11 @@ from pathlib import Path
 
 from .. import __version__
 from ..core.config import PACKAGE, root
-from ..core.files import file_hash, json_object, write_whole
+from ..core.files import file_hash, write_whole
+from ..core.store import read_sealed, sealed
 from ..pipeline.experiment import Experiment
 from ..pipeline.results import manifests, records
-from ..pipeline.sweep import between, CANDIDATES, finding, is_built, measured
+from ..pipeline.sweep import between, CANDIDATES, finding, is_built, sweep
 from ..publishing.report import publish, Run
 
 # %% ../../nbs/reports/01_published.ipynb #116cc822
@@ -28,18 +29,11 @@ def recorded_beside(
     came = exp.beside(exp.profile.name, recorded=True)
     return Run(came.label, came.scores(), came.samples())
 
-def _line(exp:Experiment): # the experiment with the whole line between the candidates, and the line; None unless built
-    swept, line = between(exp, *CANDIDATES)
-    return (swept, line) if is_built(swept, line) else None
-
 def line_found(
     exp:Experiment, # of any profile
 )->str: # empty where the line is not scored, with every seed
     "What the line between the candidates says; nothing is built."
-    if not (found := _line(exp)): return ''
-    swept, line = found
-    names = list(line['model'].unique())
-    return finding(measured(swept.scores(names), swept.samples(names), line), exp.label)
+    return finding(sweep(exp, *CANDIDATES), exp.label) if is_built(*between(exp, *CANDIDATES)) else ''
 
 
 
@@ -67,17 +61,12 @@ def made_by(
 # %% ../../nbs/reports/01_published.ipynb #6d5c19aa
 def _follows_from(exp:Experiment)->str: # sha256, hex
     "What tables, figures and report are made from: results of all seeds, the line, what is said beside, the library."
-    swept, _ = _line(exp) or (exp, None)
+    swept, line = between(exp, *CANDIDATES)
     library = [*PACKAGE.rglob('*.py'), *PACKAGE.glob('recorded/*/*/*')]
     said = {p.relative_to(PACKAGE).as_posix(): file_hash(p) for p in sorted(library)}
-    results = [e.provenance().to_json() for e in swept.repeated().values()]
+    results = [e.provenance().to_json() for e in (swept if is_built(swept, line) else exp).repeated().values()]
     how = exp.label, exp.custom, exp.profile.eval.protocol
     return hashlib.sha256(json.dumps([results, how, said]).encode()).hexdigest()
-
-def _read(record:Path)->dict:
-    "What was published before; nothing where that cannot be read."
-    have = json_object(record)
-    return have if isinstance(have.get('files'), dict) else {}
 
 def published(
     exp:Experiment, # what it lacks is built
@@ -85,12 +74,12 @@ def published(
     "Tables, figures and report of a run; written unless they are there, whole, and made from the same."
     record, source = exp.folder/'published.json', _follows_from(exp)
     hashes = lambda names: {n: file_hash(exp.folder/n) if (exp.folder/n).is_file() else '' for n in names}
-    have = _read(record)
+    have = read_sealed(record)
     if have.get('source') == source and have['files'] == hashes(have['files']):
         return [exp.folder/n for n in have['files']]
     made = publish(exp.scores(), exp.folder, exp.label, exp.provenance(), exp.custom, exp.samples(), made_by(exp),
                    line_found(exp), recorded_beside(exp))
     names = [f.relative_to(exp.folder).as_posix() for f in made]
     for n in {*have.get('files', ())} - {*names}: (exp.folder/n).unlink(missing_ok=True)      # of other seeds, say
-    write_whole(record, json.dumps(dict(source=source, files=hashes(names)), indent=1))
+    write_whole(record, json.dumps(sealed(dict(source=source, files=hashes(names))), indent=1))
     return made

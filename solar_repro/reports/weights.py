@@ -6,9 +6,6 @@
 __all__ = ['library', 'bar', 'advance', 'export', 'compare', 'merge']
 
 # %% ../../nbs/reports/03_weights.ipynb #4492171e
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -66,23 +63,6 @@ def compare(
     print('\nall weights as one vector:')
     print(in_terminal(checkpoints.together(rows, None), float_format='%.6g'))
 
-# %% ../../nbs/reports/03_weights.ipynb #1e338930
-def _weight_files(folder:Path)->tuple[Path,...]: # none of what is no checkpoint: the merge says what is wrong with it
-    try: return library('models.files').checkpoint_files(folder).weights
-    except (OSError, ValueError): return ()
-
-@contextmanager
-def _hashed_ahead(
-    folders:list[Path], # of checkpoints
-): # yields a function: weight file -> sha256, hex; waits for it
-    "Hash weight files, in order, beside what follows."
-    file_hash = library('core.files').file_hash
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    as_it_is = lambda f: (f.resolve(), f.stat().st_mtime_ns)   # a file that was written to since is hashed again
-    known = {as_it_is(f): pool.submit(file_hash, f) for d in folders for f in _weight_files(d)}
-    try: yield lambda f: known[as_it_is(f)].result() if as_it_is(f) in known else file_hash(f)
-    finally: pool.shutdown(wait=False, cancel_futures=True)
-
 # %% ../../nbs/reports/03_weights.ipynb #e68c3cb6
 def _check_for_adapters(given:dict)->None: # option -> whether it was given
     odd = [k for k, was in given.items() if was]
@@ -134,8 +114,7 @@ def merge(
     in_file = len(inputs) == 1 and inputs[0].suffix in ('.yml', '.yaml')
     options = dict(method=method, weights=weights, t=t, base=base, density=density, lam=lambda_,
                    normalize=normalize or None, seed=seed, dtype=dtype)
-    read = [] if in_file else [*inputs, *([base] if base else [])]
-    with _hashed_ahead(read) as digest, bar(unit='B', unit_scale=True) as steps:
+    with bar(unit='B', unit_scale=True) as steps:
         config = _read_recipe(inputs[0], options) if in_file else _from_options(inputs, options)
         on_progress = lambda done, total: advance(steps, done, total)
         engine = library('merging.engine')
@@ -143,5 +122,5 @@ def merge(
             _check_for_adapters({'--shard-size': shard_size != 2, '--threads': threads is not None,
                                  '--device': device != 'cpu'})
             made = library('merging.export').merge_adapters(config, out)
-        else: made = engine.merge(config, out, shard_size*1e9, threads, device, on_progress, digest)
+        else: made = engine.merge(config, out, shard_size*1e9, threads, device, on_progress)
     print(made)
