@@ -276,15 +276,16 @@ def test_one_configuration_in_several_spellings(tmp_path, other):
         merge(merge_config('linear', [one, third]), tmp_path/'refused')
 
 
-def test_no_program_and_no_link_out_of_the_model_is_copied(tmp_path):
+def test_no_program_is_copied_and_what_links_lead_to_is(tmp_path):
+    "A tokenizer that was linked from elsewhere was left out, and only the card of the merge said so."
     hub = tmp_path/'models--o--n'
     one = write(hub/'snapshots'/'0', noise(0), transformers_weights='model.safetensors')
     two = write(tmp_path/'two', noise(1))
     (hub/'blobs').mkdir()
     (hub/'blobs'/'5').write_text('{}')
     (one/'generation_config.json').symlink_to('../../blobs/5')               # as the hub's cache has its files
-    (tmp_path/'secret').write_text('mine')
-    (one/'special_tokens_map.json').symlink_to(tmp_path/'secret')
+    (tmp_path/'elsewhere').write_text('mine')
+    (one/'special_tokens_map.json').symlink_to(tmp_path/'elsewhere')
     for name in ('tokenizer.py', 'tokenizer_config.py', 'modeling_x.py', 'vocab.py'):
         (one/name).write_text('raise SystemExit')
         (one/name).chmod(0o755)
@@ -292,11 +293,12 @@ def test_no_program_and_no_link_out_of_the_model_is_copied(tmp_path):
     (one/'merges.txt').chmod(0o755)
     out = merge(merge_config('linear', [one, two]), tmp_path/'out')
     exported = export(AdaptedModel(one), tmp_path/'exported')
-    common = ['README.md', 'config.json', 'generation_config.json', 'merges.txt', 'model.safetensors']
+    common = ['README.md', 'config.json', 'generation_config.json', 'merges.txt', 'model.safetensors',
+              'special_tokens_map.json']
     for folder, files in ((out, sorted([*common, 'mergekit_config.yml'])), (exported, common)):
         assert sorted(f.name for f in folder.iterdir()) == files
         assert not any(f.is_symlink() or f.stat().st_mode & 0o111 for f in folder.iterdir())
-    assert r'links to files of another folder: special\_tokens\_map.json' in (out/'README.md').read_text()
+        assert (folder/'special_tokens_map.json').read_text() == 'mine'
     assert 'transformers_weights' not in json.loads((out/'config.json').read_text())
 
 

@@ -300,7 +300,8 @@ def _located(raw:dict, folder:Path)->dict: # folder: of the document
     if isinstance(sets, dict): sets = {k: at(s, 'file', lambda x: True) for k, s in sets.items()}
     data = at(raw.get('data'), 'source', lambda x: x not in ('tiny', 'hub', ''))
     base = raw.get('base')
-    is_folder = lambda x: x.startswith(('.', '/', '~')) or x and (folder/x).is_dir()
+    named = lambda x: x in ('', 'tiny', 'random')                                   # and no folder of that name
+    is_folder = lambda x: x.startswith(('.', '/', '~')) or not named(x) and (folder/x).is_dir()
     for key in ('source', 'offline'): base = at(base, key, is_folder)
     return raw | {k: v for k, v in dict(sets=sets, data=data, base=base).items() if k in raw}
 

@@ -68,6 +68,7 @@ _WIDE, _LONG = 60, 300 # characters, beyond which a text gets a wide column, or 
 _MOST = 2000 # rows shown
 
 def _cell(x)->str:
+    x = x.item() if hasattr(x, 'item') else x           # numpy's number as Python's
     number = isinstance(x, (int, float)) and not isinstance(x, bool)
     if x is None or number and x != x: text = ''
     else: text = f'{x:.2f}' if isinstance(x, float) else str(x)

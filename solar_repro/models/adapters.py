@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .checkpoints import read_header
 from .files import read_json
-from .loading import quiet
+from .loading import quiet   # before peft, whose remarks it silences
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 # %% ../../nbs/models/03_adapters.ipynb #2bb255e5
 @dataclass(frozen=True)
@@ -133,29 +135,19 @@ def _of_module(folder:Path, key:str)->str: # the name of a tensor from its modul
                          "name of a module of the base. Load the adapter with PEFT and save it again.")
     return name
 
-def _named(module:str, names:str|Sequence[str])->bool:
-    if isinstance(names, str): return bool(re.fullmatch(names, module))
-    return any(module==n or module.endswith(f'.{n}') for n in names)
-
-def _is_chosen(config:dict, module:str)->bool: # peft.tuners.tuners_utils.check_target_module_exists
-    target, exclude, layers, patterns = (config.get(k) for k in CHOICE)
-    if exclude and _named(module, exclude): return False
-    if isinstance(target, str) and target.lower()=='all-linear': return not _named(module, ['lm_head'])
-    if not _named(module, target): return False
-    if isinstance(target, str) or module in target or layers is None or layers==[]: return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns or []
-    forms = [rf'(?:^|.*?\.){p}\.(?P<i>\d+)\.' for p in patterns] or [r'.*?\.[^.]*\.(?P<i>\d+)\.']
-    found = next((m for f in forms if (m := re.match(f, module))), None)
-    return found is not None and int(found['i']) in ([layers] if isinstance(layers, int) else layers)
+def _left_out(config:dict, modules:Sequence[str])->list[str]|None: # None: PEFT refuses the choice
+    choice = {k: config.get(k) for k in CHOICE}
+    if str(choice['target_modules']).lower()=='all-linear': choice['target_modules'] = r'(?!(.*\.)?lm_head$).*'
+    try:
+        rule = LoraConfig(**choice)
+        return [m for m in modules if not check_target_module_exists(rule, m)]
+    except (TypeError, ValueError, re.error): return None
 
 # %% ../../nbs/models/03_adapters.ipynb #da6fe1f8
 def _check_choice(folder:Path, config:dict, modules:Sequence[str])->None:
     "Raise unless PEFT loads these modules, and no random ones beside them."
-    target, _, layers, patterns = (config.get(k) for k in CHOICE)
-    said = str({k: config.get(k) for k in CHOICE})[:300]
-    idle = isinstance(target, str) and (layers, patterns)!=(None, None) or bool(patterns) and layers is None
-    try: left_out = None if idle else [m for m in modules if not _is_chosen(config, m)]
-    except (TypeError, re.error): left_out = None
+    said, target = str({k: config.get(k) for k in CHOICE})[:300], config.get('target_modules')
+    left_out = _left_out(config, modules)
     if left_out is None:
         raise ValueError(f"read_adapter: {folder} chooses its modules by {said}, which PEFT does not load; expected "
                          "names, and numbers of layers. Save the adapter again.")
@@ -163,7 +155,8 @@ def _check_choice(folder:Path, config:dict, modules:Sequence[str])->None:
         raise ValueError(f"read_adapter: {folder} holds {left_out[0]} ({len(left_out)} such modules), which {said} "
                          "leaves out, so that PEFT passes over it; expected tensors of the modules that are chosen. "
                          "Correct the choice, or load the adapter with PEFT and save it again.")
-    lone = [] if isinstance(target, str) else [t for t in target if not any(_named(m, [t]) for m in modules)]
+    has = lambda t: any(m==t or m.endswith(f'.{t}') for m in modules)
+    lone = [] if isinstance(target, str) else [t for t in target if not has(t)]
     if lone and not config.get('init_lora_weights', True):
         raise ValueError(f"read_adapter: {folder} chooses {lone[0]} and holds no tensors of it, and PEFT makes random "
                          "ones (init_lora_weights is false); expected tensors of all that is chosen. Correct "
