@@ -9,23 +9,19 @@ __all__ = ['merge_adapters', 'export']
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from ..core.files import file_hash
 from .arithmetic import mix_for
 from .config import MergeConfig, to_yaml
-from .engine import card_text, locate, model_card, versions, write_beside
+from .engine import card_text, locate, model_card, versions
 from .methods import METHODS
-from .shards import (
-    check_space, check_target, lay_out, MODEL, private_folder, publish, Shard, SHARD_BYTES)
+from .shards import check_space, check_target, MODEL, private_folder, publish
 from ..models.adapters import (
     add_delta, AdaptedModel, average, check_fits, concat_adapter, deltas, read_adapter, read_adapter_config)
-from ..models.checkpoints import layer_of, mapped, open_checkpoint
+from ..models.checkpoints import layer_of, open_checkpoint, rewrite
 
 # %% ../../nbs/merging/06_export.ipynb #5e6af14d
 def _check_method(r:MergeConfig)->None:
@@ -113,23 +109,11 @@ def _write_adapter(folder:Path, model:AdaptedModel, base:str|None, card:str, rev
     (folder/'README.md').write_text(card)
 
 # %% ../../nbs/merging/06_export.ipynb #fd71fb48
-def _write_tensors(shard:Shard, folder:Path, value:Callable[[str],Tensor])->None:
-    "A weight file, one tensor after another."
-    with open(folder/shard.name, 'wb') as f:
-        f.write(shard.header)
-        for e in shard.tensors:
-            if e.n: f.write(memoryview(value(e.name).reshape(-1).contiguous().view(torch.uint8).numpy()))
-
 def _write_checkpoint(folder:Path, model:AdaptedModel)->None:
     base, change = open_checkpoint(model.base), deltas(model.adapters)
     check_fits(change, {n: e.shape for n,e in base.entries.items()}, model.base)
-    shards = lay_out([(n, e.dtype, e.shape) for n,e in base.entries.items()], SHARD_BYTES, folder)
-    check_space(folder, sum(s.size for s in shards))
-    def value(name):
-        e = base.entries[name]
-        return add_delta(mapped(e).view(e.shape), change.get(name, []))
-    for s in shards: _write_tensors(s, folder, value)
-    write_beside(folder, base, shards)
+    check_space(folder, sum(f.stat().st_size for f in base.files))
+    rewrite(model.base, folder, lambda n,w: add_delta(w, change.get(n, [])))
 
 # %% ../../nbs/merging/06_export.ipynb #6b79cfa1
 def _card(name:str, model:AdaptedModel, kind:str, about:str)->str:
