@@ -190,6 +190,10 @@ def test_the_report_can_be_read_on_a_phone(models, chrome):
     assert moved > 100 and 0 <= left < 60
     shown = "getComputedStyle(document.querySelector('.hint')).display"
     assert chrome.js(shown) == 'block' and chrome.complaints() == []
+    squeezed = "[...document.querySelectorAll('.claims td')].some(e => e.getBoundingClientRect().width < 300)"
+    assert not chrome.js(squeezed), 'an opened claim is a narrow column'
+    chrome.look(1200, 900)
+    assert chrome.js(shown) == 'block', 'wide tables are cut there, too'
     chrome.look(1280, 900)
     assert chrome.js(shown) == 'none'
 

@@ -138,13 +138,25 @@ def test_rows_may_stand_in_any_order(write):
     (lambda e: e.flips('nobody', 'SFT v1', 'arc'), "the model 'nobody'; expected one of"),
     (lambda e: e.flips('SFT v11', 'SFT v1', 'arc'), "the model 'SFT v11'; did you mean 'SFT v1'"),
     (lambda e: e.items('SFT v1', 'h6'), "the benchmark 'h6'; expected one of"),
-    (lambda e: e.scores(['sft v1']), "did you mean 'SFT v1'"),
+    (lambda e: e.scores(['sft v1']), "did you mean 'SFT v1'"), (lambda e: e.scores(3), "the model 3; expected one of"),
+    (lambda e: e.items(None, 'arc'), 'the model None; expected'), (lambda e: e.scores(['base'], 'acr'), "mean 'arc'"),
+    (lambda e: e.flips('SFT v1', ('base',), 'arc'), "the model .'base',.; "),
+    (lambda e: e.requests('x'), "no stage 'eval/base/x' in profile .*; .*expected one of"),
+    (lambda e: e.show(None), 'no stage None'),
     (lambda e: between(e, 'SFT v1', 'nobody'), "^sweep: this call names the model 'nobody'"),
     (lambda e: between(e, 'SFT v1', 'SFT v2', 20001), 'from 3 to 1001')])
 def test_what_is_not_there_is_named(tmp_path, ask, says):
     with pytest.raises(ValueError, match=says): ask(Experiment('smoke', store=tmp_path))
     if 'sweep' in says or '1001' in says: return
     with pytest.raises(ValueError, match=says): ask(Experiment('tiny', store=tmp_path, recorded=True))
+
+
+def test_one_name_may_stand_for_a_list_of_one(tmp_path):
+    "It was taken letter by letter: no model 'S'."
+    exp = Experiment('tiny', store=tmp_path, recorded=True)
+    pd.testing.assert_frame_equal(exp.scores('SFT v1', 'arc'), exp.scores(['SFT v1'], ['arc']))
+    pd.testing.assert_frame_equal(exp.samples('SFT v1'), exp.samples(['SFT v1']))
+    assert exp.needs('SFT v1') == exp.needs(['SFT v1'])
 
 
 def test_some_benchmarks_of_several_seeds_have_scores_and_no_h6(tmp_path):

@@ -364,7 +364,7 @@ def nearest(
 )->str|None: # None: it is like none of them
     "The name that is most likely meant, whatever its capitals."
     known = {n.lower(): n for n in reversed(list(names))}
-    near = difflib.get_close_matches(name.lower(), known, 1, .6)
+    near = difflib.get_close_matches(str(name).lower(), known, 1, .6)
     return known[near[0]] if near else None
 
 def must_be_in(
@@ -375,7 +375,7 @@ def must_be_in(
     of:str='profile', # begins the error
 )->str: # the name
     "Refuse a name that is none of `names`, with the nearest one."
-    if name in names: return name
+    if isinstance(name, str) and name in names: return name
     near = nearest(name, names)
     raise ValueError(f'{of}: {where} names the {what} {name!r}; {f"did you mean {near!r}? " if near else ""}'
                      f'expected one of {list(names)}. Correct the name.')

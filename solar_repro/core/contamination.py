@@ -151,6 +151,7 @@ def clean_scores(
     n:int, # length of runs
 )->pd.DataFrame: # model, task, score, clean, clean_se, n, n_clean; fractions
     "Every score beside its value on items that occur in no training set."
+    if n not in NS: raise ValueError(f'clean_scores: {n!r} words in a row; expected one of {NS}. Name one.')
     dirty = pd.MultiIndex.from_frame(found.loc[found['n'] == n, ['task', 'doc_id']].drop_duplicates())
     clean = samples[~pd.MultiIndex.from_frame(samples[['task', 'doc_id']]).isin(dirty)]
     of = lambda r: r.groupby(['model', 'task'], sort=False)['score']

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 
 from .. import tables
 from ..core import contamination, display as view
@@ -72,10 +72,10 @@ class Experiment:
 # %% ../../nbs/pipeline/04_experiment.ipynb #4ce4242c
 @patch
 def _stage(self:Experiment, name:str)->Stage:
-    if name not in self.graph:
+    if not isinstance(name, str) or name not in self.graph:
         hint = f'did you mean {near!r}? ' if (near := nearest(name, self.graph)) else ''
         raise ValueError(f'experiment: no stage {name!r} in profile {self.profile.name}; {hint}'
-                         'Expected one of those that exp.status(), or solar-repro status, lists.')
+                         'expected one of those that exp.status(), or solar-repro status, lists.')
     return self.graph[name]
 
 @patch
@@ -83,7 +83,7 @@ def needs(self:Experiment,
     names:list[str], # stages
 )->list[str]: # stages, inputs first
     "The stages that `names` are built from, themselves included."
-    want = {self._stage(n).name for n in names}
+    want = {self._stage(n).name for n in listify(names)}
     for n in reversed(self.graph):     # inputs stand before what uses them
         if n in want: want |= set(self.graph[n].inputs.values())
     return [n for n in self.graph if n in want]
@@ -160,7 +160,7 @@ def requests(self:Experiment,
     task:str, # one of `tasks`
 )->tuple[list[dict],dict[int,list]]: # its items as lm-eval's task reads them; lm-eval's requests for each
     "What a benchmark asks; no model is needed."
-    return heavy().benchmark_requests(self.graph[f'eval/base/{task}'], self.build(f'bench/{task}').path)
+    return heavy().benchmark_requests(self._stage(f'eval/base/{task}'), self.build(f'bench/{task}').path)
 
 # %% ../../nbs/pipeline/04_experiment.ipynb #06521aab
 @patch
@@ -266,7 +266,7 @@ def model(self:Experiment,
 ):
     "A model as base and weighted adapters (`models.adapters.AdaptedModel`)."
     if self._stage(name).kind not in MODEL_KINDS:
-        raise ValueError(f'experiment: {name!r} is a {self.graph[name].kind}, not a model; models are {self.models}.')
+        raise ValueError(f'experiment: {name!r} is not a model, but {self.graph[name].kind}; models are {self.models}.')
     base = self.build(DEQUANTIZED) if DEQUANTIZED in self.graph else None
     return heavy().adapted_model(self.build(name), self.store, base)
 
@@ -289,7 +289,7 @@ def log(self:Experiment,
 )->pd.DataFrame: # one row a step
     "The log of a training."
     if self._stage(name).kind not in ('sft', 'dpo'):
-        raise ValueError(f'experiment: {name!r} is not trained (it is a {self.graph[name].kind}); '
+        raise ValueError(f'experiment: {name!r} is not trained (its kind: {self.graph[name].kind}); '
                          'logs are of SFT and DPO stages.')
     return pd.read_csv(self.build(name).path/'log.csv')
 
@@ -305,7 +305,7 @@ def items(self:Experiment,
 @patch
 def _evaluated(self:Experiment, names:list[str]|None, tasks:list[str]|None=None)->results.Evaluations:
     "The evaluations of some models, recorded or built where missing; None: of all models, on all benchmarks."
-    wanted = [(m, t) for m in (self.models if names is None else names) for t in tasks or self.tasks]
+    wanted = [(m, t) for m in listify(self.models if names is None else names) for t in listify(tasks) or self.tasks]
     for m, t in wanted:
         must_be_in('this call', 'model', m, self.models, 'experiment')
         must_be_in('this call', 'benchmark', t, self.tasks, 'experiment')

@@ -87,14 +87,19 @@ h1{font-size:1.7rem;line-height:1.25}h2{margin-top:2.2rem;font-size:1.3rem}a{col
 nav a{margin-right:1rem;white-space:nowrap}summary{cursor:pointer}
 .wide{overflow-x:auto;margin:.6rem 0}table{border-collapse:collapse;font-size:.85rem}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-th:first-child,td:first-child{position:sticky;left:0;background:var(--back);white-space:nowrap}
-.claims td{padding:.2rem .6rem}.claims :is(th,td):first-child{white-space:normal;position:static}
+th:first-child,td:first-child{position:sticky;left:0;background:var(--back);white-space:nowrap;
+box-shadow:inset -1px 0 var(--line)}
+.claims td{padding:.2rem .6rem}.claims :is(th,td):first-child{white-space:normal;position:static;box-shadow:none}
 .claims p{max-width:60rem;margin:.2rem 0}.hint{display:none}
 .paper,.soft{color:var(--soft)}.soft{font-size:.85rem}img{max-width:100%;background:#fff;border-radius:4px}
 .supported{color:var(--good)}.contradicted{color:var(--bad)}.undecided{color:var(--soft)}
 details.more{margin:.8rem 0;border-top:1px solid var(--line);padding-top:.6rem}
 details.more>summary{font-weight:bold}
-@media(max-width:700px){body{margin:1rem auto}h1{font-size:1.3rem}.hint{display:block;margin:0}
+@media(max-width:1279px){.hint{display:block;margin:0}}
+@media(max-width:700px){body{margin:1rem auto}h1{font-size:1.3rem}
+.claims :is(tbody,tr,td){display:block;border:0}.claims th{display:none}
+.claims td+td::before{content:attr(data-of) ': '}
+.claims tr{border-bottom:1px solid var(--line);padding:.3rem 0}
 .wide img{max-width:none;width:52rem}table{font-size:.74rem;hyphens:auto}th,td{padding:.3rem .25rem}}
 """
 
@@ -132,8 +137,9 @@ src="data:image/png;base64,{{ claims_image }}"></div>
 </tr>{% for c in claims %}<tr><td><details><summary>{{ c.claim }}</summary><p class="soft">“{{ c.quote }}”</p>
 {% for whose, verdict, lost, numbers in c.sides %}<p class="soft">{{ whose }}: {{ numbers|join('<br>'|safe) }}</p>
 {% endfor %}
-</details></td>{% for whose, verdict, lost, numbers in c.sides %}<td><b class="{{ verdict }}">{{ verdict }}</b>
-{% if lost %}<span class="soft">{{ lost }}</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
+</details></td>{% for whose, verdict, lost, numbers in c.sides %}
+<td data-of="{{ whose }}"><b class="{{ verdict }}">{{ verdict }}</b>
+{% if lost %}<span class="soft">({{ lost }})</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
 <h2 id="more">More</h2>
 {% for title, text, table in more %}<details class="more"><summary>{{ title }}</summary><p>{{ text }}</p>
 <p class="hint soft">Scrolls sideways →</p><div class="wide">{{ table|safe }}</div></details>

@@ -88,7 +88,9 @@ class _Parser(argparse.ArgumentParser):
         how = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=_filled(what), epilog=ending, formatter_class=how)
         self._negative_number_matcher = re.compile(f'{_NUMBER}([, ]{_NUMBER})*$', re.I)
-    def error(self, message): self.exit(2, f'{self.prog}: {message}. See {self.prog} --help\n')
+    def error(self, message):
+        ends = '' if message.endswith('?') else '.'
+        self.exit(2, f'{self.prog}: {message.rstrip(". ")}{ends} See {self.prog} --help\n')
 
 def _command(name:str)->str: # of COMMANDS
     "The name of a command, or an error that names the one that is meant."

@@ -74,14 +74,16 @@ def page_of(
     "Scores, answers side by side, and what to do next."
     table = scores.rename_axis(None, axis=0).rename_axis(None, axis=1).to_html(border=0, float_format='%.1f')
     steps = ''.join(f'<li><code>{html.escape(c)}</code>: {html.escape(what)}</li>' for c, what in _NEXT.items())
-    shown = ''.join(answers(p, by, label).html for p, by in said.items())
+    wide = '<div class="wide" tabindex="0">{}</div>'.format
+    shown = ''.join(wide(answers(p, by, label).html) for p, by in said.items())
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>Demo, {html.escape(label)}</title><style>body{{font:15px/1.5 system-ui,sans-serif;max-width:78rem;'
-            'margin:2rem auto;padding:0 1rem}td,th{padding:.3rem .6rem;text-align:left}'
-            'table{overflow-x:auto}</style></head><body>'
+            f'<title>Demo, {html.escape(label)}</title><style>:root{{color-scheme:light dark}}'
+            'body{font:15px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem}'
+            'td,th{padding:.3rem .6rem;text-align:left}td{overflow-wrap:anywhere}.wide{overflow-x:auto}'
+            '.wide table{min-width:48rem}</style></head><body>'
             f'<h1>Two trainings, their average, a step of DPO</h1><p>Results of <b>{html.escape(label)}</b>, not of '
-            f'SOLAR 10.7B. Percent; differences of a few points are noise of so few items.</p>{table}'
+            f'SOLAR 10.7B. Percent; differences of a few points are noise of so few items.</p>{wide(table)}'
             '<h2>Answers side by side</h2><p>What is expected stands first; an answer is marked from where it departs '
             f'from it. The last two are test items of GSM8K, as they were scored.</p>{shown}'
             f'<h2>What next</h2><ul>{steps}</ul></body></html>')

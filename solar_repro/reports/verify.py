@@ -266,7 +266,8 @@ def verify(
     folder:Path|None=None, # with the run's tables; None: those of the experiment's own folder
 )->tuple[str,pd.DataFrame]: # what was checked; problems: where, what, recorded, found
     "Check a run from its files to its tables, without a model."
-    said = f'{len(exp.store.entries())} artifacts of {exp.store.folder.name}/ hashed'
+    n = len(exp.store.entries())
+    said = f'{n} artifacts of {exp.store.folder.name}/ hashed' if n else f'nothing is built in {exp.store.folder}'
     problems = store_problems(exp.store)
     if len(problems): return said, problems
     counted = {seed: recounted(e) for seed, e in exp.repeated().items()}
