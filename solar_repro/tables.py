@@ -247,7 +247,7 @@ def _compare(c:Claim, differences:Differences)->list[tuple[str,float,float,str]]
 def _parts(compared:list[tuple])->tuple[str,...]: return tuple(v for *_, v in compared)
 
 def _in_numbers(compared:list[tuple])->str:
-    return '; '.join(f'{what}: {d:+.2f} ± {se:.2f}, {v}' for what, d, se, v in compared)
+    return '; '.join(f'{what}: {d:+z.2f} ± {se:.2f}, {v}' for what, d, se, v in compared)
 
 # %% ../nbs/06_tables.ipynb #043bfee5
 def claims(

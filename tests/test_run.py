@@ -270,7 +270,7 @@ def test_an_unknown_stage_names_the_nearest(full):
     for ask in (exp.build, exp.model, exp.show, exp.__getitem__, exp.log):
         with pytest.raises(ValueError, match=r"no stage 'SFT v33' in profile smoke; did you mean 'SFT v3'\?"):
             ask('SFT v33')
-    with pytest.raises(ValueError, match='is not a model, but data; models are'): exp['data/openorca']
+    with pytest.raises(ValueError, match='is of kind data; expected a model, such as'): exp['data/openorca']
     with pytest.raises(ValueError, match='is not trained'): exp.log('Merge v1')
 
 

@@ -116,6 +116,9 @@ def generate(
     max_new_tokens:int, # of the answer, at most
 )->str: # the answer, greedy
     "A model's answer to a prompt."
+    if not isinstance(prompt, str) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f'generate: {prompt!r} in {max_new_tokens!r} tokens; expected a question in words, and 1 or '
+                         'more tokens for the answer. Put the question in quotes.')
     tok = load_tokenizer(base)
     ids = torch.tensor(token_ids(tok, [render(template, prompt)[0]]), device=model.device) # as it is trained and scored
     room = context_window(base) - max_new_tokens

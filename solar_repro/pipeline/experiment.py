@@ -26,8 +26,9 @@ from ..models.base_source import check_wheel, wheel_path
 from ..paper import MODELS
 from . import results
 from ..publishing.text import as_text, Table
-from ..stages.graph import (
-    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, KEEPS_BASE, MODEL_KINDS, Stage, USES_BASE)
+from solar_repro.stages.graph import (
+    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, KEEPS_BASE, MODEL_KINDS, must_be_of, Stage,
+    USES_BASE)
 from ..execution.workers import n_workers, ProcessEngine
 from .model import heavy, Model, ray_engine
 from .progress import LITTLE, planned_costs, Progress, say_interrupted
@@ -101,7 +102,7 @@ def find(self:Experiment,
     name:str, # of a stage
 )->Artifact|None:
     "The stage's artifact, if it and all its inputs are there."
-    s = self.graph[name]
+    s = self._stage(name)
     if name not in self._built and all(self.find(i) for i in s.inputs.values()):
         if a := self.store.find(s.kind, self.key(s)): self._built[name] = a
     return self._built.get(name)
@@ -169,7 +170,8 @@ def build_with(self:Experiment,
     ray:str|None=None, # by Ray: 'local', or the address of a cluster; '': without
 )->None:
     "Build so many stages side by side from now on; this changes no result."
-    if workers is not None and workers < 1: raise ValueError(f'experiment: {workers} workers; expected 1 or more.')
+    if workers is not None and not (isinstance(workers, int) and workers > 0):
+        raise ValueError(f'experiment: {workers!r} workers; expected a whole number, 1 or more.')
     if ray: ray_engine()                       # an error now if it is not installed
     said = {k: v or None for k, v in dict(workers=workers, ray=ray).items() if v is not None}
     self.profile = self.profile.model_copy(update=dict(machine=self.profile.machine.model_copy(update=said)))
@@ -265,8 +267,7 @@ def model(self:Experiment,
     name:str, # one of `models`, or another stage that is a model
 ):
     "A model as base and weighted adapters (`models.adapters.AdaptedModel`)."
-    if self._stage(name).kind not in MODEL_KINDS:
-        raise ValueError(f'experiment: {name!r} is not a model, but {self.graph[name].kind}; models are {self.models}.')
+    must_be_of(self._stage(name), MODEL_KINDS, f'a model, such as {self.models}')
     base = self.build(DEQUANTIZED) if DEQUANTIZED in self.graph else None
     return heavy().adapted_model(self.build(name), self.store, base)
 
@@ -281,6 +282,7 @@ def rows(self:Experiment,
     name:str, # of a data stage, such as `data/openorca`
 )->list[dict]: # prompts with answers, or pairs
     "The rows of a data stage."
+    must_be_of(self._stage(name), ['data'], 'a training set, such as data/openorca')
     return read_rows(self.build(name).path/'rows.jsonl')
 
 @patch
@@ -288,9 +290,7 @@ def log(self:Experiment,
     name:str, # of an SFT or DPO stage
 )->pd.DataFrame: # one row a step
     "The log of a training."
-    if self._stage(name).kind not in ('sft', 'dpo'):
-        raise ValueError(f'experiment: {name!r} is not trained (its kind: {self.graph[name].kind}); '
-                         'logs are of SFT and DPO stages.')
+    must_be_of(self._stage(name), ['sft', 'dpo'], 'a training, such as SFT v1 or DPO v1')
     return pd.read_csv(self.build(name).path/'log.csv')
 
 @patch

@@ -41,7 +41,7 @@ def card(
 )->Card:
     "A card by its name."
     on_gpu = 'T4' if p.sft.compute_dtype == 'float16' else 'A100-80GB'
-    name = name or ('CPU' if p.machine.device == 'cpu' else on_gpu)
+    if name is None: name = 'CPU' if p.machine.device == 'cpu' else on_gpu
     if name not in CARDS:
         raise ValueError(f'plan: no card {name!r} is recorded; expected one of {list(CARDS)}. '
                          'Take one of these, or measure with --calibrate.')

@@ -69,10 +69,12 @@ def as_html(
 
 # %% ../../nbs/publishing/00_text.ipynb #83a9a801
 def _made(n:int, rows:Sequence[str], markup:str, custom:Mapping[str,dict[str,str]])->dict[str,list[str]]:
-    "The paper's columns between name and scores; empty for rows of which nothing is told."
+    "The paper's columns between name and scores, and what own rows add; empty for rows of which nothing is told."
     made = {r.model: r.made for r in paper.ROWS if r.table == n}
     made |= {m: {h: _ESCAPE[markup](x) for h, x in custom[m].items()} for m in custom}
-    return {h: [_in_markup(made.get(m, {}).get(h, ''), markup) for m in rows] for h in paper.MADE[n]}
+    theirs = {h for of in paper.MADE.values() for h in of}
+    heads = dict.fromkeys([*paper.MADE[n], *(h for of in custom.values() for h in of if h not in theirs)])
+    return {h: [_in_markup(made.get(m, {}).get(h, ''), markup) for m in rows] for h in heads}
 
 def _value(x:float, bold:bool, markup:_Markup)->str: return (markup.bold if bold else '{}').format(f'{x:.2f}')
 
@@ -241,6 +243,15 @@ def _beside(scores:pd.DataFrame, samples:Answers|None)->dict[str,pd.DataFrame]:
     return out
 
 # %% ../../nbs/publishing/00_text.ipynb #95c2f294
+_PAGE = '''<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Table {n}</title><style>
+body{{font:14px/1.4 system-ui,sans-serif;color-scheme:light dark}}caption{{text-align:left;padding:.5rem 0}}
+table{{border-collapse:collapse}}th,td{{padding:.3rem .6rem;text-align:left;vertical-align:top}}.paper{{color:#6b7280}}
+</style></head><body>
+{table}
+</body></html>
+'''
+
 def write_tables(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     folder:Path, # for the table files
@@ -248,11 +259,12 @@ def write_tables(
     custom:dict[int,dict[str,dict[str,str]]]={}, # table -> rows below the paper's, as `printed` takes them
     samples:pd.DataFrame|Answers|None=None, # as `tables.answers` takes it; None: no paired tests
 )->list[Path]: # files written
-    "All tables of a run as text; the same scores give the same bytes."
+    "All tables of a run as text; the same scores give the same bytes. The one in HTML is a page that opens by itself."
     folder.mkdir(parents=True, exist_ok=True)
     tested = None if samples is None else answers(samples)
     files = {f'table{n}.{ending}': as_text(n, ending, scores, label, custom.get(n, {}), tested)
              for n in paper.MADE for ending in FILES}
+    for n in paper.MADE: files[f'table{n}.html'] = _PAGE.format(n=n, table=files[f'table{n}.html'])
     for name, x in _beside(scores, tested).items():
         files[f'{name}.csv'] = x.to_csv(index=False, float_format='%.4g')
     return [write_whole(folder/name, text) for name, text in files.items()]

@@ -140,12 +140,15 @@ def _parser_of(name:str)->argparse.ArgumentParser:
     what, _, examples = f.__doc__.partition('\n')
     examples = [x.strip() for x in examples.strip().splitlines()]
     p, said = _Parser(f'solar-repro {name}', what, '\n  '.join(['examples:', *examples])), docments(f)
+    either = p.add_mutually_exclusive_group() if 'format_' in needs else p      # an empty group spoils argparse's help
     for k, q in needs.items():
         if k in ('exp', 'profile'): _add_common(p, _choosing(f))
-        else: (flag, how) = _argument(q, said[k]); p.add_argument(flag, *_ALSO.get((name, k), ()), **how)
+        else:
+            flag, how = _argument(q, said[k])
+            (either if k == 'format_' else p).add_argument(flag, *_ALSO.get((name, k), ()), **how)
     if 'format_' in needs:
-        p.add_argument('--json', dest='format_', action='store_const', const='json', default=argparse.SUPPRESS,
-                       help='the same as --format json')
+        either.add_argument('--json', dest='format_', action='store_const', const='json', default=argparse.SUPPRESS,
+                            help='the same as --format json')
     if name in _BUILD: p.add_argument('--yes', action='store_true', default=argparse.SUPPRESS,
                                         help='build even what takes more than a minute, wherever that is asked')
     return p
@@ -170,7 +173,7 @@ def parse(
 )->tuple[Callable,dict]: # a command and its arguments; profile, seed and store as they were given
     "Read a command line."
     top = _top_parser()
-    given = vars(top.parse_args(argv))
+    given = vars(top.parse_args(argv or ['--help']))
     name, words = given.pop('command'), given.pop('words')
     f = COMMANDS[name]
     if odd := [k for k in given if k not in _choosing(f)]: top.error(f'{name} takes no --{odd[0]} before it')

@@ -237,7 +237,7 @@ def contamination(exp, # the run: `Experiment`
     by = c.groupby('task', sort=False)
     moves = by.agg(items=('n', 'first'), clean=('n_clean', 'first'), mean=('change', 'mean'), least=('change', 'min'),
                    most=('change', 'max'))
-    print(text.in_terminal(moves.reset_index(), float_format='%+.2f'))
+    print(text.in_terminal(moves.reset_index(), float_format='{:+z.2f}'.format))
 
 # %% ../../nbs/reports/05_commands.ipynb #2c527d1c
 def _left_by_seed(exp, made)->dict[int,float]: # made: the `Plan` of its own seed; seed -> hours

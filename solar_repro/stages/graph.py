@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'LOADS_BASE', 'KEEPS_BASE', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES',
-           'SLERPS', 'DEQUANTIZED', 'TAUGHT_ROWS', 'STUDIED', 'N_PROBE', 'Stage', 'in_words', 'machine_settings',
-           'check_revisions', 'training_sets', 'benchmarks', 'part_of', 'custom_stages', 'bos_settings',
-           'task_settings', 'taught_by', 'build_graph', 'custom_rows']
+           'SLERPS', 'DEQUANTIZED', 'TAUGHT_ROWS', 'STUDIED', 'N_PROBE', 'Stage', 'must_be_of', 'in_words',
+           'machine_settings', 'check_revisions', 'training_sets', 'benchmarks', 'part_of', 'custom_stages',
+           'bos_settings', 'task_settings', 'taught_by', 'build_graph', 'custom_rows']
 
 # %% ../../nbs/stages/01_graph.ipynb #8d283622
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,15 @@ LOADS_BASE = 'sft', 'ref', 'dpo', 'quantization' # kinds of stages that load a b
 KEEPS_BASE = 'eval', 'own'           # that find the base in memory, or leave it there
 USES_BASE = *LOADS_BASE, *KEEPS_BASE # that hold a model in memory
 
+def must_be_of(
+    s:Stage,
+    kinds:Sequence[str], # one of these
+    are:str, # what stages of these kinds are, for the error
+)->None:
+    "Refuse a stage of another kind."
+    if s.kind in kinds: return
+    raise ValueError(f'experiment: {s.name!r} is of kind {s.kind}; expected {are}. Name one of them.')
+
 # %% ../../nbs/stages/01_graph.ipynb #010e7adb
 _NAMES = {s.title: name for name, s in SETS.items()} # as the paper prints a set -> as we call it
 _ORIGINS = {m: origin(m) for m in MODELS}
@@ -67,7 +76,8 @@ def in_words(
     if s.kind in ('sft', 'dpo'):
         y = x[s.kind]
         beta = f"beta {y['beta']:g}, " if s.kind == 'dpo' else ''
-        return f"{s.kind.upper()}, {beta}rate {y['learning_rate']:g}, {y['epochs']} epoch(s), seed {x['seed']}"
+        epochs = f"{y['epochs']:g} epoch{'s'*(y['epochs'] != 1)}"
+        return f"{s.kind.upper()}, {beta}rate {y['learning_rate']:g}, {epochs}, seed {x['seed']}"
     if s.kind != 'merge': return s.kind
     if x['method'] == 'linear': return 'average, weights ' + ' and '.join(f'{w:g}' for w in x['weights'])
     return x['method'] + (f", t = {x['t']:g}" if 't' in x else '')
@@ -377,17 +387,18 @@ def _checked(stages:list[Stage])->dict[str,Stage]: # name -> stage
     return graph
 
 # %% ../../nbs/stages/01_graph.ipynb #0084b51e
-def _made_of(row:CustomRow, needs:list[str])->dict[str,str]: # heading -> what stands below it
+def _made_of(p:Profile, row:CustomRow, needs:list[str])->dict[str,str]: # heading -> what stands below it
     if row.weights:
         a, b = row.weights.values()
         return {'Merge Method': 'SLERP' if row.method == 'slerp' else
                 f"{'Average' if row.method == 'linear' else row.method} ({a:g}, {b:g})"}
     marks = {s.title: '○' if f'data/{d}' in needs else '✗' for d, s in SETS.items()}
-    return marks | {'Base SFT Model': row.start or ''}
+    own = ', '.join(s for s in p.sets if f'data/{s}' in needs)
+    return marks | {'Base SFT Model': row.start or ''} | ({'Own Sets': own} if own else {})
 
 def custom_rows(
     p:Profile,
     needs:Callable[[list[str]],list[str]], # stages -> those that they are built from (`Experiment.needs`)
 )->dict[int,dict[str,dict[str,str]]]: # table -> row -> heading of a column before the scores -> what stands below it
     "The profile's own rows, by the table that shows them, and what they are made of."
-    return {n: {r: _made_of(row, needs([r])) for r, row in p.rows.items() if row.shown_in == n} for n in range(3, 8)}
+    return {n: {r: _made_of(p, row, needs([r])) for r, row in p.rows.items() if row.shown_in == n} for n in range(3, 8)}
