@@ -271,7 +271,7 @@ def test_an_unknown_stage_names_the_nearest(full):
         with pytest.raises(ValueError, match=r"no stage 'SFT v33' in profile smoke; did you mean 'SFT v3'\?"):
             ask('SFT v33')
     with pytest.raises(ValueError, match='is of kind data; expected a model, such as'): exp['data/openorca']
-    with pytest.raises(ValueError, match='is not trained'): exp.log('Merge v1')
+    with pytest.raises(ValueError, match='of kind merge; expected a training'): exp.log('Merge v1')
 
 
 def test_a_model_answers(full):
