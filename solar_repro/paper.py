@@ -218,7 +218,7 @@ _ON_SFT_MERGED = (
     Claim('Merged SFT v3 + v4 beats SFT v3 everywhere',
           'SFT v3+v4 has higher scores on all tasks compared to SFT v3',
           _all(TITLES, 'SFT v3 + v4', '>', 'SFT v3')),
-    Claim('The merge gains most on ARC and GSM8K',
+    Claim('The merge gains on ARC and GSM8K',
           'the gap is especially large for ARC (+1.45) and GSM8K (+2.43)',
           _all(['arc', 'gsm8k'], 'SFT v3 + v4', '>', 'SFT v3')),
 )
