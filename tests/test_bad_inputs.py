@@ -367,7 +367,7 @@ def test_a_command_that_cannot_be_done(here, capsys, argv, says):
     (['show', 'SFT v3', 'gsm9k'], 'gsm8k'),
     (['diff', 'SFT v1', 'nobody', '--task', 'arc'], 'nobody'),
     (['diff', 'SFT v1', 'SFT v1', '--task', 'arc'], "'SFT v1' twice"),
-    (['export', 'data/openorca', 'out'], 'not a model'),
+    (['export', 'data/openorca', 'out'], 'expected a model'),
     (['export', 'SFT v3', 'A'], 'A exists'),
 ])
 def test_a_name_that_is_not_there(here, capsys, argv, says):

@@ -196,9 +196,18 @@ def _caption(n:int, markup:str, scores:pd.DataFrame, label:str, samples:pd.DataF
     return f'Table {n}, {label}: percent ± {noise}; {best}{close}.{seen}{plain}'
 
 # %% ../../nbs/publishing/00_text.ipynb #9607729c
+_PAGE = '''<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Table {n}</title><style>
+body{{font:14px/1.4 system-ui,sans-serif;color-scheme:light dark}}caption{{text-align:left;padding:.5rem 0}}
+table{{border-collapse:collapse}}th,td{{padding:.3rem .6rem;text-align:left;vertical-align:top}}.paper{{color:#6b7280}}
+</style></head><body>
+{table}
+</body></html>
+'''
+
 def as_text(
     n:int, # 3 to 7
-    kind:str, # one of FILES, or 'text' for a terminal
+    kind:str, # one of FILES, where HTML is a page; 'text' for a terminal; 'cell', HTML for a page that is there
     scores:pd.DataFrame, # model, task, metric, score, se, n; fractions
     label:str, # what the scores are of
     custom:Mapping[str,dict[str,str]]={}, # rows below the paper's -> what stands before their scores
@@ -206,11 +215,12 @@ def as_text(
 )->str:
     "One table in one format."
     if kind == 'csv': return table(n, scores, custom).to_csv(index=False, float_format='%.2f')
-    markup = kind if kind != 'text' else 'bold' if _can_bold() else 'plain'
+    markup = dict(text='bold' if _can_bold() else 'plain', cell='html').get(kind, kind)
     said = _caption(n, markup, scores, label, samples)
     shown = printed(n, scores, markup, custom, samples)
-    if kind == 'html':
-        return as_html(shown).replace('>', f'><caption>{html.escape(said, quote=False)}</caption>', 1)
+    if markup == 'html':
+        told = as_html(shown).replace('>', f'><caption>{html.escape(said, quote=False)}</caption>', 1)
+        return told if kind == 'cell' else _PAGE.format(n=n, table=told)
     if kind == 'md': return f'{_md(said)}\n\n{shown.to_markdown(index=False, disable_numparse=True)}\n'
     if kind == 'tex': return shown.to_latex(index=False, escape=False, caption=_tex(said))
     width = shutil.get_terminal_size().columns
@@ -228,7 +238,7 @@ class Table(pd.DataFrame):
         super().__init__(numbers)
         self.as_text = as_text
 
-    def _repr_html_(self)->str: return self.as_text('html')
+    def _repr_html_(self)->str: return self.as_text('cell')
     def __repr__(self)->str: return self.as_text('text')
 
 # %% ../../nbs/publishing/00_text.ipynb #3888fe34
@@ -243,15 +253,6 @@ def _beside(scores:pd.DataFrame, samples:Answers|None)->dict[str,pd.DataFrame]:
     return out
 
 # %% ../../nbs/publishing/00_text.ipynb #95c2f294
-_PAGE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Table {n}</title><style>
-body{{font:14px/1.4 system-ui,sans-serif;color-scheme:light dark}}caption{{text-align:left;padding:.5rem 0}}
-table{{border-collapse:collapse}}th,td{{padding:.3rem .6rem;text-align:left;vertical-align:top}}.paper{{color:#6b7280}}
-</style></head><body>
-{table}
-</body></html>
-'''
-
 def write_tables(
     scores:pd.DataFrame, # model, task, metric, score, se, n
     folder:Path, # for the table files
@@ -259,12 +260,11 @@ def write_tables(
     custom:dict[int,dict[str,dict[str,str]]]={}, # table -> rows below the paper's, as `printed` takes them
     samples:pd.DataFrame|Answers|None=None, # as `tables.answers` takes it; None: no paired tests
 )->list[Path]: # files written
-    "All tables of a run as text; the same scores give the same bytes. The one in HTML is a page that opens by itself."
+    "All tables of a run as text; the same scores give the same bytes."
     folder.mkdir(parents=True, exist_ok=True)
     tested = None if samples is None else answers(samples)
     files = {f'table{n}.{ending}': as_text(n, ending, scores, label, custom.get(n, {}), tested)
              for n in paper.MADE for ending in FILES}
-    for n in paper.MADE: files[f'table{n}.html'] = _PAGE.format(n=n, table=files[f'table{n}.html'])
     for name, x in _beside(scores, tested).items():
         files[f'{name}.csv'] = x.to_csv(index=False, float_format='%.4g')
     return [write_whole(folder/name, text) for name, text in files.items()]
