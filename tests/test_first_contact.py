@@ -18,7 +18,7 @@ import yaml
 from solar_repro.paper import MEASURED, TITLES
 from solar_repro.pipeline.experiment import Experiment
 from solar_repro.pipeline.sweep import between, is_built, sweep
-from solar_repro.publishing.text import write_tables
+from solar_repro.publishing.text import printed, write_tables
 from solar_repro.reports import commands
 from solar_repro.reports.cli import main
 from solar_repro.tables import CONTRADICTED, SUPPORTED, verdicts_on_paper
@@ -199,8 +199,10 @@ def test_a_table_comes_in_the_formats_of_the_files(full, tmp_path, monkeypatch, 
         assert main([*words, kind]) == 0
         assert capsys.readouterr().out.strip() == (tmp_path/f'table5.{kind}').read_text(encoding='utf-8').strip()
     assert main([*words, 'json']) == 0
-    rows = json.loads(capsys.readouterr().out)['rows']
-    assert [r['h6'] for r in rows] == list(exp.table(5)['h6'])
+    told = json.loads(capsys.readouterr().out)
+    assert [r['h6'] for r in told['rows']] == list(exp.table(5)['h6'])
+    shown = printed(5, exp.scores(), 'md', exp.custom[5], exp.samples())
+    assert set(told['not_resolved']) == {t for t, title in TITLES.items() if shown[title].str.contains('≈').any()}
     with pytest.raises(SystemExit): main([*words, 'xml'])
     assert "'md'" in capsys.readouterr().err
 

@@ -97,7 +97,9 @@ def table(exp, # the run: `Experiment`
     solar-repro table 7 --profile smoke --format md
     """
     t = exp.table(n)
-    if format_ == 'json': return _print_json(dict(table=n, label=exp.label, rows=_as_records(t)))
+    if format_ == 'json':
+        close = library('tables').unresolved(t, exp.samples(list(t['model'])))       # where the best row may be another
+        return _print_json(dict(table=n, label=exp.label, not_resolved=sorted(close), rows=_as_records(t)))
     print(t.as_text(format_).rstrip())
     if format_ == 'text': print(library('publishing.text').in_lines(f'Made on {exp.made_on()}.'))
 
