@@ -282,11 +282,16 @@ def count_items(
     task:str, # one of `BENCHMARKS`
     base:Path|None, # of `local_base`
 )->ItemSizes:
-    "A benchmark in tokens: counted roughly (all text of an item) where it is at hand, else as recorded."
-    if p.data.source != 'tiny' or base is None: return BENCHMARKS[task].sizes
-    n, tok = p.eval.items_of(task), Tokenizer.from_file(str(base/'tokenizer.json'))
-    rows = TinyWorld().items(task, min(n, SAMPLE))[0]['test']
-    texts = [json.dumps([v for v in r.values() if isinstance(v, (str, list, dict))]) for r in rows]
-    size = float(np.mean([len(tok.encode(x).ids) for x in texts]))
-    generated = 0 if BENCHMARKS[task].choices else size/2
-    return ItemSizes(n, size, size, 0, generated, groups=57 if task == 'mmlu' else 0)
+    "A benchmark in tokens: counted, without the words of the prompts, where it is at hand, else as recorded."
+    b, n = BENCHMARKS[task], p.eval.items_of(task)
+    if p.data.source != 'tiny' or base is None: return b.sizes
+    tok, rows = Tokenizer.from_file(str(base/'tokenizer.json')), TinyWorld().items(task, min(n, SAMPLE))[0]['test']
+    per_item = lambda texts: sum(len(x.ids) for x in tok.encode_batch(list(texts)))/len(rows)
+    question = per_item(r[f] for r in rows for f in ('question', 'ctx', 'sentence') if f in r)
+    if not b.choices:
+        answer = per_item(r['answer'] for r in rows)
+        return ItemSizes(n, question + answer, question, 0, answer)
+    k, answers = len(b.choices(rows[0])), per_item(c for r in rows for c in b.choices(r))
+    if 'subject' not in rows[0]: return ItemSizes(n, question + answers/k, question, answers, 0)
+    listed = question + answers + 2*k      # a letter and a point before each choice; the letters are the answers
+    return ItemSizes(n, listed + 1, listed, k, 0, groups=len({r['subject'] for r in rows}))
