@@ -26,9 +26,8 @@ from ..models.base_source import check_wheel, wheel_path
 from ..paper import MODELS
 from . import results
 from ..publishing.text import as_text, Table
-from solar_repro.stages.graph import (
-    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, KEEPS_BASE, MODEL_KINDS, must_be_of, Stage,
-    USES_BASE)
+from ..stages.graph import (
+    benchmarks, build_graph, CODE_VERSIONS, custom_rows, DEQUANTIZED, KEEPS_BASE, MODEL_KINDS, Stage, USES_BASE)
 from ..execution.workers import n_workers, ProcessEngine
 from .model import heavy, Model, ray_engine
 from .progress import LITTLE, planned_costs, Progress, say_interrupted
@@ -72,11 +71,13 @@ class Experiment:
 
 # %% ../../nbs/pipeline/04_experiment.ipynb #4ce4242c
 @patch
-def _stage(self:Experiment, name:str)->Stage:
+def _stage(self:Experiment, name:str, kinds:tuple[str,...]=(), are:str='')->Stage: # kinds: one of these; (): any
     if not isinstance(name, str) or name not in self.graph:
         hint = f'did you mean {near!r}? ' if (near := nearest(name, self.graph)) else ''
         raise ValueError(f'experiment: no stage {name!r} in profile {self.profile.name}; {hint}'
                          'expected one of those that exp.status(), or solar-repro status, lists.')
+    if kinds and (kind := self.graph[name].kind) not in kinds:
+        raise ValueError(f'experiment: {name!r} is of kind {kind}; expected {are}. Name one of them.')
     return self.graph[name]
 
 @patch
@@ -267,7 +268,7 @@ def model(self:Experiment,
     name:str, # one of `models`, or another stage that is a model
 ):
     "A model as base and weighted adapters (`models.adapters.AdaptedModel`)."
-    must_be_of(self._stage(name), MODEL_KINDS, f'a model, such as {self.models}')
+    self._stage(name, MODEL_KINDS, f'a model, such as {self.models}')
     base = self.build(DEQUANTIZED) if DEQUANTIZED in self.graph else None
     return heavy().adapted_model(self.build(name), self.store, base)
 
@@ -282,7 +283,7 @@ def rows(self:Experiment,
     name:str, # of a data stage, such as `data/openorca`
 )->list[dict]: # prompts with answers, or pairs
     "The rows of a data stage."
-    must_be_of(self._stage(name), ['data'], 'a training set, such as data/openorca')
+    self._stage(name, ('data',), 'a training set, such as data/openorca')
     return read_rows(self.build(name).path/'rows.jsonl')
 
 @patch
@@ -290,7 +291,7 @@ def log(self:Experiment,
     name:str, # of an SFT or DPO stage
 )->pd.DataFrame: # one row a step
     "The log of a training."
-    must_be_of(self._stage(name), ['sft', 'dpo'], 'a training, such as SFT v1 or DPO v1')
+    self._stage(name, ('sft', 'dpo'), 'a training, such as SFT v1 or DPO v1')
     return pd.read_csv(self.build(name).path/'log.csv')
 
 @patch
@@ -309,8 +310,7 @@ def _evaluated(self:Experiment, names:list[str]|None, tasks:list[str]|None=None)
     for m, t in wanted:
         must_be_in('this call', 'model', m, self.models, 'experiment')
         must_be_in('this call', 'benchmark', t, self.tasks, 'experiment')
-    if self.records:
-        return results.recorded_evaluations(self.records[self.profile.seed], wanted)
+    if self.records: return results.recorded_evaluations(self.records[self.profile.seed], wanted)
     self.run([f'eval/{m}/{t}' for m, t in wanted])
     return {(m, t): self._built[f'eval/{m}/{t}'].path for m, t in wanted}
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CODE_VERSIONS', 'MODEL_KINDS', 'LOADS_BASE', 'KEEPS_BASE', 'USES_BASE', 'SFT_ROWS', 'DPO_STARTS', 'AVERAGES',
-           'SLERPS', 'DEQUANTIZED', 'TAUGHT_ROWS', 'STUDIED', 'N_PROBE', 'Stage', 'must_be_of', 'in_words',
-           'machine_settings', 'check_revisions', 'training_sets', 'benchmarks', 'part_of', 'custom_stages',
-           'bos_settings', 'task_settings', 'taught_by', 'build_graph', 'custom_rows']
+           'SLERPS', 'DEQUANTIZED', 'TAUGHT_ROWS', 'STUDIED', 'N_PROBE', 'Stage', 'in_words', 'machine_settings',
+           'check_revisions', 'training_sets', 'benchmarks', 'part_of', 'custom_stages', 'bos_settings',
+           'task_settings', 'taught_by', 'build_graph', 'custom_rows']
 
 # %% ../../nbs/stages/01_graph.ipynb #8d283622
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,15 +41,6 @@ MODEL_KINDS = 'base', 'sft', 'dpo', 'merge'
 LOADS_BASE = 'sft', 'ref', 'dpo', 'quantization' # kinds of stages that load a base of their own
 KEEPS_BASE = 'eval', 'own'           # that find the base in memory, or leave it there
 USES_BASE = *LOADS_BASE, *KEEPS_BASE # that hold a model in memory
-
-def must_be_of(
-    s:Stage,
-    kinds:Sequence[str], # one of these
-    are:str, # what stages of these kinds are, for the error
-)->None:
-    "Refuse a stage of another kind."
-    if s.kind in kinds: return
-    raise ValueError(f'experiment: {s.name!r} is of kind {s.kind}; expected {are}. Name one of them.')
 
 # %% ../../nbs/stages/01_graph.ipynb #010e7adb
 _NAMES = {s.title: name for name, s in SETS.items()} # as the paper prints a set -> as we call it
